@@ -1,0 +1,76 @@
+"""How much a layer keeps for its backward pass, found by running it on tensors that have shapes but no data.
+
+A formula for this would have to know the inside of every mixer and change with it. Running the layer itself on
+fake tensors counts what autograd really keeps, for any width and length, in milliseconds and without memory.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from distill.objectives.mixing import mixing_distance
+
+
+def of_layer(layer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> int:
+    """Bytes a sequence of one whole decoder layer, whether it has a mixer or attention.
+
+    Args:
+        layer: a layer of a student, on the meta device or with weights; it is not touched.
+        hidden: D, the size of the hidden state.
+        block: T, tokens a sequence.
+        dtype: what it computes in; bfloat16 by autocast over fp32 weights.
+    """
+
+    def run(layer: Any, hidden_BTD: Tensor) -> None:
+        cos_BTP = torch.empty(1, block, layer.self_attn.head_dim)
+        layer(hidden_BTD, position_embeddings=(cos_BTP, cos_BTP), attention_mask=None)
+
+    return _kept(layer, run, hidden, block, dtype)
+
+
+def of_mixer(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> int:
+    """Bytes a sequence of one mixer alone; arguments as `of_layer`."""
+    return _kept(mixer, lambda mixer, hidden_BTD: mixer(hidden_BTD), hidden, block, dtype)
+
+
+def of_matrix(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> int:
+    """Bytes a sequence of one mixer's matrix up to its distance from the teacher's, that one included."""
+
+    def run(mixer: Any, hidden_BTD: Tensor) -> None:
+        matrix_BHTT = mixer.mixing_matrix(hidden_BTD)
+        mixing_distance(matrix_BHTT, torch.empty_like(matrix_BHTT))
+
+    heads = int(mixer.n_heads)  # type: ignore[arg-type]
+    teacher = 2 * heads * block**2 * 4  # the scores and their softmax, fp32
+    return teacher + _kept(mixer, run, hidden, block, dtype)
+
+
+def _kept(module: nn.Module, run: Callable[[Any, Tensor], None], hidden: int, block: int, dtype: torch.dtype) -> int:
+    """Bytes of all storages that autograd saves in ``run(module, hidden_BTD)``, parameters apart."""
+    module = copy.deepcopy(module).to("meta")
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage._cdata] = storage
+        return tensor
+
+    with FakeTensorMode():
+        _on_fake_cpu(module)
+        hidden_BTD = torch.empty(1, block, hidden, requires_grad=True)
+        autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+        with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            run(module, hidden_BTD)
+    parameters = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    return sum(storage.nbytes() for key, storage in saved.items() if key not in parameters)
+
+
+def _on_fake_cpu(module: nn.Module) -> None:
+    """New parameters of the same shapes, made inside a `FakeTensorMode`; autocast does not know the meta device."""
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            setattr(part, name, nn.Parameter(torch.empty(parameter.shape)))

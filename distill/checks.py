@@ -1,0 +1,257 @@
+"""What can be wrong with a recipe beyond its text, found without loading a weight: files, depths, devices."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from distill.errors import UserError
+from distill.recipe import Keep, Recipe, StageName
+from distill.weight_files import TensorFacts, stored_tensors
+
+if TYPE_CHECKING:  # imported where used: they take seconds, and most recipes fail sooner or later than here
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class RecipeFacts:
+    """What the files of a recipe say.
+
+    Attributes:
+        config: the teacher's.
+        n_layers: the depth of teacher and student.
+        kept: the layers that keep attention, ascending.
+        steps: optimizer steps of each stage.
+        vocab_size: rows of the teacher's embedding.
+        tokenizer_size: tokens of its tokenizer, at most `vocab_size`.
+    """
+
+    config: "PreTrainedConfig"
+    n_layers: int
+    kept: tuple[int, ...]
+    steps: MappingProxyType[StageName, int]
+    vocab_size: int
+    tokenizer_size: int
+
+
+def check(recipe: Recipe, *, ranks: int = 1) -> RecipeFacts:
+    """Checks everything that a run of the recipe would stumble over and that shows before weights are loaded.
+
+    Args:
+        recipe: as `load_recipe` returns it.
+        ranks: processes that train together; each takes `batch_size` sequences.
+
+    Raises:
+        UserError: all problems, one a line, each with its key.
+    """
+    from distill.data.batches import steps_for
+
+    found = _Problems()
+    steps: dict[StageName, int] = {}
+    with found.at("device"):
+        _check_device(recipe.device)
+    with found.at("run_dir"):
+        _check_writable(recipe.run_dir)
+    with found.at("trackers"):
+        _check_trackers(recipe.trackers)
+    for name, stage in recipe.stages.named().items():
+        with found.at(f"stages.{name}.tokens"):
+            block = recipe.data.block
+            steps[name] = steps_for(stage.tokens, stage.batch_size, block, stage.accumulate, ranks=ranks)
+    with found.at("data.source"):
+        _check_source(recipe)
+    with found.at("teacher.path"):
+        folder = teacher_folder(recipe.teacher.path)
+        config = read_config(folder or recipe.teacher.path)
+        text = config.get_text_config()
+        with found.at("teacher.path"):
+            tokenizer = read_tokenizer(folder or recipe.teacher.path)
+            tokenizer_size = _check_vocabulary(tokenizer, text.vocab_size)
+            for key, wanted in (("bos", recipe.data.bos), ("eos", recipe.data.eos)):
+                with found.at(f"data.{key}"):
+                    _check_special_token(tokenizer, key, wanted)
+        with found.at("student.keep_attention"):
+            kept = kept_layers(recipe.student.keep_attention, text.num_hidden_layers)
+        with found.at("data.block"):
+            _check_block(recipe.data.block, text)
+        if folder:
+            check_weights(stored_tensors(folder), config, folder)
+    if found.lines:
+        raise UserError("\n".join(found.lines))
+    return RecipeFacts(
+        config=config,
+        n_layers=text.num_hidden_layers,
+        kept=kept,
+        steps=MappingProxyType(steps),
+        vocab_size=text.vocab_size,
+        tokenizer_size=tokenizer_size,
+    )
+
+
+def kept_layers(keep: Keep, n_layers: int) -> tuple[int, ...]:
+    """The layers of a model of that depth that keep attention; UserError if the layout does not fit it."""
+    from distill.layout import resolve
+
+    layers = None if keep.layers is None else list(keep.layers)
+    return tuple(resolve(n_layers, layers=layers, pattern=keep.pattern, ratio=keep.ratio, count=keep.count))
+
+
+class _Problems:
+    """Collects what `UserError`s say, each with the key it is about, so that one does not hide the next."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    @contextmanager
+    def at(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            self.lines.append(_about(key, str(error)))
+
+
+def _about(key: str, text: str) -> str:
+    """`key: text`, less what of the key the text begins with."""
+    section, dot, last = key.rpartition(".")
+    if text.startswith(key):
+        return text
+    return f"{section}{dot}{text}" if text.startswith(last) else f"{key}: {text}"
+
+
+def _check_device(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("no CUDA device is visible to this PyTorch; use auto or cpu")
+
+
+def _check_writable(run_dir: Path) -> None:
+    nearest = run_dir.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise UserError(f"{nearest} is a file, so {run_dir} cannot be a folder; choose another")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{nearest} may not be written to; choose another folder")
+
+
+def _check_trackers(trackers: tuple[str, ...]) -> None:
+    # Accelerate drops a tracker that is not installed without a word.
+    for tracker in trackers:
+        if find_spec(tracker) is None:
+            raise UserError(f"{tracker} is not installed; pip install {tracker}, or leave it out")
+
+
+def _check_source(recipe: Recipe) -> None:
+    """Every source has at least one document; what is on the Hub is left to the data preparation."""
+    from distill.data.corpus import DATASET_PREFIX, read_documents
+
+    for source in recipe.data.source:
+        if not source.startswith(DATASET_PREFIX):
+            data = recipe.data
+            next(iter(read_documents(source, text_key=data.text_key, separator=data.separator)))
+
+
+def teacher_folder(path: str) -> Path | None:
+    """The folder at `path`, or None for what can only be a model on the Hub."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{path} has no config.json, so it is not a Hugging Face model folder")
+        return folder
+    looks_like_id = path.count("/") == 1 and not path.startswith(("/", ".", "~")) and not path.endswith("/")
+    # teachers/tiny beside an existing folder teachers/ is a folder that is missing, not a model of that name.
+    if looks_like_id and not folder.parent.is_dir():
+        return None
+    beside = folder.parent if folder.parent.is_dir() else Path()
+    there = sorted(config.parent.name for config in beside.glob("*/config.json"))
+    raise UserError(
+        f"no folder {path} here ({Path.cwd()})"
+        + (f"; models in {beside}: {', '.join(there[:5])}" if there else "; give a model folder or a Hub id org/name")
+    )
+
+
+def read_config(path: Path | str) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
+    from distill.attention import family_of
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except Exception as error:  # whatever transformers, the Hub client or its validators raise
+        raise UserError(f"the config of {path} cannot be read: {_first_line(error)}") from None
+    if getattr(config, "distill", None) is not None:
+        raise UserError(f"{path} is already a student; give the Transformer it came from")
+    family_of(config)
+    return config
+
+
+def read_tokenizer(path: Path | str) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    if isinstance(path, Path) and not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(f"{path} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}")
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # json, tokenizers and transformers each raise their own
+        raise UserError(f"the tokenizer of {path} cannot be read: {_first_line(error)}") from None
+
+
+def _check_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> int:
+    """The number of tokens; it may be smaller than the embedding by padding, never larger."""
+    size = len(tokenizer)
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    padded = max(-(-size // 128) * 128, int(1.1 * size))
+    if size > vocab_size or largest >= vocab_size or vocab_size > padded:
+        raise UserError(
+            f"the tokenizer has {size} tokens (the largest id is {largest}) and the model a vocabulary of"
+            f" {vocab_size}: it is the tokenizer of another model; use the one this model was trained with"
+        )
+    return size
+
+
+def check_weights(stored: dict[str, TensorFacts], config: "PreTrainedConfig", folder: Path) -> None:
+    """Every parameter is there in its shape; transformers would fill in a missing one at random."""
+    from distill.conversion import empty_model
+
+    model = empty_model(config)
+    model.tie_weights()
+    # Hugging Face accepts a checkpoint of the bare decoder, whose names lack the prefix.
+    prefix = f"{model.base_model_prefix}."
+    shapes = {name.removeprefix(prefix): facts.shape for name, facts in stored.items()}
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    missing = [tied[0] for tied in names.values() if not any(name.removeprefix(prefix) in shapes for name in tied)]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"the checkpoint in {folder} lacks {missing[0]}{more}; download it again")
+    for name, parameter in model.named_parameters():
+        shape = shapes.get(name.removeprefix(prefix), tuple(parameter.shape))
+        if shape != tuple(parameter.shape):
+            raise UserError(
+                f"{name} has shape {list(shape)} in {folder} and {list(parameter.shape)} by its config.json;"
+                " use the config it was saved with"
+            )
+
+
+def _check_block(block: int, text: "PreTrainedConfig") -> None:
+    longest = getattr(text, "max_position_embeddings", None)
+    if longest is not None and block > longest:
+        raise UserError(f"{block} tokens are more than the {longest} positions that the teacher knows; lower it")
+
+
+def _check_special_token(tokenizer: "PreTrainedTokenizerBase", key: str, wanted: bool) -> None:
+    if wanted and getattr(tokenizer, f"{key}_token_id") is None:
+        raise UserError(f"the teacher's tokenizer has no {key.upper()} token; set it to false")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,142 @@
+"""The `distill` command: plan, convert, generate, doctor.
+
+Training is not here: the stages are programs of the checkout, ``python -m stages.run recipes/NAME.yaml``.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+
+from distill.programs import report_user_errors
+
+app = typer.Typer(
+    name="distill",
+    help="Turn a pretrained Transformer into a Mamba-2 model or a hybrid, and use the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    # Our own mistakes keep Python's traceback.
+    pretty_exceptions_enable=False,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print plain JSON instead of tables.")]
+
+
+@app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings that replace those of the recipe."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a recipe and show what its run will take, without loading a weight.
+
+    Layers, parameters, cache sizes, steps, memory and time of every stage. Times are those of the matrix products
+    alone, at a rate measured for a second.
+
+    Example: `distill plan recipes/quickstart.yaml stages.logits.tokens=3M`
+    """
+    from distill.checks import check
+    from distill.plan import make_plan, prepared_tokens
+    from distill.plan_view import render
+    from distill.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    made = make_plan(loaded, check(loaded), training_tokens=prepared_tokens(loaded))
+    _show(made.to_json() if as_json else render(made))
+
+
+@app.command()
+def convert(
+    teacher: Annotated[
+        str, typer.Argument(metavar="TEACHER", help="A Hugging Face folder, or a Hub id such as org/name.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must be new or empty.")],
+    mixer: Annotated[str, typer.Option(help="What takes attention's place: mamba2 or discrete_mamba2.")] = "mamba2",
+    keep_attention: Annotated[
+        str, typer.Option(metavar="LAYERS", help="Layers that keep attention: 2,5 or a pattern such as mmma.")
+    ] = "",
+    seed: Annotated[int, typer.Option(help="Seeds what does not come from the teacher.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is already there.")] = False,
+) -> None:
+    """Turn a teacher into an untrained student, and report where its weights came from.
+
+    The student is an ordinary Hugging Face folder. Its mixers start from the attention weights; what they say makes
+    sense only after the stages have trained them.
+
+    Example: `distill convert teachers/stdlib-1m students/hybrid --keep-attention 2,5`
+    """
+    from distill.conversion_view import render
+    from distill.converting import convert_folder
+
+    _show(render(convert_folder(teacher, out, mixer=mixer, keep=keep_attention, seed=seed, overwrite=overwrite)))
+    typer.echo(f"saved in {out}")
+
+
+@app.command()
+def generate(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A student or a teacher, such as runs/quickstart/logits.")
+    ],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One or more texts to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seeds the samples.")] = 0,
+    bos: Annotated[bool, typer.Option("--bos", help="Begin with the BOS token though the tokenizer does not.")] = False,
+) -> None:
+    """Continue a text; a single one is printed as it is written, several run as one batch.
+
+    Example: `distill generate runs/quickstart/logits "def main(" --temperature 0.8`
+    """
+    from distill.generation import generate as generate_text
+    from distill.generation import load
+
+    model, tokenizer = load(folder)
+    texts = generate_text(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        bos=bos,
+        stream=True,
+    )
+    if len(texts) > 1:
+        typer.echo("\n\n".join(texts))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Show versions, devices, the scan that will run, what can be installed, and free disk space.
+
+    Example: `distill doctor --json > machine.json`
+    """
+    from distill.doctor import diagnose, render
+
+    facts = diagnose()
+    _show(facts if as_json else render(facts))
+
+
+def _show(result: RenderableType | dict[str, Any]) -> None:
+    if isinstance(result, dict):
+        typer.echo(json.dumps(result, indent=1))
+    else:
+        Console(soft_wrap=False).print(result)
+
+
+def main() -> None:
+    """The entry point: a `UserError` is printed on one screen and ends it with exit code 2."""
+    with report_user_errors():
+        app(prog_name="distill")
+
+
+if __name__ == "__main__":
+    main()

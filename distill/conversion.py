@@ -1,0 +1,239 @@
+"""Teacher in, student out: plan, check, swap, seed, report.
+
+Nothing is changed before everything is checked, and the teacher is never changed: the student is a new model of the
+teacher's own class (``distill.student``) with copies of its weights.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from distill.attention import AttentionView, Family, family_of, view
+from distill.errors import UserError
+from distill.layout import layer_kinds, resolve
+from distill.mixers import MIXERS
+from distill.roles import ROLES, roles
+from distill.seeding import Seeded, seed_mixer
+from distill.student import STUDENTS, is_student, mixer_layers, mixers_of, state_bytes, student_config
+
+CONTEXTS = (1024, 4096, 32768, 131072)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did; plain data, kept as ``conversion.json``.
+
+    Attributes:
+        layers: one name a layer, ``"attention"`` or the mixer's.
+        seeded: for each changed layer, where each part of the mixer came from.
+        parameters_before, parameters_after: counts by role (``distill.roles``).
+        state_bytes: what all mixers remember per sequence, fp32, at any length.
+        kv_bytes_per_token: what the kept attention layers add per token, in the teacher's dtype.
+        teacher_kv_bytes_per_token: what the teacher adds per token.
+    """
+
+    layers: list[str]
+    seeded: dict[int, list[Seeded]]
+    parameters_before: dict[str, int]
+    parameters_after: dict[str, int]
+    state_bytes: int
+    kv_bytes_per_token: int
+    teacher_kv_bytes_per_token: int
+    context: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def cache_bytes(self, tokens: int) -> tuple[int, int]:
+        """(student's, teacher's) cache bytes for a sequence of ``tokens``."""
+        return self.state_bytes + tokens * self.kv_bytes_per_token, tokens * self.teacher_kv_bytes_per_token
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def convert(
+    teacher: str | Path | PreTrainedModel,
+    *,
+    mixer: str = "mamba2",
+    keep_attention: Sequence[int] = (),
+    seed: int = 0,
+    seed_from_attention: bool = True,
+    state_dim: int | None = None,
+    conv_width: int = 4,
+) -> PreTrainedModel:
+    """Turn a pretrained Transformer into a student with Mamba-2 layers.
+
+    Args:
+        teacher: a Hugging Face folder (or hub id), or a loaded model, which is left untouched.
+        mixer: what takes attention's place, a key of ``distill.mixers.MIXERS``.
+        keep_attention: 0-based indices of the layers that keep attention; with all of them the student equals the
+            teacher bit for bit.
+        seed: for what does not come from the teacher (the gate's projection); the same seed, the same student.
+        seed_from_attention: copy the attention weights into the mixers; False starts the mixers at random.
+        state_dim: state size of a head; None means the teacher's head size.
+        conv_width: taps of the mixers' short convolution.
+
+    Returns:
+        A ``PreTrainedModel`` in the teacher's dtype, on its device, in eval mode.
+
+    Raises:
+        UserError: for an unknown mixer or family, a layer out of range, or a teacher that cannot be read.
+    """
+    model = load_teacher(teacher) if isinstance(teacher, str | Path) else teacher
+    student, _ = convert_with_report(
+        model,
+        mixer=mixer,
+        keep_attention=keep_attention,
+        seed=seed,
+        seed_from_attention=seed_from_attention,
+        state_dim=state_dim,
+        conv_width=conv_width,
+    )
+    return student
+
+
+def convert_with_report(
+    teacher: PreTrainedModel,
+    *,
+    mixer: str = "mamba2",
+    keep_attention: Sequence[int] = (),
+    seed: int = 0,
+    seed_from_attention: bool = True,
+    state_dim: int | None = None,
+    conv_width: int = 4,
+) -> tuple[PreTrainedModel, Report]:
+    """:func:`convert`, with the account of what was done."""
+    config = plan(
+        teacher.config, mixer=mixer, keep_attention=keep_attention, state_dim=state_dim, conv_width=conv_width
+    )
+    family = family_of(teacher.config)
+    replaced = {index: view(teacher.get_decoder().layers[index].self_attn, family) for index in mixer_layers(config)}
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        student = _build(config, teacher)
+    _copy_weights(teacher, student)
+    seeded = {}
+    for index, attention in replaced.items():
+        seeded[index] = (
+            _seed_layer(student, index, attention, family) if seed_from_attention else [Seeded("everything", "random")]
+        )
+    return student, report(teacher, student, seeded)
+
+
+def plan(
+    teacher: PreTrainedConfig,
+    *,
+    mixer: str = "mamba2",
+    keep_attention: Sequence[int] = (),
+    state_dim: int | None = None,
+    conv_width: int = 4,
+) -> PreTrainedConfig:
+    """The student's config, everything checked, without a weight in memory.
+
+    Raises:
+        UserError: as :func:`convert`.
+    """
+    if getattr(teacher, "distill", None) is not None:
+        raise UserError("the teacher is already a student of this project; convert the Transformer it came from")
+    family_of(teacher)
+    if mixer not in MIXERS:
+        raise UserError(f"mixer is {mixer!r}; allowed are {', '.join(sorted(MIXERS))}")
+    text = teacher.get_text_config()
+    kept = resolve(text.num_hidden_layers, layers=list(keep_attention))
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if state_dim is not None and state_dim < 1 or conv_width < 1:
+        raise UserError(f"state_dim is {state_dim} and conv_width {conv_width}; both must be at least 1")
+    settings = {
+        "n_heads": text.num_attention_heads,
+        "head_dim": head_dim,
+        "state_dim": state_dim or head_dim,
+        "conv_width": conv_width,
+        "norm_eps": text.rms_norm_eps,
+    }
+    return student_config(teacher, layer_kinds(text.num_hidden_layers, kept, mixer), settings)
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A teacher or student without weights (on the meta device): for counting parameters and bytes."""
+    with torch.device("meta"), no_init_weights():
+        if getattr(config, "distill", None) is not None:
+            return STUDENTS[config.distill["teacher"]](copy.deepcopy(config))
+        return family_of(config).causal_lm(copy.deepcopy(config))
+
+
+def load_teacher(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a teacher with its stock class, frozen, in eval mode.
+
+    Raises:
+        UserError: if the folder is missing or cannot be read as a model.
+    """
+    try:
+        AutoConfig.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except Exception as error:  # transformers raises OSError, ValueError, SafetensorError, KeyError, … here
+        raise UserError(f"cannot load the teacher {str(folder)!r}: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+def report(teacher: PreTrainedModel, student: PreTrainedModel, seeded: dict[int, list[Seeded]] | None = None) -> Report:
+    """Count what changed; works on models without weights too."""
+    text = student.config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kv_bytes = 2 * text.num_key_value_heads * head_dim * teacher.dtype.itemsize
+    kinds = student.config.distill["layers"]
+    return Report(
+        layers=kinds,
+        seeded=seeded or {},
+        parameters_before=_count_by_role(teacher),
+        parameters_after=_count_by_role(student),
+        state_bytes=state_bytes(student),
+        kv_bytes_per_token=(len(kinds) - len(mixer_layers(student.config))) * kv_bytes,
+        teacher_kv_bytes_per_token=len(kinds) * kv_bytes,
+    )
+
+
+def _build(config: PreTrainedConfig, teacher: PreTrainedModel) -> PreTrainedModel:
+    """A student with untrained mixers and, everywhere else, weights still to be copied."""
+    with _default_dtype(teacher.dtype):
+        student = STUDENTS[teacher.config.model_type]._from_config(
+            config, attn_implementation=teacher.config._attn_implementation
+        )
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student.to(teacher.device).eval()
+
+
+def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    changed = tuple(f"layers.{index}.self_attn." for index in mixer_layers(student.config))
+    missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
+    strays = [name for name in (*missing, *unexpected) if not any(part in name for part in changed)]
+    assert not strays, f"teacher and student differ outside the changed layers: {strays}"
+
+
+def _seed_layer(student: PreTrainedModel, index: int, attention: AttentionView, family: Family) -> list[Seeded]:
+    layer = student.get_decoder().layers[index]
+    return seed_mixer(mixers_of(student)[index], attention, getattr(layer, family.input_norm).weight)
+
+
+def _count_by_role(model: PreTrainedModel) -> dict[str, int]:
+    counts = dict.fromkeys(ROLES, 0)
+    by_name = roles(model)
+    for name, parameter in model.named_parameters():
+        counts[by_name[name]] += parameter.numel()
+    return counts
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

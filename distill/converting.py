@@ -1,0 +1,65 @@
+"""From a teacher's folder to a student's folder, with everything that can go wrong checked first."""
+
+import json
+from pathlib import Path
+
+from distill.checks import check_weights, read_config, read_tokenizer, teacher_folder
+from distill.conversion import Report, convert_with_report, load_teacher, plan
+from distill.errors import UserError
+from distill.layout import resolve
+from distill.training.atomic import whole_folder
+from distill.weight_files import stored_tensors
+
+
+def convert_folder(teacher: str, out: Path, *, mixer: str, keep: str, seed: int, overwrite: bool) -> Report:
+    """Converts `teacher` and saves the student, its tokenizer and conversion.json in `out`, whole or not at all.
+
+    Args:
+        teacher: a Hugging Face folder or a Hub id.
+        out: a new or empty folder; with `overwrite` also one that holds a model, which is replaced.
+        mixer: a key of ``distill.mixers.MIXERS``.
+        keep: layers that keep attention, ``"2,5"`` or a pattern such as ``"mmma"``; ``""`` for none.
+        seed: of what does not come from the teacher.
+        overwrite: whether a model at `out` may be replaced.
+
+    Raises:
+        UserError: the teacher, the layout or the target cannot be used; nothing is written.
+    """
+    folder = teacher_folder(teacher)
+    _check_target(out, folder, overwrite)
+    config = read_config(folder or teacher)
+    kept = _kept(keep, config.get_text_config().num_hidden_layers)
+    plan(config, mixer=mixer, keep_attention=kept)
+    tokenizer = read_tokenizer(folder or teacher)
+    if folder:
+        check_weights(stored_tensors(folder), config, folder)
+    model = load_teacher(folder or teacher)
+    student, report = convert_with_report(model, mixer=mixer, keep_attention=kept, seed=seed)
+    with whole_folder(out.resolve()) as partial:
+        student.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "conversion.json").write_text(json.dumps(report.to_json(), indent=1) + "\n")
+    return report
+
+
+def _kept(keep: str, n_layers: int) -> list[int]:
+    text = keep.replace(" ", "")
+    if text and set(text) <= {"m", "a"}:
+        return resolve(n_layers, pattern=text)
+    indices = text.split(",") if text else []
+    if not all(index.isdecimal() for index in indices):
+        raise UserError(f"--keep-attention is {keep!r}; give layers such as 2,5 or a pattern such as mmma")
+    return resolve(n_layers, layers=[int(index) for index in indices])
+
+
+def _check_target(out: Path, teacher: Path | None, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give a new folder")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if teacher is not None and out.resolve() == teacher.resolve():
+        raise UserError(f"{out} is the teacher itself; give another folder")
+    if not overwrite:
+        raise UserError(f"{out} is not empty; give another folder, or --overwrite to replace the model in it")
+    if not (out / "config.json").is_file():
+        raise UserError(f"{out} holds something other than a model, which --overwrite does not replace")

@@ -1,0 +1,156 @@
+"""What this machine and this environment can do: the first thing to look at when something does not work."""
+
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+_REQUIRED = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "pydantic",
+    "typer",
+    "rich",
+)
+# What can be added: the module that is imported, the name to install, what it is for.
+_OPTIONAL = {
+    "tensorboard": ("tensorboard", "trackers: [tensorboard]"),
+    "mamba_ssm": ("mamba-ssm causal-conv1d --no-build-isolation", "scan kernels on NVIDIA GPUs"),
+    "fla": ("flash-linear-attention", "scan kernels in Triton"),
+    "deepspeed": ("deepspeed", "ZeRO across GPUs"),
+    "peft": ("peft", "LoRA on a finished student"),
+    "trl": ("trl", "fine-tuning and preference training"),
+    "lm_eval": ("lm-eval", "the standard benchmarks"),
+}
+_SCAN_KERNELS = {"mamba-ssm": "mamba_ssm", "flash-linear-attention": "fla"}
+
+
+def diagnose() -> dict[str, Any]:
+    """Everything `distill doctor` shows, as plain data; nothing here raises for a broken environment."""
+    devices = _devices()
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _REQUIRED}},
+        "platform": platform.platform(),
+        "interpreter": sys.executable,
+        "cpu": {"cores": _cores(), "memory_bytes": _memory_bytes()},
+        "torch": devices,
+        "scan": _scan_backends(devices),
+        "optional": {
+            module: {"installed": _installed(module), "adds": adds, "install": f"pip install {package}"}
+            for module, (package, adds) in _OPTIONAL.items()
+        },
+        "disk": {str(path): shutil.disk_usage(path).free for path in _places()},
+    }
+
+
+def render(facts: dict[str, Any]) -> RenderableType:
+    """The same for people, on one screen."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    versions = [f"{name} {found or 'missing'}" for name, found in facts["versions"].items()]
+    table.add_row("versions", Text(", ".join(versions)))
+    table.add_row("python", Text(facts["interpreter"]))
+    cpu, torch = facts["cpu"], facts["torch"]
+    table.add_row(
+        "cpu", f"{cpu['cores']} cores, {gibibytes(cpu['memory_bytes'])} memory, {torch['threads']} torch threads"
+    )
+    for gpu in torch["gpus"] or [None]:
+        table.add_row("gpu", _gpu_line(gpu) if gpu else Text(torch["problem"] or "none visible to torch"))
+    for name, backend in facts["scan"].items():
+        table.add_row("scan", f"{'[green]●[/]' if backend['used'] else '○'} {name}: {backend['why']}")
+    for module, extra in facts["optional"].items():
+        have = f"[green]●[/] {extra['installed']}" if extra["installed"] else f"○ {extra['install']}"
+        table.add_row("optional", f"{module} ({extra['adds']}): {have}")
+    for path, free in facts["disk"].items():
+        table.add_row("disk", f"{gibibytes(free)} free at {path}")
+    return Group(table)
+
+
+def gibibytes(n_bytes: int | None) -> str:
+    return "unknown" if n_bytes is None else f"{n_bytes / 2**30:.1f} GiB"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _installed(module: str) -> str | None:
+    """The version, or "yes" for a module without one; None if it is not there."""
+    return (_version(module.replace("_", "-")) or "yes") if find_spec(module) else None
+
+
+def _cores() -> int:
+    # Those this process may use, which in a container are fewer than the machine has.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _devices() -> dict[str, Any]:
+    try:
+        import torch
+    except Exception as error:  # a broken installation raises whatever its libraries raise
+        return {"threads": None, "gpus": [], "problem": f"torch does not import: {error}"}
+    gpus = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        gpus.append(
+            {
+                "name": properties.name,
+                "memory_bytes": properties.total_memory,
+                "capability": f"{properties.major}.{properties.minor}",
+                "bfloat16": torch.cuda.is_bf16_supported(),
+            }
+        )
+    built_for = torch.version.cuda or torch.version.hip
+    problem = None if gpus else f"none visible to torch, which is built for {built_for or 'the CPU alone'}"
+    return {"threads": torch.get_num_threads(), "gpus": gpus, "problem": problem}
+
+
+def _gpu_line(gpu: dict[str, Any]) -> Text:
+    bfloat16 = "with" if gpu["bfloat16"] else "without"
+    return Text(f"{gpu['name']}, {gibibytes(gpu['memory_bytes'])}, capability {gpu['capability']}, {bfloat16} bfloat16")
+
+
+def _scan_backends(devices: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Which implementation of the state-space scan runs here, and why the others do not."""
+    backends = {"torch": {"used": True, "why": "chunked matmuls in plain PyTorch, on every device"}}
+    for name, module in _SCAN_KERNELS.items():
+        if not devices["gpus"]:
+            why = "not used: it needs a CUDA device"
+        elif not find_spec(module):
+            why = f"not used: not installed (pip install {_OPTIONAL[module][0]})"
+        else:
+            why = "not used: installed, but this version of distill runs the torch scan only"
+        backends[name] = {"used": False, "why": why}
+    return backends
+
+
+def _places() -> list[Path]:
+    """Where runs and downloads go, each file system once."""
+    hub = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    while not hub.exists():
+        hub = hub.parent
+    places = [Path.cwd(), hub]
+    return places if places[0].stat().st_dev != places[1].stat().st_dev else places[:1]

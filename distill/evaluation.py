@@ -1,0 +1,339 @@
+"""How well a student does its teacher's work: loss, divergence, agreement, distance per layer, samples.
+
+A prediction at position t is scored when ``labels[t + 1] != -100``, so nothing is ever predicted across a
+document border or into padding. Models are called as packed batches demand it (distill/data): with
+``position_ids``, without a cache, without an attention mask.
+
+How numbers are summed: logits in fp32, one slice of positions at a time; totals over the data in fp64.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from distill.errors import UserError
+
+IGNORED = -100
+# A forward takes as many rows of a batch as keep its logits (or its layers' outputs) under FORWARD
+# elements; logits become fp32 in slices of at most SLICE elements.
+FORWARD = 2**28
+SLICE = 2**24
+
+# Below this many nats a token, conversion has lost nothing that a share could be a share of.
+NO_GAP = 1e-4
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Means over the scored positions of some text; what needs a teacher is None without one.
+
+    Attributes:
+        loss: the student's cross-entropy against the text, nats per token.
+        perplexity: ``exp(loss)``.
+        tokens: how many positions were scored.
+        teacher_loss: the teacher's cross-entropy at the same positions, nats per token.
+        kl: KL(teacher ‖ student) of the next-token distributions, nats per token.
+        agreement: share of positions where both give the highest probability to the same token.
+    """
+
+    loss: float
+    perplexity: float
+    tokens: int
+    teacher_loss: float | None = None
+    kl: float | None = None
+    agreement: float | None = None
+
+
+def evaluate(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device | None = None,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> Metrics:
+    """Score ``student`` on ``batches`` and, where a teacher is given, compare the two token by token.
+
+    Args:
+        teacher: None for the student's own loss alone; the student itself is allowed (KL 0, agreement 1).
+        batches: dicts of ``input_ids``, ``position_ids``, ``labels``, each (B, T) int64.
+        device: where the batches go; the student's own by default.
+        reduce: sums a tensor over processes that each score their own batches, for example
+            ``lambda sums: accelerator.reduce(sums, "sum")``.
+
+    Raises:
+        UserError: nothing can be scored, or the two vocabularies differ in size.
+    """
+    device = device or _device(student)
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    row_elements = student.config.get_text_config().vocab_size
+    with _evaluating(student, teacher):
+        for batch in batches:
+            for rows in _rows(batch, row_elements, device):
+                sums += _score(student, teacher, rows)
+    tokens, *totals = (reduce(sums) if reduce else sums).tolist()
+    if not tokens:
+        raise UserError("there is no token to score: every document of the text is shorter than two tokens")
+    loss, teacher_loss, kl, agreement = (total / tokens for total in totals)
+    if teacher is None:
+        return Metrics(loss, perplexity(loss), int(tokens))
+    return Metrics(loss, perplexity(loss), int(tokens), teacher_loss, kl, agreement)
+
+
+def layer_distances(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device | None = None,
+) -> list[float]:
+    """Per decoder layer, the mean over valid tokens of ‖h_student − h_teacher‖ / ‖h_teacher‖.
+
+    Both models read the same tokens from their own embeddings up, so a layer's number holds what all layers
+    below it have lost as well. ``h`` is what the layer hands to the next one, before any final norm.
+
+    Args:
+        batches: dicts of ``input_ids``, ``position_ids`` (B, T) int64 and ``valid`` (B, T) bool.
+
+    Raises:
+        UserError: the models differ in depth, or no token is valid.
+    """
+    device = device or _device(student)
+    depth, teacher_depth = (len(model.get_decoder().layers) for model in (student, teacher))
+    if depth != teacher_depth:
+        raise UserError(
+            f"the student has {depth} layers and the teacher {teacher_depth}: layers are compared one to "
+            "one, so give the teacher this student was converted from"
+        )
+    tokens = 0
+    sums_L = torch.zeros(depth, dtype=torch.float64, device=device)
+    row_elements = 2 * depth * student.config.get_text_config().hidden_size
+    with _evaluating(student, teacher):
+        for batch in batches:
+            for rows in _rows(batch, row_elements, device):
+                tokens += int(rows["valid"].sum())
+                pairs = zip(_layer_outputs(student, rows), _layer_outputs(teacher, rows), strict=True)
+                for layer, (student_BTD, teacher_BTD) in enumerate(pairs):
+                    sums_L[layer] += _relative_distance(student_BTD, teacher_BTD, rows["valid"])
+    if not tokens:
+        raise UserError("there is no valid token to compare the layers on")
+    return (sums_L / tokens).tolist()
+
+
+def completions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    new_tokens: int,
+    *,
+    bos: bool = False,
+) -> list[str]:
+    """The greedy continuation of each prompt, without the prompt, up to ``new_tokens`` or an end of text.
+
+    Prompts of different lengths are padded on the left into one batch where the tokenizer has a padding
+    token, else they run one by one.
+
+    Args:
+        bos: begin every prompt with the tokenizer's BOS, as ``data.bos`` does for documents, even where the
+            tokenizer would not; never twice.
+
+    Raises:
+        UserError: a prompt has no token at all.
+    """
+    encoded = [_encode_prompt(tokenizer, prompt, bos) for prompt in prompts]
+    groups = [encoded] if tokenizer.pad_token_id is not None and encoded else [[ids] for ids in encoded]
+    with _evaluating(model):
+        generated = [ids for group in groups for ids in _generate(model, tokenizer, group, new_tokens)]
+    return [_continuation(tokenizer, *ids) for ids in zip(encoded, generated, strict=True)]
+
+
+def perplexity(loss: float) -> float:
+    """``exp(loss)``; infinite where that is beyond a float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def perplexity_ratio(teacher: float, now: float) -> float:
+    """How many times the teacher's perplexity the student's is, both given as losses: ``exp(now − teacher)``.
+
+    1.05 reads "5 % more perplexed by the same text"; below 1 the student predicts it better than its teacher.
+    """
+    return perplexity(now - teacher)
+
+
+def recovered_share(teacher: float, start: float, now: float) -> float | None:
+    """The share of the loss gap opened by conversion that training has closed again.
+
+    ``1 − (now − teacher) / (start − teacher)``, all three losses in nats per token on the same text: 0 right
+    after conversion, 1 where the student predicts the text as well as its teacher. It is not clipped: above
+    1 the student is better than its teacher on this text, below 0 it is worse than it was at conversion.
+
+    Nats are the honest scale for a share. In perplexities the first nats of a broken model would count for
+    nearly everything, and every student would seem to have recovered 99 %.
+
+    Returns None where conversion opened no gap (less than ``NO_GAP``), as with a layout that keeps attention
+    everywhere, or where a loss is not finite.
+    """
+    gap = start - teacher
+    if not all(map(math.isfinite, (teacher, start, now))) or gap < NO_GAP:
+        return None
+    return 1 - (now - teacher) / gap
+
+
+def _score(student: PreTrainedModel, teacher: PreTrainedModel | None, rows: Batch) -> Tensor:
+    """Sums over the scored positions, (5,) fp64: tokens, loss, teacher's loss, KL, agreements."""
+    student_BTV = teacher_BTV = _logits(student, rows)
+    if teacher is not None and teacher is not student:
+        teacher_BTV = _logits(teacher, rows)
+    vocabulary = student_BTV.shape[-1]
+    if teacher_BTV.shape[-1] != vocabulary:
+        raise UserError(
+            f"the student predicts {vocabulary} tokens and the teacher {teacher_BTV.shape[-1]}: their "
+            "distributions can be compared only over one vocabulary"
+        )
+    sums = torch.zeros(5, dtype=torch.float64, device=student_BTV.device)
+    labels_BT = rows["labels"]
+    scored_N2 = (labels_BT[:, 1:] != IGNORED).nonzero()
+    for sequence_n, position_n in (part.unbind(-1) for part in scored_N2.split(max(1, SLICE // vocabulary))):
+        next_n1 = labels_BT[sequence_n, position_n + 1].unsqueeze(-1)
+        student_nV = log_softmax(student_BTV[sequence_n, position_n].float(), dim=-1)
+        sums[0] += len(next_n1)
+        sums[1] -= student_nV.gather(-1, next_n1).sum(dtype=torch.float64)
+        if teacher is None:
+            continue
+        teacher_nV = log_softmax(teacher_BTV[sequence_n, position_n].float(), dim=-1)
+        sums[2] -= teacher_nV.gather(-1, next_n1).sum(dtype=torch.float64)
+        sums[3] += _kl(teacher_nV, student_nV)
+        sums[4] += (teacher_nV.argmax(-1) == student_nV.argmax(-1)).sum()
+    return sums
+
+
+def _kl(teacher_nV: Tensor, student_nV: Tensor) -> Tensor:
+    """Σ p_t (log p_t − log p_s) over positions and vocabulary, from log-probabilities; () fp64."""
+    p_nV = teacher_nV.exp()
+    # Tokens the teacher rules out altogether add nothing, though log p_t − log p_s may be −inf − (−inf).
+    terms_nV = (p_nV * (teacher_nV - student_nV)).masked_fill_(p_nV == 0, 0.0)
+    return terms_nV.sum(dtype=torch.float64)
+
+
+def _relative_distance(student_BTD: Tensor, teacher_BTD: Tensor, valid_BT: Tensor) -> Tensor:
+    """Σ over valid tokens of ‖student − teacher‖ / ‖teacher‖; () fp64."""
+    student_ND, teacher_ND = student_BTD[valid_BT].float(), teacher_BTD[valid_BT].float()
+    norm_N = teacher_ND.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((student_ND - teacher_ND).norm(dim=-1) / norm_N).sum(dtype=torch.float64)
+
+
+def _logits(model: PreTrainedModel, rows: Batch) -> Tensor:
+    """(B, T, V) in the model's dtype."""
+    return model(input_ids=rows["input_ids"], position_ids=rows["position_ids"], use_cache=False).logits
+
+
+def _layer_outputs(model: PreTrainedModel, rows: Batch) -> list[Tensor]:
+    """What each decoder layer hands on, (B, T, D) each.
+
+    By hooks, since the last entry of ``output_hidden_states`` has already been through the final norm.
+    """
+    outputs: list[Tensor] = []
+
+    def keep(_layer: nn.Module, _arguments: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        outputs.append(output if isinstance(output, Tensor) else output[0])
+
+    decoder = model.get_decoder()
+    hooks = [layer.register_forward_hook(keep) for layer in decoder.layers]
+    try:
+        decoder(input_ids=rows["input_ids"], position_ids=rows["position_ids"], use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(outputs) == len(decoder.layers), "every decoder layer runs once in a forward"
+    return outputs
+
+
+def _rows(batch: Batch, elements_per_token: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """The batch on ``device``, split along B so that one forward's output stays under FORWARD elements."""
+    per_row = batch["input_ids"].shape[1] * elements_per_token
+    n_rows = max(1, FORWARD // per_row)
+    names = ("input_ids", "position_ids", "labels", "valid")
+    split = {name: batch[name].to(device).split(n_rows) for name in names if name in batch}
+    return (dict(zip(split, rows, strict=True)) for rows in zip(*split.values(), strict=True))
+
+
+def _encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, bos: bool) -> list[int]:
+    ids = list(tokenizer(prompt)["input_ids"])
+    if bos and tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
+        ids.insert(0, tokenizer.bos_token_id)
+    if not ids:
+        raise UserError(f"the prompt {prompt!r} has no token to continue from: give it some text")
+    return ids
+
+
+def _generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, group: Sequence[list[int]], new_tokens: int
+) -> list[list[int]]:
+    """New ids for each prompt of ids, ended before the first end-of-text token."""
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    ends = [eos] if isinstance(eos, int) else eos or []
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), None)
+    width = max(map(len, group))
+    ids_BT = torch.tensor([[pad or 0] * (width - len(ids)) + ids for ids in group], device=_device(model))
+    mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in group], device=ids_BT.device)
+    # A checkpoint's generation config may ask for sampling or penalties: this is the model, plain.
+    unset = dict.fromkeys(("temperature", "top_p", "top_k", "repetition_penalty"))
+    out_BT = cast(Callable[..., Tensor], model.generate)(
+        input_ids=ids_BT,
+        attention_mask=mask_BT,
+        max_new_tokens=new_tokens,
+        pad_token_id=pad,
+        do_sample=False,
+        num_beams=1,
+        **unset,
+    )
+    return [_until(row[width:], ends) for row in out_BT.tolist()]
+
+
+def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
+    cut = next((index for index, token in enumerate(ids) if token in ends), len(ids))
+    return ids[:cut]
+
+
+def _continuation(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], new_ids: list[int]) -> str:
+    """What the new ids add to the text; decoded with the prompt, or many tokenizers drop the space."""
+
+    def text(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    before, whole = text(prompt_ids), text(prompt_ids + new_ids)
+    return whole[len(before) :] if whole.startswith(before) else text(new_ids)
+
+
+@contextmanager
+def _evaluating(*models: PreTrainedModel | None) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own mode comes back at the end.
+
+    ``no_grad`` and not ``inference_mode``: dynamic rotary embeddings rewrite their buffers in a forward, and
+    buffers born in inference mode would break the next training step.
+    """
+    modes = {module: module.training for model in models if model is not None for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _device(model: PreTrainedModel) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,85 @@
+"""Which decoder layers keep their attention: a list, a repeated pattern, a ratio or a count, made into indices."""
+
+from collections.abc import Sequence
+
+from distill.errors import UserError
+
+ATTENTION = "attention"
+
+
+def resolve(
+    n_layers: int,
+    *,
+    layers: Sequence[int] | None = None,
+    pattern: str | None = None,
+    ratio: float | None = None,
+    count: int | None = None,
+) -> list[int]:
+    """The indices of the layers that keep attention, ascending.
+
+    Args:
+        n_layers: depth of the teacher.
+        layers: the indices themselves, 0-based.
+        pattern: ``m`` (mixer) and ``a`` (attention), blanks ignored, repeated over the depth: ``"m m m a"``.
+        ratio: share of the layers that keep attention, between 0 and 1, evenly spaced.
+        count: number of layers that keep attention, evenly spaced.
+
+    Raises:
+        UserError: unless exactly one of the four is given and it fits the depth.
+    """
+    given = {"layers": layers, "pattern": pattern, "ratio": ratio, "count": count}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise UserError(f"keep_attention takes exactly one of {', '.join(given)}; got {', '.join(named) or 'none'}")
+    if layers is not None:
+        return _checked(layers, n_layers)
+    if pattern is not None:
+        return _from_pattern(pattern, n_layers)
+    if ratio is not None:
+        if not 0 <= ratio <= 1:
+            raise UserError(f"keep_attention.ratio is {ratio}; it is a share of the layers, between 0 and 1")
+        count = round(ratio * n_layers)
+    assert count is not None
+    return evenly_spaced(count, n_layers)
+
+
+def evenly_spaced(count: int, n_layers: int) -> list[int]:
+    """``count`` layers, each the last of its equal share of the depth: 4 of 16 are 3, 7, 11, 15.
+
+    That is where MOHAWK's Llama hybrids keep theirs; the first layers, which gain least from attention, change.
+    """
+    if not 0 <= count <= n_layers:
+        raise UserError(f"keep_attention.count is {count}; the teacher has {n_layers} layers, so 0 to {n_layers}")
+    return [(i + 1) * n_layers // count - 1 for i in range(count)]
+
+
+def layer_kinds(n_layers: int, kept: Sequence[int], mixer: str) -> list[str]:
+    """One name a layer, ``"attention"`` or the mixer's: what a student's config stores."""
+    return [ATTENTION if index in set(kept) else mixer for index in range(n_layers)]
+
+
+def _checked(layers: Sequence[int], n_layers: int) -> list[int]:
+    outside = [index for index in layers if not 0 <= index < n_layers]
+    if outside:
+        raise UserError(
+            f"keep_attention names layer {', '.join(map(str, outside))}; "
+            f"the teacher has {n_layers} layers, numbered 0 to {n_layers - 1}"
+        )
+    repeated = sorted({index for index in layers if list(layers).count(index) > 1})
+    if repeated:
+        raise UserError(f"keep_attention names layer {', '.join(map(str, repeated))} more than once")
+    return sorted(layers)
+
+
+def _from_pattern(pattern: str, n_layers: int) -> list[int]:
+    letters = pattern.replace(" ", "")
+    if not letters or set(letters) - {"m", "a"}:
+        raise UserError(
+            f"keep_attention.pattern is {pattern!r}; write m for a mixer and a for attention, as in 'm m m a'"
+        )
+    if n_layers % len(letters):
+        raise UserError(
+            f"keep_attention.pattern {pattern!r} has {len(letters)} places, which do not repeat evenly over "
+            f"{n_layers} layers; use a length that divides {n_layers}"
+        )
+    return [index for index in range(n_layers) if letters[index % len(letters)] == "a"]

@@ -1,0 +1,157 @@
+"""MOHAWK's Mamba-2: the step size is gone, and at the start convolution and gate let everything through.
+
+========  =============================================================================
+symbol    meaning
+========  =============================================================================
+u         hidden state that enters the layer (D numbers)
+x, B, C   value, what is written with, what is read with: V, K, Q of linear attention
+z         gate, with a bias that opens it
+a'        the decay's logit, per head and position
+H, P, N   heads (the teacher's query heads), channels a head, state size a head
+========  =============================================================================
+
+::
+
+    xBC | z | a' = W_in u
+    x | B | C    = conv(xBC)                          (no activation)
+    S_t          = exp(−softplus(a'_t)) S_{t−1} + x_t ⊗ B_t
+    y_t          = S_t C_t + D x_t
+    out          = W_out ( y ∘ SiLU(z + z_bias) )     (no norm)
+
+Source: MOHAWK (arXiv 2408.10189), section 3 and appendix; the authors run it through the stock kernel as
+``x / softplus(a')``, which is infinite in bf16 below a' ≈ −89. Here the scan takes decay and input apart, so
+nothing is divided.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distill.mixers.state_space import (
+    ScanTerms,
+    cache_layer,
+    consecutive,
+    depthwise,
+    identity_convolution_,
+    inverse_softplus,
+    mask_positions,
+    matrix,
+    run,
+    short_convolution,
+    split_heads,
+    widen,
+)
+
+
+OPEN_GATE = 1.278464542761074  # SiLU(OPEN_GATE) = 1
+
+
+class DiscreteMamba2Mixer(nn.Module):
+    """MOHAWK's mixer with the call signature of an attention layer.
+
+    Args:
+        hidden_size: D.
+        n_heads: H.
+        head_dim: P; H·P need not equal D.
+        state_dim: N.
+        conv_width: taps of the short convolution.
+        norm_eps: accepted and not used, so that every mixer is built by one call.
+        layer_idx: place in the decoder, for the cache.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        n_heads: int,
+        head_dim: int,
+        state_dim: int,
+        conv_width: int = 4,
+        norm_eps: float = 1e-5,
+        layer_idx: int = 0,
+    ) -> None:
+        super().__init__()
+        self.n_heads, self.head_dim, self.state_dim, self.layer_idx = n_heads, head_dim, state_dim, layer_idx
+        self.inner, self.wide = n_heads * head_dim, n_heads * state_dim
+        self.in_proj = nn.Linear(hidden_size, 2 * self.inner + 2 * self.wide + n_heads, bias=False)
+        self.conv1d = depthwise(self.inner + 2 * self.wide, conv_width)
+        self.z_bias = nn.Parameter(torch.empty(self.inner))
+        self.A_log_bias = nn.Parameter(torch.empty(n_heads))
+        self.D = nn.Parameter(torch.empty(n_heads))
+        self.out_proj = nn.Linear(self.inner, hidden_size, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Random projections; gate and convolution let everything through; memories of 4 to 256 positions."""
+        for projection in (self.in_proj, self.out_proj):
+            nn.init.normal_(projection.weight, std=1 / math.sqrt(projection.in_features))
+        self.in_proj.weight[self.in_rows()["z"]].zero_()
+        nn.init.constant_(self.z_bias, OPEN_GATE)
+        identity_convolution_(self.conv1d)
+        nn.init.ones_(self.D)
+        set_memory_(self, torch.logspace(2, 8, self.n_heads, base=2))
+
+    def in_rows(self) -> dict[str, slice]:
+        """Which rows of ``in_proj`` make what."""
+        return consecutive({"x": self.inner, "B": self.wide, "C": self.wide, "z": self.inner, "A_log": self.n_heads})
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        past_key_values: Any = None,
+        valid_BT: Tensor | None = None,
+        resets_BT: Tensor | None = None,
+        **_attention_only: Any,
+    ) -> tuple[Tensor, None]:
+        """Mix over time; arguments and results as :meth:`distill.mixers.mamba2.Mamba2Mixer.forward`."""
+        cache = cache_layer(past_key_values, self.layer_idx)
+        terms, z_BTI = self._terms(hidden_states, valid_BT, resets_BT, cache)
+        y_BTI = run(terms, resets_BT=resets_BT, cache=cache).flatten(2)
+        return self.out_proj((y_BTI * F.silu(z_BTI + self.z_bias)).to(hidden_states.dtype)), None
+
+    def mix(
+        self, hidden_BTD: Tensor, *, valid_BT: Tensor | None = None, resets_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(y_BTHP, x_BTHP): the scan's output and the values it mixed, before the gate."""
+        terms, _ = self._terms(hidden_BTD, valid_BT, resets_BT, None)
+        return run(terms, resets_BT=resets_BT, cache=None), terms.x_BTHP
+
+    def mixing_matrix(
+        self, hidden_BTD: Tensor, *, valid_BT: Tensor | None = None, resets_BT: Tensor | None = None
+    ) -> Tensor:
+        """The (B, H, T, T) matrix that takes the values to :meth:`mix`'s output; fp32."""
+        return matrix(self._terms(hidden_BTD, valid_BT, resets_BT, None)[0], resets_BT=resets_BT)
+
+    def state_numel(self) -> int:
+        """Numbers remembered per sequence: scan state and convolution inputs."""
+        return self.inner * self.state_dim + self.conv1d.in_channels * (self.conv1d.kernel_size[0] - 1)
+
+    def _terms(
+        self, hidden_BTD: Tensor, valid_BT: Tensor | None, resets_BT: Tensor | None, cache: Any
+    ) -> tuple[ScanTerms, Tensor]:
+        projected_BTE = mask_positions(self.in_proj(hidden_BTD), valid_BT)
+        xBC_BTC, z_BTI, logit_BTH = projected_BTE.split([self.inner + 2 * self.wide, self.inner, self.n_heads], dim=-1)
+        xBC_BTC = short_convolution(self.conv1d, xBC_BTC, resets_BT=resets_BT, cache=cache)
+        x_BTI, B_BTI, C_BTI = xBC_BTC.split([self.inner, self.wide, self.wide], dim=-1)
+        log_decay_BTH = -F.softplus(widen(logit_BTH) + widen(self.A_log_bias))
+        terms = ScanTerms(
+            x_BTHP=split_heads(mask_positions(x_BTI, valid_BT), self.n_heads),
+            B_BTHN=split_heads(B_BTI, self.n_heads),
+            C_BTHN=split_heads(C_BTI, self.n_heads),
+            log_decay_BTH=mask_positions(log_decay_BTH, valid_BT),
+            step_BTH=None,
+            skip_H=self.D,
+        )
+        return terms, z_BTI
+
+
+@torch.no_grad()
+def set_memory_(mixer: DiscreteMamba2Mixer, positions_H: Tensor) -> None:
+    """Let every head forget by 1/e in ``positions_H`` positions, whatever the input."""
+    mixer.in_proj.weight[mixer.in_rows()["A_log"]].zero_()
+    mixer.A_log_bias.copy_(inverse_softplus(1 / positions_H))

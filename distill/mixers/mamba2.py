@@ -1,0 +1,182 @@
+"""The standard Mamba-2 layer, shaped to take attention's place head by head.
+
+========  =============================================================================
+symbol    meaning
+========  =============================================================================
+u         hidden state that enters the layer (D numbers)
+z         gate
+x, B, C   value, what is written with, what is read with: V, K, Q of linear attention
+Δ         step size, per head; A = −exp(A_log) < 0 per head
+H, P, N   heads (the teacher's query heads), channels a head, state size a head
+========  =============================================================================
+
+::
+
+    z | xBC | Δ' = W_in u
+    x | B | C    = SiLU(conv(xBC))
+    Δ            = softplus(Δ' + Δ_bias)
+    S_t          = exp(Δ_t A) S_{t−1} + Δ_t x_t ⊗ B_t
+    y_t          = S_t C_t + D x_t
+    out          = W_out ( w ∘ RMS_head( y ∘ SiLU(z) ) )
+
+Source: "Transformers are SSMs" (arXiv 2405.21060), section 7. One B/C group per head and the gated norm taken per
+head make every head independent, as attention's heads are. Parameter names and layouts are those of mamba-ssm and of
+transformers' Bamba and GraniteMoeHybrid, which therefore can run a student's weights.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distill.mixers.state_space import (
+    ScanTerms,
+    cache_layer,
+    consecutive,
+    depthwise,
+    identity_convolution_,
+    inverse_softplus,
+    mask_positions,
+    matrix,
+    run,
+    short_convolution,
+    split_heads,
+    widen,
+)
+
+
+class GatedHeadNorm(nn.Module):
+    """w ∘ RMS_head(y ∘ SiLU(z)): the root mean square is taken over each head's channels alone, in fp32.
+
+    Args:
+        inner: H·P.
+        n_heads: H.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, inner: int, n_heads: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(inner))
+        self.n_heads, self.eps = n_heads, eps
+
+    def forward(self, y_BTI: Tensor, z_BTI: Tensor) -> Tensor:
+        gated_BTHP = split_heads(widen(y_BTI * F.silu(z_BTI)), self.n_heads)
+        return F.rms_norm(gated_BTHP, gated_BTHP.shape[-1:], eps=self.eps).flatten(2) * self.weight
+
+
+class Mamba2Mixer(nn.Module):
+    """Mamba-2 with the call signature of an attention layer.
+
+    Args:
+        hidden_size: D.
+        n_heads: H.
+        head_dim: P; H·P need not equal D.
+        state_dim: N.
+        conv_width: taps of the short convolution.
+        norm_eps: added to the mean square in the gated norm.
+        layer_idx: place in the decoder, for the cache.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        n_heads: int,
+        head_dim: int,
+        state_dim: int,
+        conv_width: int = 4,
+        norm_eps: float = 1e-5,
+        layer_idx: int = 0,
+    ) -> None:
+        super().__init__()
+        self.n_heads, self.head_dim, self.state_dim = n_heads, head_dim, state_dim
+        self.layer_idx = layer_idx
+        self.inner, self.wide = n_heads * head_dim, n_heads * state_dim
+        self.in_proj = nn.Linear(hidden_size, 2 * self.inner + 2 * self.wide + n_heads, bias=False)
+        self.conv1d = depthwise(self.inner + 2 * self.wide, conv_width)
+        self.dt_bias = nn.Parameter(torch.empty(n_heads))
+        self.A_log = nn.Parameter(torch.empty(n_heads))
+        self.D = nn.Parameter(torch.empty(n_heads))
+        self.norm = GatedHeadNorm(self.inner, n_heads, norm_eps)
+        self.out_proj = nn.Linear(self.inner, hidden_size, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Random projections, an open convolution, memories of 4 to 256 positions spread over the heads."""
+        for projection in (self.in_proj, self.out_proj):
+            nn.init.normal_(projection.weight, std=1 / math.sqrt(projection.in_features))
+        identity_convolution_(self.conv1d)
+        nn.init.ones_(self.norm.weight)
+        nn.init.ones_(self.D)
+        set_memory_(self, torch.logspace(2, 8, self.n_heads, base=2))
+
+    def in_rows(self) -> dict[str, slice]:
+        """Which rows of ``in_proj`` make what."""
+        return consecutive({"z": self.inner, "x": self.inner, "B": self.wide, "C": self.wide, "dt": self.n_heads})
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        past_key_values: Any = None,
+        valid_BT: Tensor | None = None,
+        resets_BT: Tensor | None = None,
+        **_attention_only: Any,
+    ) -> tuple[Tensor, None]:
+        """Mix over time. Shapes (B, T, D) to (B, T, D); the second result stands for attention weights.
+
+        Args:
+            past_key_values: a Hugging Face cache whose layer here is a ``MixerCacheLayer``; updated in place.
+            valid_BT: False at padding.
+            resets_BT: True where a packed document begins.
+        """
+        cache = cache_layer(past_key_values, self.layer_idx)
+        terms, z_BTI = self._terms(hidden_states, valid_BT, resets_BT, cache)
+        y_BTHP = run(terms, resets_BT=resets_BT, cache=cache)
+        return self.out_proj(self.norm(y_BTHP.flatten(2), z_BTI).to(hidden_states.dtype)), None
+
+    def mix(
+        self, hidden_BTD: Tensor, *, valid_BT: Tensor | None = None, resets_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(y_BTHP, x_BTHP): the scan's output and the values it mixed, before gate and norm."""
+        terms, _ = self._terms(hidden_BTD, valid_BT, resets_BT, None)
+        return run(terms, resets_BT=resets_BT, cache=None), terms.x_BTHP
+
+    def mixing_matrix(
+        self, hidden_BTD: Tensor, *, valid_BT: Tensor | None = None, resets_BT: Tensor | None = None
+    ) -> Tensor:
+        """The (B, H, T, T) matrix that takes the values to :meth:`mix`'s output; fp32."""
+        return matrix(self._terms(hidden_BTD, valid_BT, resets_BT, None)[0], resets_BT=resets_BT)
+
+    def state_numel(self) -> int:
+        """Numbers remembered per sequence: scan state and convolution inputs."""
+        return self.inner * self.state_dim + self.conv1d.in_channels * (self.conv1d.kernel_size[0] - 1)
+
+    def _terms(
+        self, hidden_BTD: Tensor, valid_BT: Tensor | None, resets_BT: Tensor | None, cache: Any
+    ) -> tuple[ScanTerms, Tensor]:
+        projected_BTE = mask_positions(self.in_proj(hidden_BTD), valid_BT)
+        z_BTI, xBC_BTC, dt_BTH = projected_BTE.split([self.inner, self.inner + 2 * self.wide, self.n_heads], dim=-1)
+        xBC_BTC = F.silu(short_convolution(self.conv1d, xBC_BTC, resets_BT=resets_BT, cache=cache))
+        x_BTI, B_BTI, C_BTI = xBC_BTC.split([self.inner, self.wide, self.wide], dim=-1)
+        step_BTH = mask_positions(F.softplus(widen(dt_BTH) + widen(self.dt_bias)), valid_BT)
+        terms = ScanTerms(
+            x_BTHP=split_heads(mask_positions(x_BTI, valid_BT), self.n_heads),
+            B_BTHN=split_heads(B_BTI, self.n_heads),
+            C_BTHN=split_heads(C_BTI, self.n_heads),
+            log_decay_BTH=-step_BTH * widen(self.A_log).exp(),
+            step_BTH=step_BTH,
+            skip_H=self.D,
+        )
+        return terms, z_BTI
+
+
+@torch.no_grad()
+def set_memory_(mixer: Mamba2Mixer, positions_H: Tensor) -> None:
+    """Let every head forget by 1/e in ``positions_H`` positions, at step size 1 whatever the input."""
+    mixer.in_proj.weight[mixer.in_rows()["dt"]].zero_()
+    mixer.dt_bias.copy_(inverse_softplus(torch.ones_like(mixer.dt_bias)))
+    mixer.A_log.copy_(-positions_H.log())

@@ -1,0 +1,127 @@
+"""What the Mamba-2 mixers share: running the terms of a scan, with or without a cache, or writing out its matrix."""
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.cache import MixerCacheLayer
+from distill.ssd import causal_convolution, mixing_matrix, scan, scan_step
+
+
+@dataclass(frozen=True)
+class ScanTerms:
+    """Everything ``y = M x + D x`` needs, per position; what a mixer computes from its hidden states.
+
+    Attributes:
+        x_BTHP: values.
+        B_BTHN: what a position writes with.
+        C_BTHN: what a position reads with.
+        log_decay_BTH: logarithm of the decay, ≤ 0; 0 at padding.
+        step_BTH: step size that scales what is written; None means 1.
+        skip_H: weight D of the position's own value.
+    """
+
+    x_BTHP: Tensor
+    B_BTHN: Tensor
+    C_BTHN: Tensor
+    log_decay_BTH: Tensor
+    step_BTH: Tensor | None
+    skip_H: Tensor
+
+
+def run(terms: ScanTerms, *, resets_BT: Tensor | None, cache: MixerCacheLayer | None) -> Tensor:
+    """y_BTHP = scan + D x. With a cache the scan continues from its state, which is then brought up to date."""
+    written_BTHP = terms.x_BTHP
+    if terms.step_BTH is not None:
+        written_BTHP = written_BTHP * terms.step_BTH[..., None].to(written_BTHP.dtype)
+    state_BHPN = None if cache is None else cache.state()
+    if cache is not None and state_BHPN is not None and written_BTHP.shape[1] == 1 and resets_BT is None:
+        y_BTHP = scan_step(
+            terms.log_decay_BTH[:, 0], terms.B_BTHN[:, 0], terms.C_BTHN[:, 0], written_BTHP[:, 0], state_BHPN
+        ).unsqueeze(1)
+    else:
+        y_BTHP, final_BHPN = scan(
+            terms.log_decay_BTH,
+            terms.B_BTHN,
+            terms.C_BTHN,
+            written_BTHP,
+            initial_state_BHPN=state_BHPN,
+            resets_BT=resets_BT,
+        )
+        if cache is not None:
+            cache.update_recurrent_state(final_BHPN)
+    if cache is not None:
+        cache.advance(written_BTHP.shape[1])
+    return y_BTHP + terms.skip_H[:, None].to(y_BTHP.dtype) * terms.x_BTHP
+
+
+def matrix(terms: ScanTerms, *, resets_BT: Tensor | None) -> Tensor:
+    """M + D·I with the step sizes in its columns, so that ``matrix @ x`` is :func:`run`; (B, H, T, T), fp32."""
+    with torch.autocast(terms.x_BTHP.device.type, enabled=False):
+        matrix_BHTT = mixing_matrix(
+            widen(terms.log_decay_BTH), widen(terms.B_BTHN), widen(terms.C_BTHN), resets_BT=resets_BT
+        )
+        if terms.step_BTH is not None:
+            matrix_BHTT = matrix_BHTT * widen(terms.step_BTH).mT[:, :, None, :]
+        return matrix_BHTT + torch.diag_embed(widen(terms.skip_H)[:, None].expand(-1, matrix_BHTT.shape[-1]))
+
+
+def short_convolution(
+    conv1d: nn.Conv1d, x_BTC: Tensor, *, resets_BT: Tensor | None, cache: MixerCacheLayer | None
+) -> Tensor:
+    """The layer's depthwise convolution, continuing from the inputs a cache remembers."""
+    past_BTC = None if cache is None else cache.exchange_inputs(x_BTC, conv1d.kernel_size[0] - 1)
+    weight_CK = conv1d.weight.squeeze(1).to(x_BTC.dtype)
+    bias_C = None if conv1d.bias is None else conv1d.bias.to(x_BTC.dtype)
+    return causal_convolution(x_BTC, weight_CK, bias_C, past_BTC=past_BTC, resets_BT=resets_BT)
+
+
+def identity_convolution_(conv1d: nn.Conv1d) -> None:
+    """Only the current position passes, unchanged."""
+    with torch.no_grad():
+        conv1d.weight.zero_()
+        conv1d.weight[:, 0, -1] = 1.0
+        if conv1d.bias is not None:
+            conv1d.bias.zero_()
+
+
+def depthwise(channels: int, width: int) -> nn.Conv1d:
+    """The convolution's parameters under the names every Mamba implementation uses; run by ``short_convolution``."""
+    return nn.Conv1d(channels, channels, width, groups=channels, bias=True)
+
+
+def consecutive(widths: dict[str, int]) -> dict[str, slice]:
+    """Where each part lies when parts of these widths follow one another."""
+    ends = list(accumulate(widths.values()))
+    return {name: slice(end - width, end) for (name, width), end in zip(widths.items(), ends, strict=True)}
+
+
+def split_heads(x_BTC: Tensor, n_heads: int) -> Tensor:
+    return x_BTC.unflatten(-1, (n_heads, -1))
+
+
+def mask_positions(x_BTC: Tensor, valid_BT: Tensor | None) -> Tensor:
+    """Zero at padding."""
+    return x_BTC if valid_BT is None else x_BTC * valid_BT[..., None].to(x_BTC.dtype)
+
+
+def cache_layer(past_key_values: Any, layer_idx: int) -> MixerCacheLayer | None:
+    """This layer's part of a Hugging Face cache; ``distill.student`` puts it there before the decoder runs."""
+    if past_key_values is None:
+        return None
+    layer = past_key_values.layers[layer_idx]
+    assert isinstance(layer, MixerCacheLayer), f"cache layer {layer_idx} is a {type(layer).__name__}"
+    return layer
+
+
+def inverse_softplus(y: Tensor) -> Tensor:
+    """x with softplus(x) = y, for y > 0."""
+    return y + torch.log(-torch.expm1(-y))
+
+
+def widen(x: Tensor) -> Tensor:
+    """At least fp32: a decay near one raised to thousands of positions does not survive bf16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

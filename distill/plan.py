@@ -1,0 +1,151 @@
+"""A recipe's run before it runs: which layers change, how large everything is, what each stage takes."""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from distill.checks import RecipeFacts
+from distill.conversion import CONTEXTS, Report, empty_model, report
+from distill.conversion import plan as plan_student
+from distill.costs import Memory, flops_per_token, memory, sizes_of
+from distill.data.pack import MANIFEST, Blocks
+from distill.recipe import Recipe, StageName
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage, as far as it is known beforehand.
+
+    Attributes:
+        tokens: what its steps really take, the recipe's tokens rounded down to whole steps.
+        epochs: passes over the training text; None while the text is not prepared.
+        flops: floating-point operations, teacher and student.
+        seconds: those at the measured rate; what is not a matrix product comes on top.
+    """
+
+    name: StageName
+    tokens: int
+    steps: int
+    epochs: float | None
+    flops: float
+    seconds: float
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `distill plan` shows.
+
+    Attributes:
+        conversion: layers, parameters by role, state and cache bytes.
+        flops_per_second: the measured rate of matrix products, or the given one.
+    """
+
+    recipe: Recipe
+    conversion: Report
+    stages: list[StagePlan]
+    flops_per_second: float
+    device: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; sizes in bytes, times in seconds."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "layers": self.conversion.layers,
+            "parameters": {"teacher": self.conversion.parameters_before, "student": self.conversion.parameters_after},
+            "state_bytes": self.conversion.state_bytes,
+            "cache_bytes": {
+                tokens: dict(zip(("student", "teacher"), self.conversion.cache_bytes(tokens), strict=True))
+                for tokens in CONTEXTS
+            },
+            "stages": [{**asdict(stage), "memory": _with_total(stage.memory)} for stage in self.stages],
+            "flops_per_second": self.flops_per_second,
+            "device": self.device,
+        }
+
+
+def make_plan(
+    recipe: Recipe,
+    facts: RecipeFacts,
+    *,
+    training_tokens: int | None = None,
+    flops_per_second: float | None = None,
+) -> Plan:
+    """Computes the plan of a checked recipe; both models are built without weights.
+
+    Args:
+        recipe: the recipe.
+        facts: what `distill.checks.check` found.
+        training_tokens: tokens of the training text, if it is prepared.
+        flops_per_second: of matrix products; measured for about a second if None.
+    """
+    teacher = empty_model(facts.config)
+    teacher.to(_DTYPES[recipe.teacher.dtype])  # type: ignore[arg-type]  # transformers hides nn.Module's signature
+    student = empty_model(
+        plan_student(
+            facts.config,
+            mixer=recipe.student.mixer,
+            keep_attention=facts.kept,
+            state_dim=recipe.student.state_dim,
+            conv_width=recipe.student.conv_width,
+        )
+    )
+    for model in (teacher, student):
+        model.tie_weights()
+    conversion = report(teacher, student)
+    block = recipe.data.block
+    sizes = sizes_of(student, block, conversion.parameters_before, conversion.parameters_after)
+    device = "cuda" if recipe.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if flops_per_second is None:
+        flops_per_second = measure_matmul(device, _DTYPES[recipe.dtype], sizes.hidden)
+    stages = []
+    for name, stage in recipe.stages.named().items():
+        tokens = facts.steps[name] * stage.batch_size * stage.accumulate * block
+        flops = tokens * flops_per_token(sizes, stage)
+        stages.append(
+            StagePlan(
+                name=name,
+                tokens=tokens,
+                steps=facts.steps[name],
+                epochs=tokens / training_tokens if training_tokens else None,
+                flops=flops,
+                seconds=flops / flops_per_second,
+                memory=memory(recipe, stage, sizes, student),
+            )
+        )
+    return Plan(recipe, conversion, stages, flops_per_second, device)
+
+
+def prepared_tokens(recipe: Recipe) -> int | None:
+    """Tokens of the training text, if an earlier run has prepared it."""
+    folder = recipe.run_dir / "data"
+    return Blocks(folder, "train", recipe.data.block).n_tokens if (folder / MANIFEST).is_file() else None
+
+
+def measure_matmul(device: str, dtype: torch.dtype, hidden: int, seconds: float = 1.0) -> float:
+    """Floating-point operations a second of (2048, D) × (D, 4 D) products, the shape of a layer's largest."""
+    x = torch.randn(2048, hidden, device=device, dtype=dtype)
+    w = torch.randn(hidden, 4 * hidden, device=device, dtype=dtype)
+    for _ in range(3):  # the first ones pay for start-up
+        x @ w
+    _wait(device)
+    products, start = 0, time.perf_counter()
+    while (passed := time.perf_counter() - start) < seconds or not products:
+        for _ in range(5):
+            x @ w
+        products += 5
+        _wait(device)
+    return products * 2 * x.numel() * w.shape[1] / passed
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _with_total(memory: Memory) -> dict[str, int]:
+    return {**asdict(memory), "total": memory.total}

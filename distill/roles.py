@@ -1,0 +1,39 @@
+"""What part a parameter plays, so that a recipe can say which parts a stage trains."""
+
+from typing import Literal, get_args
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from distill.student import is_student, mixer_layers
+
+Role = Literal["mixer", "attention", "norms", "mlp", "embeddings", "head"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
+def roles(model: PreTrainedModel) -> dict[str, Role]:
+    """The role of every parameter, by its name in ``model.named_parameters()`` (tied parameters appear once).
+
+    Decided by where a parameter stands, never by a substring of its name: what ``self_attn`` holds is a mixer or
+    attention, what a norm module holds is a norm, what else a decoder layer holds belongs to its MLP (experts too).
+    """
+    decoder = model.get_decoder()
+    changed = set(mixer_layers(model.config)) if is_student(model) else set()
+    by_id: dict[int, Role] = {}
+
+    def mark(module: nn.Module | None, role: Role) -> None:
+        for parameter in module.parameters() if module is not None else ():
+            by_id.setdefault(id(parameter), role)
+
+    mark(model.get_input_embeddings(), "embeddings")
+    mark(model.get_output_embeddings(), "head")
+    for index, layer in enumerate(decoder.layers):
+        mark(layer.self_attn, "mixer" if index in changed else "attention")
+    for module in decoder.modules():
+        if type(module).__name__.endswith("Norm"):
+            mark(module, "norms")
+    for layer in decoder.layers:
+        mark(layer, "mlp")
+    unknown = [name for name, parameter in model.named_parameters() if id(parameter) not in by_id]
+    assert not unknown, f"parameters without a role: {unknown}"
+    return {name: by_id[id(parameter)] for name, parameter in model.named_parameters()}

@@ -1,0 +1,50 @@
+"""The short depthwise convolution in front of the scan: causal, and never across a document border."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def causal_convolution(
+    x_BTC: Tensor,
+    weight_CK: Tensor,
+    bias_C: Tensor | None = None,
+    *,
+    past_BTC: Tensor | None = None,
+    resets_BT: Tensor | None = None,
+) -> Tensor:
+    """y_t = bias + Σ_k weight_k · x_{t−K+1+k}, each channel on its own.
+
+    A sum of K shifted products rather than ``nn.Conv1d``, whose depthwise backward is several times slower on CPU
+    (scripts/bench_convolution.py) and cannot stop at a document border.
+
+    Args:
+        x_BTC: inputs; zero at padding.
+        weight_CK: taps of each channel, the last one multiplies the current position.
+        bias_C: added to every position.
+        past_BTC: the K − 1 inputs before the first position (from a cache); zeros if None.
+        resets_BT: bool, True where a document begins; taps do not reach behind it.
+
+    Returns:
+        y_BTC.
+    """
+    taps, length = weight_CK.shape[1], x_BTC.shape[1]
+    if past_BTC is None:
+        padded_BTC = F.pad(x_BTC, (0, 0, taps - 1, 0))
+    else:
+        padded_BTC = torch.cat([past_BTC.to(x_BTC.dtype), x_BTC], dim=1)
+    y_BTC = x_BTC * weight_CK[:, -1]
+    for lag in range(1, taps):
+        start = taps - 1 - lag
+        term_BTC = padded_BTC[:, start : start + length] * weight_CK[:, -1 - lag]
+        if resets_BT is not None:
+            term_BTC = term_BTC * _same_document(resets_BT, lag)[..., None]
+        y_BTC = y_BTC + term_BTC
+    return y_BTC if bias_C is None else y_BTC + bias_C
+
+
+def _same_document(resets_BT: Tensor, lag: int) -> Tensor:
+    """True where positions t − lag and t belong together: no reset in (t − lag, t]."""
+    document_BT = resets_BT.cumsum(-1)
+    earlier_BT = F.pad(document_BT[:, :-lag], (lag, 0)) if lag < document_BT.shape[1] else torch.zeros_like(document_BT)
+    return document_BT == earlier_BT

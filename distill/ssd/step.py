@@ -1,0 +1,27 @@
+"""One position of the scan, for generation: constant memory, the state updated in place."""
+
+import torch
+from torch import Tensor
+
+
+def scan_step(log_decay_BH: Tensor, B_BGN: Tensor, C_BGN: Tensor, x_BHP: Tensor, state_BHPN: Tensor) -> Tensor:
+    """Advance the state by one position and read it.
+
+    Args:
+        log_decay_BH: logarithm of this position's decay, ≤ 0.
+        B_BGN: what the position writes with; G divides H, neighbouring heads share a group.
+        C_BGN: what the position reads with.
+        x_BHP: the position's input (step size folded in).
+        state_BHPN: the state before the position; **overwritten** with the state after it.
+
+    Returns:
+        y_BHP in x's dtype. The state keeps its own dtype (fp32 as :func:`distill.ssd.scan` returns it).
+    """
+    with torch.autocast(x_BHP.device.type, enabled=False):
+        dtype = state_BHPN.dtype
+        repeats = x_BHP.shape[1] // B_BGN.shape[1]
+        B_BHN = B_BGN.to(dtype).repeat_interleave(repeats, dim=1)
+        C_BHN = C_BGN.to(dtype).repeat_interleave(repeats, dim=1)
+        state_BHPN.mul_(log_decay_BH.to(dtype).exp()[..., None, None])
+        state_BHPN.addcmul_(x_BHP.to(dtype)[..., None], B_BHN[..., None, :])
+        return torch.matmul(state_BHPN, C_BHN[..., None]).squeeze(-1).to(x_BHP.dtype)

@@ -1,0 +1,204 @@
+"""The Hugging Face class of a converted model: its teacher's own class with mixers in some layers.
+
+Importing this module (``import distill`` does) registers the classes, so that ``AutoModelForCausalLM`` loads a
+student's folder. The folder also carries the code it needs (``distill.standalone``), for environments without this
+package. What a student adds to its teacher's class is one hook before the decoder runs: it reads the padding mask and
+the positions, which layers below only see after they were turned into an attention mask, and makes room in the cache.
+"""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from distill.attention import FAMILIES, Family
+from distill.cache import adopt
+from distill.documents import document_starts, positions_from_index
+from distill.layout import ATTENTION
+from distill.mixers import MIXERS
+
+
+class Student:
+    """What every student class adds to its teacher's class.
+
+    ``config.distill`` holds ``layers`` (one name a layer: ``"attention"`` or a mixer's) and ``mixer`` (the arguments
+    the mixers are built with).
+    """
+
+    # A state cannot be rolled back, which assisted generation would need: generate refuses it by this flag.
+    _is_stateful = True
+    # The count of tokens in the cache is a Python number, which a compiled step would be specialised on.
+    _can_compile_fullgraph = False
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        install_mixers(self, config.distill)  # type: ignore[arg-type]
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+        """Leave the 2-D mask as it is; ``generate`` would make it 4-D for static caches, and mixers could not read it."""
+        return attention_mask
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Save as any Hugging Face model, plus the code that loads the folder without this package."""
+        from distill.standalone import auto_map, write_code
+
+        self.config.auto_map = auto_map(type(self))  # type: ignore[attr-defined]
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("is_main_process", True):
+            write_code(Path(save_directory))
+
+
+def install_mixers(model: PreTrainedModel, layout: dict[str, Any]) -> None:
+    """Put mixers where the layout says, in place, and let the decoder prepare what they read."""
+    decoder = model.get_decoder()
+    places = mixer_layers(model.config)
+    for index in places:
+        layer = decoder.layers[index]
+        mixer = MIXERS[layout["layers"][index]](
+            hidden_size=model.config.get_text_config().hidden_size, layer_idx=index, **layout["mixer"]
+        )
+        layer.self_attn = mixer.to(dtype=model.dtype)
+    if places:
+        decoder.register_forward_pre_hook(prepare_sequence, with_kwargs=True)
+
+
+def mixer_layers(config: PreTrainedConfig) -> list[int]:
+    """Indices of the layers whose attention a mixer replaced."""
+    return [index for index, kind in enumerate(config.distill["layers"]) if kind != ATTENTION]
+
+
+def prepare_sequence(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[()], dict[str, Any]]:
+    """Before the decoder runs: find padding and document borders for the mixers, and make room in the cache.
+
+    Raises:
+        ValueError: for inputs that some layer would silently mix up: a 4-D mask, packed documents together with a
+            cache or, in a hybrid, with padding inside the mask.
+    """
+    names = list(inspect.signature(decoder.forward).parameters)
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+    length = tokens.shape[1]
+
+    valid_BT = _valid_positions(kwargs.get("attention_mask"), length)
+    if (seq_idx_BT := kwargs.pop("seq_idx", None)) is not None and kwargs.get("position_ids") is None:
+        kwargs["position_ids"] = positions_from_index(seq_idx_BT)
+    position_ids = kwargs.get("position_ids")
+    resets_BT = None if position_ids is None else document_starts(position_ids, valid_BT)
+    if resets_BT is not None:
+        _isolate_documents(kwargs, valid_BT)
+        resets_BT = resets_BT.expand(tokens.shape[0], -1)
+    _prepare_cache(decoder, kwargs)
+    return (), {**kwargs, "valid_BT": valid_BT, "resets_BT": resets_BT}
+
+
+def _valid_positions(attention_mask: Any, length: int) -> Tensor | None:
+    """The last ``length`` columns of a padding mask as booleans; None where nothing is padded."""
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        raise ValueError(
+            "attention_mask must be 2-D (batch, tokens) with 1 for tokens and 0 for padding: a mixer cannot follow "
+            "an arbitrary 4-D mask. Packed documents are kept apart by position_ids."
+        )
+    valid_BT = attention_mask[:, -length:].bool()
+    return None if bool(valid_BT.all()) else valid_BT
+
+
+def _isolate_documents(kwargs: dict[str, Any], valid_BT: Tensor | None) -> None:
+    """Attention layers keep packed documents apart only without mask and cache; make it so or say why not."""
+    if kwargs.get("past_key_values") is not None:
+        raise ValueError(
+            "position_ids say that several documents are packed into a row, and a cache was passed: attention layers "
+            "would see across documents. Call without past_key_values, or give one document a row."
+        )
+    if valid_BT is not None:
+        raise ValueError(
+            "position_ids say that several documents are packed into a row, and attention_mask has padding: attention "
+            "layers would see across documents. Leave attention_mask out (let padding restart the positions instead)."
+        )
+    kwargs["attention_mask"] = None
+    kwargs["use_cache"] = False
+
+
+def _prepare_cache(decoder: nn.Module, kwargs: dict[str, Any]) -> None:
+    cache = kwargs.get("past_key_values")
+    use_cache = kwargs.get("use_cache")
+    if use_cache is None:
+        use_cache = decoder.config.use_cache
+    if cache is None and use_cache and not (decoder.training and decoder.gradient_checkpointing):
+        cache = DynamicCache(config=decoder.config)
+    if isinstance(cache, Cache):
+        kwargs["past_key_values"] = adopt(cache, mixer_layers(decoder.config))
+
+
+def student_class(family: Family) -> type[PreTrainedModel]:
+    """The student class of a teacher's class: ``DistilledLlamaForCausalLM`` for ``LlamaForCausalLM``."""
+    teacher = family.causal_lm
+    config = type(
+        f"Distilled{teacher.config_class.__name__}",
+        (teacher.config_class,),
+        {"model_type": f"distilled_{teacher.config_class.model_type}", "__module__": __name__},
+    )
+    return type(
+        f"Distilled{teacher.__name__}",
+        (Student, teacher),
+        {"config_class": config, "__module__": __name__, "__doc__": Student.__doc__},
+    )
+
+
+STUDENTS: dict[str, type[PreTrainedModel]] = {name: student_class(family) for name, family in FAMILIES.items()}
+for _name, _class in STUDENTS.items():
+    # As attributes of the module, so that pickling and remote-code loading find them by name.
+    globals().update({_class.__name__: _class, _class.config_class.__name__: _class.config_class})
+    AutoConfig.register(_class.config_class.model_type, _class.config_class, exist_ok=True)
+    AutoModelForCausalLM.register(_class.config_class, _class, exist_ok=True)
+
+
+def student_config(teacher: PreTrainedConfig, layers: Sequence[str], mixer: dict[str, Any]) -> PreTrainedConfig:
+    """A student's config: its teacher's, with the layout under a key of our own.
+
+    The teacher's name is left out: trainers that reload ``config._name_or_path`` as a reference model (TRL) would
+    silently get the teacher.
+    """
+    values = copy.deepcopy(teacher.to_dict())
+    for key in ("model_type", "architectures", "_name_or_path", "transformers_version", "auto_map"):
+        values.pop(key, None)
+    config_class = STUDENTS[teacher.model_type].config_class
+    return config_class(
+        **values,
+        distill={"version": 1, "layers": list(layers), "mixer": dict(mixer), "teacher": teacher.model_type},
+    )
+
+
+def load_student(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a student saved by ``save_pretrained``; the same as ``AutoModelForCausalLM.from_pretrained(folder)``.
+
+    Args:
+        folder: an ordinary Hugging Face folder.
+        **kwargs: passed on, e.g. ``dtype``, ``device_map``.
+    """
+    return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+
+
+def is_student(model: PreTrainedModel) -> bool:
+    return getattr(model.config, "distill", None) is not None
+
+
+def mixers_of(student: PreTrainedModel) -> dict[int, nn.Module]:
+    """The mixers of a student by layer index."""
+    layers = student.get_decoder().layers
+    return {index: layers[index].self_attn for index in mixer_layers(student.config)}
+
+
+def state_bytes(student: PreTrainedModel, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes all mixers remember per sequence, at any context length."""
+    return sum(mixer.state_numel() for mixer in mixers_of(student).values()) * dtype.itemsize

@@ -1,0 +1,114 @@
+"""Folders that are there whole or not at all: written under another name, flushed to disk, then renamed."""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from distill.errors import UserError
+
+PARTIAL = ".partial"
+
+
+@contextmanager
+def whole_folder(folder: Path, needed: Callable[[], int] | None = None) -> Iterator[Path]:
+    """Yield an empty folder to fill; it becomes ``folder``, replacing it, only when the block ends well.
+
+    A process killed on the way leaves ``.NAME.partial``, which the next attempt (or ``clear_partial``) removes.
+
+    Args:
+        folder: where it shall stand.
+        needed: how many bytes will be written, for the message when the disk is full.
+
+    Raises:
+        UserError: the disk is full. Nothing is left behind and what stood at ``folder`` is untouched.
+    """
+    partial = folder.with_name(f".{folder.name}{PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with explained_full_disk(folder, needed):
+        try:
+            partial.mkdir()
+            yield partial
+            for path in (*partial.rglob("*"), partial):
+                flush_to_disk(path)
+            if folder.exists():
+                shutil.rmtree(folder)
+            partial.rename(folder)
+            flush_to_disk(folder.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all, replacing what was there.
+
+    Raises:
+        UserError: the disk is full; what was there is untouched.
+    """
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    with explained_full_disk(path, lambda: len(data)):
+        try:
+            partial.write_bytes(data)
+            flush_to_disk(partial)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def explained_full_disk(path: Path, needed: Callable[[], int] | None = None) -> Iterator[None]:
+    """Turn "no space left on device" into a message that says for what, and how much it takes.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    free = shutil.disk_usage(path.parent).free
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        wanted = f"{needed():,}" if needed else f"more than {free:,}"
+        raise UserError(
+            f"{path}: the disk is full. Writing it needs {wanted} bytes and {free:,} were free. What was saved"
+            " before is untouched; free some space and run the same command again"
+        ) from error
+
+
+def clear_partial(parent: Path) -> None:
+    """Remove what killed processes left half-written in ``parent``."""
+    for path in parent.glob(f".*{PARTIAL}"):
+        shutil.rmtree(path)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Return only when ``path`` (a file or a folder) would survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether a full disk (or quota) is behind ``error``; libraries wrap the OSError, or keep only its text."""
+    if error is None:
+        return False
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return (
+        full
+        or "No space left on device" in str(error)
+        or is_disk_full(error.__cause__)
+        or is_disk_full(error.__context__)
+    )
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

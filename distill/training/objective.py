@@ -1,0 +1,35 @@
+"""What a stage gives to the loop: a weight per batch, and a loss in parts."""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+Batch = dict[str, Tensor]
+"""``input_ids``, ``position_ids``, ``labels`` (B, T) int64 and ``valid`` (B, T) bool; see distill/data."""
+
+
+class Part(NamedTuple):
+    """One summand of a batch's loss, with its graph.
+
+    Attributes:
+        name: what it belongs to, for example "layers.3"; shown when the loss stops being finite.
+        loss_sum: fp32 scalar, the *sum* over the batch (over scored tokens, or over sequences).
+    """
+
+    name: str
+    loss_sum: Tensor
+
+
+class Objective(Protocol):
+    """The loss of a step is Σ parts' loss_sum / Σ weight, summed over all its micro-batches and ranks."""
+
+    def weight(self, batch: Batch) -> float:
+        """How many units (scored tokens, sequences) the loss of ``batch`` is a mean over; no forward needed."""
+
+    def parts(self, batch: Batch) -> Iterator[Part]:
+        """The loss of ``batch``, part by part.
+
+        Each part is sent backward, and its graph freed, before the next is asked for: yield a layer at a time
+        and one layer's activations are all that is alive. No two parts may share a graph.
+        """

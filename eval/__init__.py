@@ -1,0 +1,1 @@
+"""Programs that measure models and tell what became of a run: ``python -m eval.NAME``."""

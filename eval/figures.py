@@ -1,0 +1,112 @@
+"""The report's charts: which series go where, and how they are called."""
+
+from collections.abc import Sequence
+
+from eval import words
+from eval.charts import Axis, Chart, Point, Series, line_chart, smoothed, spans_decades, thinned
+from eval.run_record import CONVERT, RunRecord, Stage
+
+PALETTE = ("teacher", CONVERT, "mixing", "hidden", "logits")
+MINIMISED = {
+    "mixing": "distance of mixing matrices",
+    "hidden": "distance of hidden states",
+    "logits": "distillation loss",
+}
+CONTEXT_TICKS = (1024, 4096, 16384, 65536, 262144)
+
+
+def colour(name: str) -> str:
+    """The page's colour class of a model in the tables and charts."""
+    return name if name in PALETTE else "other"
+
+
+def closeness_charts(run: RunRecord) -> list[Chart]:
+    """How KL and loss fell over the run, and how far each layer's output is from the teacher's."""
+    return [
+        _over_run(run, "kl", "KL from the teacher", "On held-out text, over the whole run. Lower is closer."),
+        _over_run(run, "loss", "Loss on held-out text", "Over the whole run; the dashed line is the teacher."),
+        _layer_chart(run),
+    ]
+
+
+def training_charts(run: RunRecord) -> list[Chart]:
+    """What each stage minimised."""
+    return [_training_chart(stage) for stage in run.stages if stage.training]
+
+
+def memory_chart(run: RunRecord) -> Chart:
+    """Bytes of state and cache over context length."""
+    assert run.memory is not None
+    contexts = [1024 * 2 ** (step / 2) for step in range(17)]
+    series = [
+        Series("teacher", "teacher", [(tokens, run.memory.teacher(tokens)) for tokens in contexts], "dashed"),
+        Series("student", "logits", [(tokens, run.memory.student(tokens)) for tokens in contexts]),
+    ]
+    return line_chart(
+        "Memory for one sequence",
+        "State and key–value cache, by how much text it has read.",
+        series,
+        Axis("tokens of context", words.context, log=True, ticks=CONTEXT_TICKS),
+        Axis("bytes", words.size, log=True),
+    )
+
+
+def _over_run(run: RunRecord, name: str, title: str, note: str) -> Chart:
+    """A held-out metric over the tokens of the whole run, one colour a stage."""
+    series, before, at_end = [], 0.0, None
+    for stage in run.stages:
+        points = [(before + tokens, values[name]) for tokens, values in stage.held_out if name in values]
+        before += stage.tokens or 0
+        end = getattr(stage.evaluation.metrics, name) if stage.evaluation else None
+        if end is not None:
+            points = [point for point in points if point[0] < before] + [(before, end)]
+        # A stage's line starts where the stage before it ended.
+        if at_end is not None and points and points[0][0] > at_end[0]:
+            points.insert(0, at_end)
+        at_end = points[-1] if points else at_end
+        notes = [f"{stage.name}, {words.amount(tokens)} tokens: {words.plain(value)}" for tokens, value in points]
+        series.append(Series(stage.heading, colour(stage.name), points, notes=notes))
+    values = [value for one in series for _, value in one.points]
+    if name == "loss" and run.teacher_loss is not None and values:
+        series.insert(0, Series("teacher", "teacher", [(0, run.teacher_loss), (before, run.teacher_loss)], "dashed"))
+    log = spans_decades(values)
+    y = Axis("nats per token" + ", log scale" * log, words.short, log=log, zero=name == "kl")
+    return line_chart(title, note, series, Axis("training tokens", words.short, zero=True), y)
+
+
+def _layer_chart(run: RunRecord) -> Chart:
+    series = []
+    for stage in run.measured:
+        assert stage.evaluation is not None
+        points = list(enumerate(stage.evaluation.layer_distances))
+        notes = [f"layer {layer}, {stage.heading}: {words.percent(value)}" for layer, value in points]
+        series.append(Series(stage.heading, colour(stage.name), points, notes=notes))
+    depth = max((len(one.points) for one in series), default=0)
+    log = spans_decades([value for one in series for _, value in one.points])
+    every = -(-depth // 8) or 1
+    kept = [index for index, kind in enumerate(run.layers) if kind == "attention"]
+    return line_chart(
+        "Distance of each layer’s output",
+        "Relative to the teacher’s hidden state." + " Shaded layers keep attention." * bool(kept),
+        series,
+        Axis("layer", lambda value: f"{value:.0f}", ticks=range(0, depth, every)),
+        Axis("relative L2 distance" + ", log scale" * log, words.short, log=log, zero=True),
+        bands=[(index - 0.5, index + 0.5) for index in kept],
+    )
+
+
+def _training_chart(stage: Stage) -> Chart:
+    raw: Sequence[Point] = thinned([point for point in stage.training if point[1] == point[1]])
+    objective = MINIMISED.get(stage.name, "training loss")
+    spent = f"{words.amount(stage.tokens)} tokens in {words.duration(stage.seconds)}" if stage.tokens else "so far"
+    log = spans_decades([value for _, value in raw])
+    return line_chart(
+        f"{stage.name.capitalize()} stage",
+        f"{objective.capitalize()}, {spent}.",
+        [
+            Series("", colour(stage.name), raw, "faint"),
+            Series("", colour(stage.name), smoothed(raw)),
+        ],
+        Axis("training tokens", words.short, zero=True),
+        Axis("training loss" + ", log scale" * log, words.short, log=log),
+    )

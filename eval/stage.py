@@ -1,0 +1,105 @@
+"""Measure a finished stage of a run: held-out loss, KL and agreement, layer by layer, samples and matrices.
+
+    python -m eval.stage recipes/quickstart.yaml hidden
+
+Writes run_dir/STAGE/evaluation.json and matrices.npz, which the report is made from. ``stages.run`` calls it after
+every stage; ``teacher`` measures the teacher alone.
+"""
+
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from transformers import PreTrainedModel
+
+from distill.attention import family_of, view
+from distill.capture import layer_traces, sequence_arguments
+from distill.evaluation import completions, evaluate, layer_distances
+from distill.evaluation_record import Evaluation, MatrixPair, Sample, write_evaluation
+from distill.objectives import attention_matrix
+from distill.programs import report_user_errors
+from distill.run import Run, open_run
+from distill.student import load_student, mixers_of
+
+TEACHER = "teacher"
+MATRIX_TOKENS = 64
+LAYERS_SHOWN = 4
+HEADS_SHOWN = 2
+
+
+def evaluate_stage(run: Run, stage: str) -> Evaluation:
+    """Measure the stage's student against the teacher and leave the numbers in the stage's folder."""
+    student = load_student(run.folder(stage), dtype=torch.float32).to(run.accelerator.device)
+    teacher_samples = _continuations(run, run.teacher)
+    samples = zip(run.recipe.evaluation.prompts, _continuations(run, student), teacher_samples, strict=True)
+    evaluation = Evaluation(
+        metrics=evaluate(student, run.teacher, run.held_out()),
+        layer_distances=tuple(layer_distances(student, run.teacher, run.held_out())),
+        samples=tuple(Sample(*sample) for sample in samples),
+    )
+    write_evaluation(run.folder(stage), evaluation, matrix_pairs(run, student))
+    return evaluation
+
+
+def evaluate_teacher(run: Run) -> Evaluation:
+    """Measure the teacher alone: what every student is compared with."""
+    texts = _continuations(run, run.teacher)
+    samples = tuple(Sample(*pair) for pair in zip(run.recipe.evaluation.prompts, texts, strict=True))
+    evaluation = Evaluation(metrics=evaluate(run.teacher, run.teacher, run.held_out()), samples=samples)
+    run.folder(TEACHER).mkdir(parents=True, exist_ok=True)
+    write_evaluation(run.folder(TEACHER), evaluation)
+    return evaluation
+
+
+@torch.no_grad()
+def matrix_pairs(run: Run, student: PreTrainedModel) -> list[MatrixPair]:
+    """Teacher's and student's mixing matrices of a few heads over the first held-out tokens.
+
+    Both read the teacher's hidden state, as in stage 1, so that a pair shows one layer's difference and not the sum of
+    all layers' before it.
+    """
+    mixers = mixers_of(student)
+    shown = list(mixers)[:: -(-len(mixers) // LAYERS_SHOWN)] if mixers else []
+    device = run.accelerator.device
+    batch = {name: rows[:1, :MATRIX_TOKENS].to(device) for name, rows in next(run.held_out()).items()}
+    family, layers = family_of(run.teacher.config), run.teacher.get_decoder().layers
+    # Over one document alone: a border would only show as an empty corner.
+    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1], device=device)[None]
+    traces = layer_traces(run.teacher, batch, shown)
+    pairs = []
+    for index in shown:
+        trace, attention = traces[index], view(layers[index].self_attn, family)
+        q_BHTP, k_BHTP = attention.queries_and_keys(trace.attention_input, trace.position_embeddings)
+        teacher_BHTT = attention_matrix(q_BHTP, k_BHTP, scaling=attention.scaling, window=attention.sliding_window)
+        student_BHTT = mixers[index].mixing_matrix(trace.attention_input.to(student.dtype), **sequence_arguments(batch))
+        for head in islice(range(0, attention.n_heads, max(1, attention.n_heads // HEADS_SHOWN)), HEADS_SHOWN):
+            pairs.append(MatrixPair.of(index, head, teacher_BHTT[0, head], student_BHTT[0, head]))
+    return pairs
+
+
+def _continuations(run: Run, model: PreTrainedModel) -> list[str]:
+    wanted = run.recipe.evaluation
+    if not wanted.prompts:
+        return []
+    return completions(model, run.tokenizer, wanted.prompts, wanted.new_tokens, bos=run.recipe.data.bos)
+
+
+def main(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe of the run.")],
+    stage: Annotated[str, typer.Argument(help="teacher, convert, mixing, hidden or logits.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+) -> None:
+    """Measure one finished stage of a run."""
+    with report_user_errors():
+        run = open_run(recipe, overrides or [])
+        if stage == TEACHER:
+            print(evaluate_teacher(run).metrics)
+        else:
+            run.verified(stage)
+            print(evaluate_stage(run, stage).metrics)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,60 @@
+"""Stage 2: each layer's output is matched to its teacher's (MOHAWK, arXiv 2408.10189, section 3.2).
+
+    python -m stages.hidden recipes/quickstart.yaml
+
+For layer l with teacher hidden state u:  min ‖ attention(u) − mixer(u) ‖₂, a mean over tokens; with ``target: block``
+the whole decoder layer instead, MLP included. Every layer reads the teacher's hidden state, so layers train alone and
+one layer's graph is alive at a time. The last layer's target is what leaves the layer, before the final norm.
+"""
+
+from collections.abc import Iterator
+
+from transformers import PreTrainedModel
+
+from distill.capture import LayerTrace, layer_traces, sequence_arguments
+from distill.handover import StageRecord
+from distill.objectives import hidden_distance
+from distill.recipe import HiddenStage
+from distill.run import Run, train_stage
+from distill.student import mixers_of
+from distill.training import Batch, Part
+from stages.command import run_program
+
+
+class HiddenObjective:
+    """The sum over converted layers of the distance between outputs; a mean over tokens.
+
+    ``target: mixer`` compares what mixer and attention add to the residual stream, ``target: block`` what leaves the
+    decoder layer.
+    """
+
+    def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, settings: HiddenStage) -> None:
+        self.teacher, self.target, self.dtype = teacher, settings.target, student.dtype
+        layers = student.get_decoder().layers
+        self.layers = {index: layers[index] for index in mixers_of(student)}
+
+    def weight(self, batch: Batch) -> float:
+        """Tokens that are not padding."""
+        return float(batch["valid"].sum())
+
+    def parts(self, batch: Batch) -> Iterator[Part]:
+        """One distance a layer."""
+        traces = layer_traces(self.teacher, batch, self.layers)
+        sequence = sequence_arguments(batch)
+        for index, layer in self.layers.items():
+            trace: LayerTrace = traces.pop(index)
+            if self.target == "mixer":
+                output_BTD, _ = layer.self_attn(trace.attention_input.to(self.dtype), **sequence)
+                target_BTD = trace.attention_output
+            else:
+                output_BTD = layer(trace.layer_input.to(self.dtype), **{**trace.layer_kwargs, **sequence})
+                target_BTD = trace.layer_output
+            yield Part(f"layers.{index}", hidden_distance(output_BTD, target_BTD, batch["valid"], reduction="sum"))
+
+
+def main(run: Run) -> StageRecord:
+    return train_stage(run, "hidden", HiddenObjective)
+
+
+if __name__ == "__main__":
+    run_program(main, "Stage 2: match each layer's output to its teacher's.")

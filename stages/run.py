@@ -1,0 +1,88 @@
+"""Run a recipe: convert, every stage in order, and after each an evaluation; then the report.
+
+    accelerate launch -m stages.run recipes/quickstart.yaml
+    python -m stages.run recipes/quickstart.yaml stages.logits.tokens=3M
+
+What is finished is checked and skipped, and a stage that was interrupted goes on where it stopped, so running the same
+command again is always right.
+"""
+
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.table import Table
+
+from distill.run import CONVERT, Run, convert_stage
+from eval.report import make_report, report_numbers
+from eval.run_record import read_run
+from eval.stage import TEACHER, evaluate_stage, evaluate_teacher
+from stages import hidden, logits, mixing
+from stages.command import run_program
+
+PROGRAMS: dict[str, Callable[[Run], object]] = {
+    CONVERT: convert_stage,
+    "mixing": mixing.main,
+    "hidden": hidden.main,
+    "logits": logits.main,
+}
+
+
+def main(run: Run) -> None:
+    console = Console(highlight=False)
+    started = time.perf_counter()
+    _announce(run, console)
+    if not run.is_evaluated(TEACHER):
+        evaluate_teacher(run)
+    for stage in run.stages:
+        if run.is_done(stage):
+            console.print(f"{stage}: already done")
+        else:
+            console.print(f"{stage}: running")
+            PROGRAMS[stage](run)
+        if not run.is_evaluated(stage):
+            evaluate_stage(run, stage)
+    page = make_report(run.recipe.run_dir)
+    console.print(summary(report_numbers(read_run(run.recipe.run_dir))))
+    console.print(f"{time.perf_counter() - started:.0f} s in all.  report: {page}  student: {run.folder(run.stages[-1])}")
+    console.print(f"talk to it:  distill generate {run.folder(run.stages[-1])} {_example_prompt(run)!r}")
+
+
+def summary(numbers: dict) -> Table:
+    """One row a model: teacher, after conversion, after each stage."""
+    table = Table(title=f"{numbers['name']}: held-out text, {numbers['scored_tokens']:,} tokens", title_justify="left")
+    for column in ("", "loss", "perplexity", "× teacher", "KL", "top-1 agreement", "recovered", "tokens", "seconds"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in numbers["rows"]:
+        table.add_row(
+            row["heading"],
+            _shown(row["loss"], ".4f"),
+            _shown(row["perplexity"], ".3f"),
+            _shown(row["perplexity_ratio"], ".3f"),
+            _shown(row["kl"], ".4f"),
+            _shown(row["agreement"], ".1%"),
+            _shown(row["recovered"], ".1%"),
+            _shown(row["tokens"], ",d"),
+            _shown(row["seconds"], ".0f"),
+        )
+    return table
+
+
+def _announce(run: Run, console: Console) -> None:
+    kept = ", ".join(map(str, run.facts.kept)) or "none"
+    console.print(
+        f"{run.recipe.name}: {run.recipe.teacher.path} → {run.recipe.student.mixer} in {run.facts.n_layers} layers, "
+        f"attention kept in: {kept}; everything goes to {run.recipe.run_dir}"
+    )
+
+
+def _example_prompt(run: Run) -> str:
+    return next(iter(run.recipe.evaluation.prompts), "Once upon a time")
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+if __name__ == "__main__":
+    run_program(main, "Run a recipe from the teacher to the evaluated student; run it again to continue.")

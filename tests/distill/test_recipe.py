@@ -1,0 +1,423 @@
+"""What a recipe file may say, what it may not, and how each mistake is reported."""
+
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from distill import marked_yaml
+from distill.errors import UserError
+from distill.recipe import ROLES, STAGE_NAMES, Keep, Recipe, Student, load_recipe
+from distill.schema_errors import nearest
+
+SMALL = """\
+teacher: {path: teachers/tiny}
+data: {source: python-stdlib}
+stages:
+  hidden: {tokens: 300K}
+  logits: {tokens: 1.5M}
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str], Path]:
+    def _write(text: str) -> Path:
+        path = tmp_path / "small.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return _write
+
+
+@pytest.fixture
+def small(write: Callable[[str], Path]) -> Path:
+    return write(SMALL)
+
+
+def message(path: Path, *overrides: str) -> str:
+    """What the user reads, without the folder the test runs in."""
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, overrides)
+    return str(caught.value).replace(f"{path.parent}/", "")
+
+
+def with_logits(text: str) -> str:
+    return f"teacher: {{path: t}}\ndata: {{source: s}}\nstages:\n  logits:\n    tokens: 1M\n    {text}\n"
+
+
+def test_defaults_are_filled_in(small: Path) -> None:
+    recipe = load_recipe(small)
+    assert recipe.name == "small"
+    assert recipe.run_dir == Path("runs/small")
+    assert list(recipe.stages.named()) == ["hidden", "logits"]
+    assert recipe.stages.mixing is None
+    assert recipe.student.keep_attention == Keep(layers=())
+    logits = recipe.stages.named()["logits"]
+    assert (logits.tokens, logits.lr, logits.mixer_lr, logits.train) == (1_500_000, 1e-3, 1e-3, ROLES)
+    assert recipe.stages.named()["hidden"].train == ("mixer",)
+
+
+def test_run_dir_follows_the_name_and_mixer_lr_the_lr(small: Path) -> None:
+    recipe = load_recipe(small, ["name=other", "stages.logits.lr=3e-4"])
+    assert recipe.run_dir == Path("runs/other")
+    assert recipe.stages.logits is not None
+    assert recipe.stages.logits.mixer_lr == 3e-4
+    recipe = load_recipe(small, ["run_dir=/tmp/x", "stages.logits.mixer_lr=1"])
+    assert recipe.run_dir == Path("/tmp/x")
+    assert recipe.stages.logits is not None
+    assert recipe.stages.logits.mixer_lr == 1.0
+
+
+@pytest.mark.parametrize(
+    ("written", "tokens"),
+    [("5000", 5000), ("100K", 10**5), ("1.5M", 1_500_000), ("2B", 2 * 10**9), ("1_000", 1000), ("0.5K", 500)],
+)
+def test_token_counts(small: Path, written: str, tokens: int) -> None:
+    logits = load_recipe(small, [f"stages.logits.tokens={written}"]).stages.logits
+    assert logits is not None
+    assert logits.tokens == tokens
+
+
+@pytest.mark.parametrize("written", ["100k", "1.0005K", "1e6", "2.0", "-5", "0", "true", "'5000'", "M", "[1]"])
+def test_wrong_token_counts(small: Path, written: str) -> None:
+    assert "override: stages.logits.tokens: must be" in message(small, f"stages.logits.tokens={written}")
+
+
+@pytest.mark.parametrize("written", ["1e-4", "1E-4", "0.0001", "1.0e-4", "+1e-4"])
+def test_floats_may_be_written_as_people_write_them(small: Path, written: str) -> None:
+    logits = load_recipe(small, [f"stages.logits.lr={written}"]).stages.logits
+    assert logits is not None
+    assert logits.lr == 1e-4
+
+
+def test_unknown_key_names_line_path_nearest_and_allowed(write: Callable[[str], Path]) -> None:
+    path = write("teacher: {path: t}\ndata: {source: s}\nstages:\n  logits:\n    tokens: 1M\n\n    tokns: 2M\n")
+    found = message(path)
+    assert found.startswith("small.yaml:7: stages.logits.tokns: unknown key, did you mean 'tokens'? (allowed: tokens, ")
+    assert found.endswith("ce_weight, train)")
+
+
+def test_key_of_another_section_is_pointed_to(write: Callable[[str], Path]) -> None:
+    found = message(write(SMALL + "block: 128\n"))
+    assert found.startswith("small.yaml:6: block: unknown key, did you mean 'data.block'?")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("lr: fast", "stages.logits.lr: must be a number, not 'fast'"),
+        ("lr: '1e-4'", "stages.logits.lr: must be a number, not '1e-4'"),
+        ("lr: true", "stages.logits.lr: must be a number, not true"),
+        ("lr: 0", "stages.logits.lr: must be greater than 0, not 0"),
+        ("lr: .nan", "stages.logits.lr: must be a finite number, not NaN"),
+        ("batch_size: true", "stages.logits.batch_size: must be a whole number, not true"),
+        ("batch_size: 2.0", "stages.logits.batch_size: must be a whole number, not 2.0"),
+        ("batch_size: '2'", "stages.logits.batch_size: must be a whole number, not '2'"),
+        (
+            "schedule: cosin",
+            "stages.logits.schedule: must be one of wsd, cosine, constant, not 'cosin', did you mean 'cosine'?",
+        ),
+        ("schedule: 3", "stages.logits.schedule: must be one of wsd, cosine, constant, not 3"),
+        ("betas: [0.9]", "stages.logits.betas[1]: missing"),
+        ("betas: [0.9, 1]", "stages.logits.betas[1]: must be less than 1, not 1"),
+        ("betas: [0.9, 0.9, 0.9]", "stages.logits.betas: must have at most 2 items, not [0.9, 0.9, 0.9]"),
+        ("betas: 0.9", "stages.logits.betas: must be a list, not 0.9"),
+        ("train: []", "stages.logits.train: must name at least one, not []"),
+        ("train: [mlp, mlp]", 'stages.logits.train: must not name anything twice, not ["mlp", "mlp"]'),
+        ("warmup: 0.95", "stages.logits: warmup + decay must be at most 1, not 1.05"),
+        ("clip:", "stages.logits.clip: has no value; give it one, or write null"),
+        ("tokens: 2M", "stages.logits.tokens: given twice, first on line 5; keep one of them"),
+    ],
+)
+def test_wrong_values(write: Callable[[str], Path], line: str, said: str) -> None:
+    place = 4 if "warmup" in line else 6
+    assert message(write(with_logits(line))) == f"small.yaml:{place}: {said}"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("dtype=float16", "dtype: must be one of float32, bfloat16, not 'float16', did you mean 'bfloat16'?"),
+        ("seed=-1", "seed: must be greater than or equal to 0, not -1"),
+        ("name=2024", "name: must be text, not 2024: put it in quotes"),
+        ("data.bos=1", "data.bos: must be true or false, not 1"),
+        ("data.source=[]", "data.source: must name at least one, not []"),
+        ("data.held_out.fraction=1", "data.held_out.fraction: must be less than 1, not 1"),
+        ("trackers=[tensorbord]", "trackers[0]: must be tensorboard, not 'tensorbord', did you mean 'tensorboard'?"),
+        ("student.mixer=mamba", "did you mean 'mamba2'?"),
+        ("stages.hidden.train=[attention]", "stages.hidden.train[0]: must be one of mixer, norms, mlp"),
+        ("stages.hidden.train=[mixer, mlp]", "stages.hidden.train: must be [mixer] with target: mixer"),
+        ("student.keep_attention={count: 1, ratio: 0.5}", "student.keep_attention: give exactly one of layers"),
+        ("student.keep_attention={}", "given: none"),
+        ("student.keep_attention=[1, a]", "student.keep_attention[1]: must be a whole number, not 'a'"),
+        ("student.keep_attention=[1, 1]", "student.keep_attention: must not name anything twice"),
+        ("student.keep_attention=3", "student.keep_attention: must be a section with the keys layers"),
+        ("stages={}", "stages: give at least one of mixing, hidden, logits"),
+        ("stages.mixing={}", "stages.mixing.tokens: missing: tokens to train on"),
+        ("stages.mixing.lr=1", "stages.mixing.tokens: missing: tokens to train on"),
+        ("teacher=x", "teacher: must be a section with the keys path, dtype, not 'x'"),
+        ("stages.logits", "stages.logits: must be key=value"),
+        ("=3", "must be key=value"),
+        ("run_dir=", "run_dir: has no value; give it one, or write null"),
+        ("teacher.path.x=1", "teacher.path.x: teacher.path is not a section here; set it as a whole"),
+        ("data.separator=[", "data.separator: '[' is not valid YAML; put text in quotes"),
+    ],
+)
+def test_wrong_overrides(small: Path, override: str, said: str) -> None:
+    found = message(small, override)
+    assert found.startswith("override: ")
+    assert said in found
+    assert "\n" not in found
+
+
+def test_overrides_replace_and_remove(write: Callable[[str], Path]) -> None:
+    path = write(SMALL + "student: {keep_attention: {count: 1}}\n")
+    recipe = load_recipe(
+        path,
+        ["stages.hidden=null", "student.keep_attention=[0, 2]", 'data.separator="\\n\\n"', "stages.logits.clip=null"],
+    )
+    assert list(recipe.stages.named()) == ["logits"]
+    assert recipe.student.keep_attention.layers == (0, 2)
+    assert recipe.data.separator == "\n\n"
+    assert recipe.stages.logits is not None
+    assert recipe.stages.logits.clip is None
+
+
+def test_an_override_does_not_blame_the_line_it_replaced(write: Callable[[str], Path]) -> None:
+    path = write(SMALL + "student:\n  keep_attention: {count: 1}\n")
+    assert message(path, "student.keep_attention={count: x}").startswith("override: student.keep_attention.count: ")
+
+
+def test_an_override_in_one_section_leaves_its_alias_alone(write: Callable[[str], Path]) -> None:
+    path = write("teacher: {path: t}\ndata: {source: s}\nstages:\n  hidden: &same {tokens: 1M}\n  logits: *same\n")
+    stages = load_recipe(path, ["stages.logits.tokens=2M"]).stages.named()
+    assert (stages["hidden"].tokens, stages["logits"].tokens) == (10**6, 2 * 10**6)
+
+
+def test_merged_keys_can_be_overridden_where_they_are_merged(write: Callable[[str], Path]) -> None:
+    path = write(
+        "teacher: {path: t}\ndata: {source: s}\nstages:\n"
+        "  hidden: &same {tokens: 1M, lr: 1e-2}\n  logits: {<<: *same, tokens: 2M}\n"
+    )
+    stages = load_recipe(path).stages.named()
+    assert (stages["logits"].tokens, stages["logits"].lr) == (2 * 10**6, 1e-2)
+
+
+def test_stages_must_stand_in_order(write: Callable[[str], Path]) -> None:
+    path = write("teacher: {path: t}\ndata: {source: s}\nstages:\n  logits: {tokens: 1M}\n  mixing: {tokens: 1M}\n")
+    assert message(path) == "small.yaml:5: stages.mixing: stands after 'logits'; the order is mixing, hidden, logits"
+
+
+def test_a_stage_added_by_an_override_takes_its_place(small: Path) -> None:
+    assert list(load_recipe(small, ["stages.mixing.tokens=1K"]).stages.named()) == list(STAGE_NAMES)
+
+
+def test_all_errors_come_together_in_the_order_of_the_file(write: Callable[[str], Path]) -> None:
+    path = write("nam: x\nseed: a\ndata: {sorce: s}\nstages:\n  logits: {tokens: 1M, lr: x}\n  logits: {}\n")
+    lines = message(path, "dtype=float").splitlines()
+    assert [line.split(" ")[0] for line in lines] == [
+        "small.yaml:",  # the teacher is missing altogether
+        "small.yaml:1:",
+        "small.yaml:2:",
+        "small.yaml:3:",
+        "small.yaml:3:",
+        "small.yaml:6:",  # and what this logits section lacks is not said on top
+        "override:",
+    ]
+
+
+def test_errors_fit_a_screen(write: Callable[[str], Path]) -> None:
+    lines = message(write("".join(f"key{number}: 1\n" for number in range(40)))).splitlines()
+    assert len(lines) == 16
+    assert lines[-1] == "... and 28 more"  # 40 unknown keys and 3 missing ones
+    long = message(write(with_logits(f"lr: {'x' * 5000}")))
+    assert len(long) < 200
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "small.yaml: is empty; needed: teacher, data, stages"),
+        ("# nothing\n", "small.yaml: is empty; needed: teacher, data, stages"),
+        ("- a\n- b\n", "small.yaml: is not a mapping of keys to values"),
+        ("hello", "small.yaml: is not a mapping of keys to values"),
+        ("a: [1\nb: 2\n", "small.yaml:2: not valid YAML"),
+        ("a: 1\n\tb: 2\n", "small.yaml:2: not valid YAML"),
+        ("a: !!python/object:os.system x\n", "small.yaml:1: not valid YAML"),
+        ("a: 1\n---\nb: 2\n", "small.yaml:2: not valid YAML"),
+        ("? [1]\n: 2\n", "small.yaml:1: not valid YAML"),
+        ("a: \x07\n", "small.yaml: not valid YAML"),
+        ("1: 2\n", "small.yaml:1: 1: unknown key"),
+        ("stages: &s {logits: *s}\n", "stages.logits.logits: unknown key"),
+    ],
+)
+def test_files_that_are_no_recipes(write: Callable[[str], Path], text: str, said: str) -> None:
+    assert said in message(write(text))
+
+
+def test_files_that_cannot_be_read(tmp_path: Path, small: Path) -> None:
+    assert message(tmp_path / "smal.yaml") == "smal.yaml: no such file, did you mean small.yaml?"
+    assert message(tmp_path / "none" / "x.yaml") == "x.yaml: no such file"
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        load_recipe(tmp_path)
+    small.write_bytes(b"name: \xff\xfe")
+    assert message(small) == "small.yaml: cannot be read: not UTF-8 text"
+    small.write_text("﻿" + SMALL, encoding="utf-8")
+    assert load_recipe(small).name == "small"
+
+
+def test_recipes_cannot_be_changed(small: Path) -> None:
+    with pytest.raises(ValidationError):
+        load_recipe(small).seed = 3  # type: ignore[misc]
+
+
+def test_every_key_is_described() -> None:
+    def undescribed(model: type[BaseModel], path: str = "") -> list[str]:
+        found = []
+        for name, field in model.model_fields.items():
+            found += [] if field.description and "\n" not in field.description else [f"{path}{name}"]
+            for inner in (field.annotation, *get_args(field.annotation)):
+                if isinstance(inner, type) and issubclass(inner, BaseModel):
+                    found += undescribed(inner, f"{path}{name}.")
+        return found
+
+    assert undescribed(Recipe) == []
+
+
+def random_recipe(rng: random.Random) -> dict:
+    """A valid recipe with about half of its keys given, in values YAML could mistake for something else."""
+
+    def some(settings: dict) -> dict:
+        return {key: value for key, value in settings.items() if rng.random() < 0.5}
+
+    def stage(**own: object) -> dict:
+        settings = {
+            "batch_size": rng.randint(1, 64),
+            "lr": 10 ** rng.uniform(-9, 0),
+            "mixer_lr": 10 ** rng.uniform(-9, 20),
+            "schedule": rng.choice(["wsd", "cosine", "constant"]),
+            "warmup": rng.choice([0, 1e-5, 0.5]),
+            "betas": [rng.random(), 0],
+            "clip": rng.choice([None, 1, 1e-7]),
+            "eval_every": rng.choice([None, 5]),
+            **own,
+        }
+        return {"tokens": rng.choice([123, "10K", "0.001B"]), **some(settings)}
+
+    words = ["no", "on", "1e-4", "12:30", "2024-01-01", "null", "~", "007", "1_0", "a: b", "# x", "é\n", " ", "<<", "="]
+    stages = {
+        "mixing": stage(),
+        "hidden": stage(target="block", train=["norms", "mixer"]),
+        "logits": stage(divergence="jsd", temperature=2, ce_weight=1e-3, train=["head"]),
+    }
+    chosen = some(stages) or {"logits": stages["logits"]}
+    keep = [[1, 0], {"pattern": rng.choice(["ma", "1e-4"])}, {"ratio": 1e-5}, {"count": 0}, {"layers": []}]
+    if "target" not in chosen.get("hidden", {}):
+        chosen.get("hidden", {}).pop("train", None)
+    return {
+        "name": rng.choice(["007", "1e-4", "no", "null", "a.b-c"]),
+        "teacher": {"path": rng.choice(words)},
+        "data": {"source": rng.choice([rng.choice(words), ["b", "on"]]), **some({"separator": rng.choice(words)})},
+        "stages": chosen,
+        **some(
+            {
+                "run_dir": rng.choice(words),
+                "seed": 2**32 - 1,
+                "student": {"keep_attention": rng.choice(keep)},
+                "evaluation": {"prompts": rng.sample(words, 3)},
+                "trackers": ["tensorboard"],
+            }
+        ),
+    }
+
+
+def test_a_dumped_recipe_loads_back_to_an_equal_one(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        recipe = Recipe.model_validate(random_recipe(rng))
+        dumped = recipe.dump()
+        (tmp_path / "another_name.yaml").write_text(dumped, encoding="utf-8")
+        again = load_recipe(tmp_path / "another_name.yaml")
+        assert again == recipe
+        assert again.dump() == dumped
+        assert again.digest() == recipe.digest()
+        # Other YAML readers see the same recipe.
+        assert Recipe.model_validate(yaml.safe_load(dumped)) == recipe
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "name=x",
+        "run_dir=elsewhere",
+        "device=cpu",
+        "trackers=[tensorboard]",
+        "stages.logits.checkpoint_every=3",
+        "stages.logits.eval_every=3",
+        "stages.hidden.keep_checkpoints=5",
+    ],
+)
+def test_digest_ignores_what_changes_no_result(small: Path, override: str) -> None:
+    before, after = load_recipe(small), load_recipe(small, [override])
+    assert before != after
+    assert before.digest() == after.digest()
+    assert before.stage_digest("logits") == after.stage_digest("logits")
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("student.state_dim=64", {"convert", *STAGE_NAMES}),
+        ("seed=1", {"convert", *STAGE_NAMES}),
+        ("dtype=bfloat16", {"convert", *STAGE_NAMES}),
+        ("teacher.path=other", {"convert", *STAGE_NAMES}),
+        ("student.keep_attention=[1]", {"convert", *STAGE_NAMES}),
+        ("data.block=128", {"convert", *STAGE_NAMES}),
+        ("data.held_out.fraction=0.2", {"convert", *STAGE_NAMES}),
+        ("stages.mixing.lr=1e-4", set(STAGE_NAMES)),
+        ("stages.mixing=null", set(STAGE_NAMES)),
+        ("stages.hidden.lr=1e-4", {"hidden", "logits"}),
+        ("stages.logits.lr=1e-4", {"logits"}),
+        ("stages.logits=null", {"logits"}),
+        ("evaluation.tokens=1K", set()),
+    ],
+)
+def test_a_stage_digest_covers_the_stage_and_what_comes_before(small: Path, override: str, changed: set[str]) -> None:
+    base = ["stages.mixing.tokens=1K"]
+    before, after = load_recipe(small, base), load_recipe(small, [*base, override])
+    assert {
+        name for name in ("convert", *STAGE_NAMES) if before.stage_digest(name) != after.stage_digest(name)
+    } == changed
+    assert before.digest() != after.digest()
+
+
+def test_digest_is_the_same_in_every_process_and_spelling(small: Path, write: Callable[[str], Path]) -> None:
+    digest = load_recipe(small).digest()
+    assert re.fullmatch("[0-9a-f]{64}", digest)
+    spelled = SMALL.replace("1.5M", "1500000, lr: 0.001").replace("python-stdlib", "[python-stdlib]")
+    assert load_recipe(write("seed: 0\n" + spelled)).digest() == digest
+
+
+def test_names_are_those_of_the_library() -> None:
+    mixers = pytest.importorskip("distill.mixers")
+    roles = pytest.importorskip("distill.roles")
+    assert set(get_args(Student.model_fields["mixer"].annotation)) == set(mixers.MIXERS)
+    assert roles.ROLES == ROLES
+
+
+def test_marks_and_scalars() -> None:
+    marked = marked_yaml.read("a: {b: [1,\n  2]}\nc: yes\nd: 12:30\ne: 2024-01-01\nf: 010\n")
+    assert marked.value == {"a": {"b": [1, 2]}, "c": "yes", "d": "12:30", "e": "2024-01-01", "f": "010"}
+    assert marked.lines[("a", "b", 1)] == 2
+    assert marked.lines[("f",)] == 6
+    assert marked_yaml.read("").value is None
+
+
+def test_nearest() -> None:
+    assert nearest("LR", ["betas", "lr"]) == ", did you mean 'lr'?"
+    assert nearest("zzz", ["betas", "lr"]) == ""

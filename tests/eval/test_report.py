@@ -1,0 +1,286 @@
+"""The report of a run measured on real tiny models: its numbers, its words, and that nothing can spoil the page."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from synthetic_run import PROMPTS
+
+from distill.errors import UserError
+from distill.evaluation_record import read_evaluation, write_evaluation
+from eval import report
+from eval.page import parted
+from eval.report import make_report
+
+VOID = {"meta", "br", "img", "line", "circle", "polyline", "rect", "path"}
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects tags, attributes and text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.cells: list[str] = []
+        self.text = ""
+        self.feed(html)
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "title"):
+            self.text += data
+        if "td" in self.open:
+            self.cells[-1] += data
+
+
+def page_of(run_dir: Path) -> Page:
+    return Page(make_report(run_dir).read_text(encoding="utf-8"))
+
+
+def numbers_of(run_dir: Path) -> dict:
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    make_report(run_dir)
+    return json.loads((run_dir / "report.json").read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def change(run_dir: Path, stage: str, **metrics: float | None) -> None:
+    """Rewrite a stage's evaluation with other metrics."""
+    path = run_dir / stage / "evaluation.json"
+    fields = json.loads(path.read_text())
+    fields["metrics"] |= metrics
+    path.write_text(json.dumps(fields))
+
+
+def test_the_numbers_are_those_of_the_evaluations(run_dir):
+    numbers = numbers_of(run_dir)
+    rows = {row["name"]: row for row in numbers["rows"]}
+    assert list(rows) == ["teacher", "convert", "mixing", "hidden", "logits"]
+    measured = {name: read_evaluation(run_dir / name).metrics for name in rows}
+    for name, row in rows.items():
+        assert row["loss"] == measured[name].loss
+        assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
+        assert row["perplexity_ratio"] == pytest.approx(math.exp(row["loss"] - measured["teacher"].loss))
+    teacher, start = rows["teacher"]["loss"], rows["convert"]["loss"]
+    assert start > rows["logits"]["loss"] > teacher, "the synthetic run is one that went well"
+    assert rows["logits"]["recovered"] == pytest.approx((start - rows["logits"]["loss"]) / (start - teacher))
+    assert rows["convert"]["recovered"] == 0
+    assert rows["hidden"]["kl"] == measured["hidden"].kl
+    assert rows["hidden"]["agreement"] == measured["hidden"].agreement
+    assert (rows["hidden"]["tokens"], rows["hidden"]["seconds"]) == (120_000, 30)
+    assert numbers["layer_distances"]["mixing"] == list(read_evaluation(run_dir / "mixing").layer_distances)
+    assert numbers["scored_tokens"] == measured["logits"].tokens
+    assert numbers["missing"] == []
+    at_4k = next(row for row in numbers["memory"] if row["context"] == 4096)
+    assert at_4k == {"context": 4096, "teacher_bytes": 4096 * 768, "student_bytes": 17_408 + 4096 * 256}
+
+
+def test_the_page_shows_them(run_dir):
+    page, numbers = page_of(run_dir), numbers_of(run_dir)
+    cells = [cell.strip() for cell in page.cells]
+    for row in numbers["rows"]:
+        assert f"{row['loss']:.3f}" in cells
+        assert f"{row['kl']:.3f}" in cells
+        assert f"{100 * row['agreement']:.1f}%" in cells
+    for said in (
+        "tiny-llama → Mamba-2 hybrid",
+        "2 of 3 layers (0 and 2) run Mamba-2 in place of attention; layer 1 kept it. 13K parameters.",
+        f"picks the same next token as its teacher {100 * numbers['rows'][-1]['agreement']:.1f}% of the time",
+        f"took back {100 * numbers['rows'][-1]['recovered']:.1f}% of the loss",
+        "The student holds less from 34 tokens on.",
+        "keep_attention: [1]",
+        "2.13.0",
+    ):
+        assert said in page.text
+    assert "Unfinished" not in page.text
+    assert page.tags.count("svg") >= 3 + 3 + 1, "closeness, training, memory"
+    pictures = [value for name, value in page.attributes if name == "src"]
+    assert len(pictures) == 2 * (1 + 4) + 1, "two heads: the teacher's and four students'; the scale"
+
+
+def test_nothing_on_the_page_is_fetched_or_run(run_dir):
+    html = make_report(run_dir).read_text(encoding="utf-8")
+    page = Page(html)
+    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & set(page.tags)
+    for name, value in page.attributes:
+        assert not name.startswith("on")
+        if name in ("src", "href", "xlink:href", "action", "srcset"):
+            assert value.startswith("data:image/png;base64,")
+    assert not re.search(r"url\(|@import|https?:", html)
+    assert len(html) < 400_000
+
+
+def test_text_of_the_run_stays_text(run_dir):
+    hostile = "</pre></title><script>alert('x')</script>&amp;{{ 7 * 7 }}"
+    recipe = run_dir / "recipe.yaml"
+    recipe.write_text(
+        recipe.read_text()
+        .replace("name: tiny", f"name: {json.dumps(hostile)}")
+        .replace("teachers/tiny-llama", json.dumps(hostile.replace("/", "")))
+    )
+    for name in ("stage.json", "evaluation.json"):
+        path = run_dir / "logits" / name
+        fields = json.loads(path.read_text())
+        fields["versions"] = {hostile: hostile}
+        for sample in fields.get("samples", []):
+            sample |= {"student": hostile, "teacher": hostile + "?"}
+        if name == "evaluation.json":
+            del fields["versions"]
+        path.write_text(json.dumps(fields))
+    page = page_of(run_dir)
+    assert "script" not in page.tags
+    assert "49" not in page.text.partition("Results")[0]
+    assert page.text.count("<script>alert('x')</script>&amp;{{ 7 * 7 }}") >= 3 + 2 * len(PROMPTS)
+
+
+def test_the_same_run_makes_the_same_report(run_dir):
+    first = make_report(run_dir).read_bytes(), (run_dir / "report.json").read_bytes()
+    assert (make_report(run_dir).read_bytes(), (run_dir / "report.json").read_bytes()) == first
+    assert not list(run_dir.glob(".*"))
+
+
+def test_an_unfinished_run_says_what_is_missing(run_dir):
+    shutil.rmtree(run_dir / "logits")
+    (run_dir / "hidden" / "evaluation.json").unlink()
+    page, numbers = page_of(run_dir), numbers_of(run_dir)
+    assert numbers["missing"] == ["hidden", "logits"]
+    assert [row["name"] for row in numbers["rows"]] == ["teacher", "convert", "mixing"]
+    assert "Unfinished run. Measured so far: convert and mixing. Still to come: hidden and logits." in page.text
+    assert "Hidden stage" in page.text, "what was trained so far is drawn"
+
+
+def test_a_conversion_alone_has_a_report(run_dir):
+    for stage in ("mixing", "hidden", "logits", "teacher"):
+        shutil.rmtree(run_dir / stage)
+    page = page_of(run_dir)
+    assert "This is the student as converted, before any training." in page.text
+    assert "Gap closed" in page.text, "the column stays"
+    assert "of what conversion had lost" not in page.text
+
+
+def test_what_was_not_measured_is_left_out(run_dir):
+    shutil.rmtree(run_dir / "teacher")
+    (run_dir / "convert" / "conversion.json").unlink()
+    for stage in ("convert", "mixing", "hidden", "logits"):
+        evaluation = read_evaluation(run_dir / stage)
+        alone = evaluation.__class__(evaluation.metrics.__class__(evaluation.metrics.loss, 2.0, 99))
+        write_evaluation(run_dir / stage, alone)
+        (run_dir / stage / "metrics.jsonl").unlink(missing_ok=True)
+    page, numbers = page_of(run_dir), numbers_of(run_dir)
+    assert [row["name"] for row in numbers["rows"]] == ["convert", "mixing", "hidden", "logits"]
+    assert "No teacher was measured beside it." in page.text
+    for heading in ("What a head looks at", "What it costs to run", "continued by both", "Training", "layers ("):
+        assert heading not in page.text
+
+
+def test_a_broken_student_is_called_broken(run_dir):
+    change(run_dir, "logits", loss="nan", perplexity="nan", kl="nan", agreement=0.0)
+    page, numbers = page_of(run_dir), numbers_of(run_dir)
+    assert "this student is broken" in page.text
+    assert "not finite" in page.text
+    assert numbers["rows"][-1]["loss"] == "nan"
+    assert numbers["rows"][-1]["recovered"] is None
+
+
+def test_a_student_as_good_as_its_teacher_has_lost_nothing(run_dir):
+    loss = read_evaluation(run_dir / "teacher").metrics.loss
+    change(run_dir, "logits", loss=loss - 0.1, perplexity=math.exp(loss - 0.1))
+    page = page_of(run_dir)
+    assert "No loss on held-out text." in page.text
+    assert numbers_of(run_dir)["rows"][-1]["recovered"] > 1
+
+
+def test_a_stage_beyond_the_recipe_comes_last(run_dir):
+    shutil.copytree(run_dir / "logits", run_dir / "finetune")
+    assert [row["name"] for row in numbers_of(run_dir)["rows"]][-2:] == ["logits", "finetune"]
+    assert "After finetune" in page_of(run_dir).text
+
+
+def test_a_line_that_is_being_written_is_left_out(run_dir):
+    path = run_dir / "logits" / "metrics.jsonl"
+    page = page_of(run_dir).text
+    with path.open("a") as file:
+        file.write('{"kind": "train", "tok')
+    assert page_of(run_dir).text == page
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: (run / "recipe.yaml").unlink(), r"tiny: is no run directory \(recipe\.yaml is missing\)"),
+        (lambda run: (run / "recipe.yaml").write_text("a: ["), r"recipe\.yaml: is no recipe"),
+        (lambda run: (run / "recipe.yaml").write_text("just words"), r"recipe\.yaml: is no recipe"),
+        (lambda run: [p.unlink() for p in run.glob("*/evaluation.json")], "no stage has been evaluated yet"),
+        (lambda run: (run / "hidden/evaluation.json").write_text("{"), r"hidden/evaluation\.json: is no evaluation"),
+        (lambda run: (run / "hidden/matrices.npz").write_bytes(b"PK"), r"hidden/matrices\.npz: holds no mixing"),
+        (lambda run: (run / "hidden/stage.json").write_text("{"), r"hidden/stage\.json: cannot be read"),
+        (lambda run: (run / "convert/conversion.json").write_text("7"), r"convert/conversion\.json: cannot be read"),
+        (lambda run: (run / "hidden/metrics.jsonl").write_text("{}\n{}\n"), r"metrics\.jsonl:1: is no metrics line"),
+    ],
+)
+def test_what_cannot_be_read_is_named(run_dir, damage, message):
+    damage(run_dir)
+    with pytest.raises(UserError, match=message) as error:
+        make_report(run_dir)
+    assert "\n" not in str(error.value)
+    assert not (run_dir / "report.html").exists()
+
+
+def test_the_program_ends_with_one_line_for_a_user_mistake(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        report.main(tmp_path)
+    assert end.value.code == 2
+    told = capsys.readouterr()
+    assert told.err.count("\n") == 1
+    assert "is no run directory" in told.err
+    assert not told.out
+
+
+@pytest.mark.slow
+def test_the_program_runs_from_the_checkout(run_dir):
+    checkout = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "eval.report", str(run_dir)], cwd=checkout, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith(str(run_dir / "report.html"))
+    assert (run_dir / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "same", "own"),
+    [
+        ("a red ball", "a red ball", "a red ball", ""),
+        ("a red box", "a red ball", "a red", " box"),
+        ("a red", "a red ball", "a red", ""),
+        ("a red ball", "a red", "a red", " ball"),
+        ("one\n two", "one two", "one", "\n two"),
+        ("x", None, "", "x"),
+        ("", "x", "", ""),
+    ],
+)
+def test_where_two_texts_part(student, teacher, same, own):
+    assert parted(student, teacher) == (same, own)
