@@ -29,7 +29,6 @@ class Family:
         causal_lm: the stock class; a student is a subclass of it.
         q, k, v, o: names of the projections inside ``self_attn``.
         rotate: applies rotary positions, ``(q_BHTP, k_BKTP, cos, sin) -> (q, k)``.
-        input_norm: name, inside a decoder layer, of the norm whose output attention reads.
     """
 
     causal_lm: type[PreTrainedModel]
@@ -38,7 +37,6 @@ class Family:
     v: str = "v_proj"
     o: str = "o_proj"
     rotate: Callable[..., tuple[Tensor, Tensor]] = apply_rotary_pos_emb
-    input_norm: str = "input_layernorm"
 
 
 FAMILIES: dict[str, Family] = {
@@ -107,7 +105,7 @@ class AttentionView:
         return heads.repeat_interleave(self.n_heads // self.n_kv_heads, dim=dim)
 
 
-def view(attention: nn.Module, family: Family) -> AttentionView:
+def view(attention: Any, family: Family) -> AttentionView:
     """Read ``attention``, a decoder layer's ``self_attn`` of the given family.
 
     Raises:
@@ -130,8 +128,8 @@ def view(attention: nn.Module, family: Family) -> AttentionView:
     )
 
 
-def _sliding_window(attention: nn.Module) -> int | None:
+def _sliding_window(attention: Any) -> int | None:
     """Per layer where the family says so (Qwen2 mixes both kinds), else from the config (Mistral)."""
     if hasattr(attention, "sliding_window"):
-        return attention.sliding_window  # type: ignore[return-value]
+        return attention.sliding_window
     return getattr(attention.config, "sliding_window", None)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionLayer
 
 
-class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):
+class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[override]
     """A constant-size cache layer: the last inputs of the convolution, the state of the scan, and a token count.
 
     The count is what the library's own recurrent layer lacks: without it a model whose every layer is a mixer
@@ -91,7 +91,7 @@ def adopt(cache: Cache, mixer_layers: Iterable[int]) -> Cache:
         layer = cache.layers[index]
         if isinstance(layer, MixerCacheLayer):
             continue
-        if layer.get_seq_length() > 0:
+        if isinstance(layer, CacheLayerMixin) and layer.get_seq_length() > 0:
             raise ValueError(
                 f"layer {index} of the given cache holds the keys and values of another model; "
                 "pass an empty cache, or one this student filled"
@@ -106,6 +106,6 @@ def cache_nbytes(cache: DynamicCache) -> int:
     for layer in cache.layers:
         if isinstance(layer, MixerCacheLayer):
             total += layer.nbytes()
-        elif layer.keys is not None:
+        elif isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None:
             total += layer.keys.nbytes + layer.values.nbytes
     return total

@@ -222,7 +222,6 @@ def check_weights(stored: dict[str, TensorFacts], config: "PreTrainedConfig", fo
     from distill.conversion import empty_model
 
     model = empty_model(config)
-    model.tie_weights()
     # Hugging Face accepts a checkpoint of the bare decoder, whose names lack the prefix.
     prefix = f"{model.base_model_prefix}."
     shapes = {name.removeprefix(prefix): facts.shape for name, facts in stored.items()}

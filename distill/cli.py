@@ -4,6 +4,7 @@ Training is not here: the stages are programs of the checkout, ``python -m stage
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,8 +37,8 @@ def plan(
 ) -> None:
     """Check a recipe and show what its run will take, without loading a weight.
 
-    Layers, parameters, cache sizes, steps, memory and time of every stage. Times are those of the matrix products
-    alone, at a rate measured for a second.
+    Layers, parameters, cache sizes, steps, memory and time of every stage. Times follow from rates measured for a
+    second, on one process, and leave out evaluation.
 
     Example: `distill plan recipes/quickstart.yaml stages.logits.tokens=3M`
     """
@@ -71,6 +72,7 @@ def convert(
 
     Example: `distill convert teachers/stdlib-1m students/hybrid --keep-attention 2,5`
     """
+    _quiet_unless_watched()
     from distill.conversion_view import render
     from distill.converting import convert_folder
 
@@ -94,6 +96,7 @@ def generate(
 
     Example: `distill generate runs/quickstart/logits "def main(" --temperature 0.8`
     """
+    _quiet_unless_watched()
     from distill.generation import generate as generate_text
     from distill.generation import load
 
@@ -123,6 +126,14 @@ def doctor(as_json: AsJson = False) -> None:
 
     facts = diagnose()
     _show(facts if as_json else render(facts))
+
+
+def _quiet_unless_watched() -> None:
+    """No progress bars in files and pipes."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def _show(result: RenderableType | dict[str, Any]) -> None:

@@ -7,22 +7,22 @@ teacher's own class (``distill.student``) with copies of its weights.
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from distill.attention import AttentionView, Family, family_of, view
+from distill.attention import AttentionView, family_of, view
+from distill.calibration import calibration_inputs
 from distill.errors import UserError
 from distill.layout import layer_kinds, resolve
 from distill.mixers import MIXERS
 from distill.roles import ROLES, roles
 from distill.seeding import Seeded, seed_mixer
-from distill.student import STUDENTS, is_student, mixer_layers, mixers_of, state_bytes, student_config
+from distill.student import STUDENTS, mixer_layers, mixers_of, state_bytes, student_config
 
 CONTEXTS = (1024, 4096, 32768, 131072)
 
@@ -33,7 +33,7 @@ class Report:
 
     Attributes:
         layers: one name a layer, ``"attention"`` or the mixer's.
-        seeded: for each changed layer, where each part of the mixer came from.
+        seeded: for each changed layer, where each part of the mixer came from; empty if mixers started at random.
         parameters_before, parameters_after: counts by role (``distill.roles``).
         state_bytes: what all mixers remember per sequence, fp32, at any length.
         kv_bytes_per_token: what the kept attention layers add per token, in the teacher's dtype.
@@ -47,7 +47,6 @@ class Report:
     state_bytes: int
     kv_bytes_per_token: int
     teacher_kv_bytes_per_token: int
-    context: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def cache_bytes(self, tokens: int) -> tuple[int, int]:
         """(student's, teacher's) cache bytes for a sequence of ``tokens``."""
@@ -74,7 +73,7 @@ def convert(
         mixer: what takes attention's place, a key of ``distill.mixers.MIXERS``.
         keep_attention: 0-based indices of the layers that keep attention; with all of them the student equals the
             teacher bit for bit.
-        seed: for what does not come from the teacher (the gate's projection); the same seed, the same student.
+        seed: for the tokens the seeding looks at and for mixers that start at random; the same seed, the same student.
         seed_from_attention: copy the attention weights into the mixers; False starts the mixers at random.
         state_dim: state size of a head; None means the teacher's head size.
         conv_width: taps of the mixers' short convolution.
@@ -119,11 +118,7 @@ def convert_with_report(
         torch.manual_seed(seed)
         student = _build(config, teacher)
     _copy_weights(teacher, student)
-    seeded = {}
-    for index, attention in replaced.items():
-        seeded[index] = (
-            _seed_layer(student, index, attention, family) if seed_from_attention else [Seeded("everything", "random")]
-        )
+    seeded = _seed(student, teacher, replaced, seed) if seed_from_attention else {}
     return student, report(teacher, student, seeded)
 
 
@@ -148,7 +143,7 @@ def plan(
     text = teacher.get_text_config()
     kept = resolve(text.num_hidden_layers, layers=list(keep_attention))
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    if state_dim is not None and state_dim < 1 or conv_width < 1:
+    if (state_dim is not None and state_dim < 1) or conv_width < 1:
         raise UserError(f"state_dim is {state_dim} and conv_width {conv_width}; both must be at least 1")
     settings = {
         "n_heads": text.num_attention_heads,
@@ -162,10 +157,12 @@ def plan(
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A teacher or student without weights (on the meta device): for counting parameters and bytes."""
+    layout = getattr(config, "distill", None)
+    model_class = STUDENTS[layout["teacher"]] if layout else family_of(config).causal_lm
     with torch.device("meta"), no_init_weights():
-        if getattr(config, "distill", None) is not None:
-            return STUDENTS[config.distill["teacher"]](copy.deepcopy(config))
-        return family_of(config).causal_lm(copy.deepcopy(config))
+        model = model_class(copy.deepcopy(config))
+    model.tie_weights()  # skipped above, together with the initialisation
+    return model
 
 
 def load_teacher(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -216,13 +213,16 @@ def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
     assert not strays, f"teacher and student differ outside the changed layers: {strays}"
 
 
-def _seed_layer(student: PreTrainedModel, index: int, attention: AttentionView, family: Family) -> list[Seeded]:
-    layer = student.get_decoder().layers[index]
-    return seed_mixer(mixers_of(student)[index], attention, getattr(layer, family.input_norm).weight)
+def _seed(
+    student: PreTrainedModel, teacher: PreTrainedModel, replaced: dict[int, AttentionView], seed: int
+) -> dict[int, list[Seeded]]:
+    inputs = calibration_inputs(teacher, replaced, seed)
+    mixers = mixers_of(student)
+    return {index: seed_mixer(mixers[index], attention, inputs[index]) for index, attention in replaced.items()}
 
 
 def _count_by_role(model: PreTrainedModel) -> dict[str, int]:
-    counts = dict.fromkeys(ROLES, 0)
+    counts: dict[str, int] = dict.fromkeys(ROLES, 0)
     by_name = roles(model)
     for name, parameter in model.named_parameters():
         counts[by_name[name]] += parameter.numel()

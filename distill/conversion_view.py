@@ -26,7 +26,8 @@ def layers(report: Report) -> Text:
     kept = [str(index) for index, kind in enumerate(kinds) if kind == ATTENTION]
     mixer = next((kind for kind in kinds if kind != ATTENTION), "mixers")
     line.append(f" {len(kinds) - len(kept)} of {len(kinds)} become {mixer} (m)")
-    line.append(f", {', '.join(kept)} keep{'s' if len(kept) == 1 else ''} attention (a)" if kept else "")
+    if kept:
+        line.append(f"; {'layer' if len(kept) == 1 else 'layers'} {', '.join(kept)} with attention (a)")
     return line
 
 

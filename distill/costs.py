@@ -32,6 +32,7 @@ The first two stages never run the head. Evaluation, checkpoints and the convers
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -58,6 +59,13 @@ class Memory:
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.activations
+
+
+class Kept(NamedTuple):
+    """Bytes that a micro-batch keeps for backward: at the worst moment, and in all, one layer after the other."""
+
+    at_once: int
+    in_all: int
 
 
 @dataclass(frozen=True)
@@ -117,28 +125,32 @@ def flops_per_token(sizes: Sizes, stage: Stage) -> float:
     return teacher + head + 3 * (layers + head) - frozen
 
 
-def memory(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrainedModel) -> Memory:
+def memory(recipe: Recipe, stage: Stage, sizes: Sizes, kept: Kept) -> Memory:
     """What one process holds at the worst moment of a step: both models, the optimizer, one micro-batch.
 
-    Student weights, gradients and AdamW's two moments are fp32; activations are what backward needs, at the
-    precision of the recipe.
+    Student weights, gradients and AdamW's two moments are fp32.
+    """
+    trained = sum(sizes.student[role] for role in stage.train)
+    teacher = _DTYPES[recipe.teacher.dtype].itemsize * sum(sizes.teacher.values())
+    return Memory(
+        weights=teacher + 4 * sum(sizes.student.values()),
+        gradients=4 * trained,
+        optimizer=8 * trained,
+        activations=kept.at_once,
+    )
+
+
+def kept_for_backward(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrainedModel) -> Kept:
+    """What a micro-batch keeps for its backward pass, at the precision of the recipe.
 
     Args:
         student: may be without weights, on the meta device.
     """
-    teacher_bytes = _DTYPES[recipe.teacher.dtype].itemsize
-    trained = sum(sizes.student[role] for role in stage.train)
     in_logits = isinstance(stage, LogitsStage)
-    needed = _activations_of_logits if in_logits else _activations_of_a_layer
-    return Memory(
-        weights=teacher_bytes * sum(sizes.teacher.values()) + 4 * sum(sizes.student.values()),
-        gradients=4 * trained,
-        optimizer=8 * trained,
-        activations=needed(recipe, stage, sizes, student),
-    )
+    return (_kept_by_logits if in_logits else _kept_by_layers)(recipe, stage, sizes, student)
 
 
-def _activations_of_logits(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrainedModel) -> int:
+def _kept_by_logits(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrainedModel) -> Kept:
     """All layers, both models' logits and the gradient of the student's, and the loss of one chunk of them."""
     dtype, tokens = _DTYPES[recipe.dtype], stage.batch_size * sizes.block
     layers, kinds = student.get_decoder().layers, student.config.distill["layers"]
@@ -146,14 +158,17 @@ def _activations_of_logits(recipe: Recipe, stage: Stage, sizes: Sizes, student: 
         kind: activations.of_layer(layers[kinds.index(kind)], sizes.hidden, sizes.block, dtype) for kind in set(kinds)
     }
     logits = sizes.vocabulary * (_DTYPES[recipe.teacher.dtype].itemsize + 2 * dtype.itemsize)
-    in_fp32 = min(tokens * sizes.vocabulary, _LOSS_CHUNK) * 4 * _LOSS_COPIES
-    return stage.batch_size * sum(saved[kind] for kind in kinds) + tokens * logits + in_fp32
+    in_all = stage.batch_size * sum(saved[kind] for kind in kinds) + tokens * logits
+    elements = tokens * sizes.vocabulary
+    return Kept(
+        at_once=in_all + min(elements, _LOSS_CHUNK) * 4 * _LOSS_COPIES, in_all=in_all + elements * 4 * _LOSS_COPIES
+    )
 
 
-def _activations_of_a_layer(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrainedModel) -> int:
-    """One layer, and what the teacher read and wrote in each, which stays until the last layer has trained."""
+def _kept_by_layers(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrainedModel) -> Kept:
+    """A layer at a time, and what the teacher read and wrote in each, which stays until the last has trained."""
     if not sizes.n_changed:
-        return 0
+        return Kept(0, 0)
     layer = student.get_decoder().layers[mixer_layers(student.config)[0]]
     shape = (sizes.hidden, sizes.block, _DTYPES[recipe.dtype])
     if isinstance(stage, MixingStage):
@@ -162,5 +177,7 @@ def _activations_of_a_layer(recipe: Recipe, stage: Stage, sizes: Sizes, student:
         saved = activations.of_layer(layer, *shape)
     else:
         saved = activations.of_mixer(layer.self_attn, *shape)
-    trace = 3 * sizes.n_changed * sizes.hidden * _DTYPES[recipe.teacher.dtype].itemsize
-    return stage.batch_size * (saved + sizes.block * trace)
+    traces = sizes.block * 3 * sizes.n_changed * sizes.hidden * _DTYPES[recipe.teacher.dtype].itemsize
+    return Kept(
+        at_once=stage.batch_size * (saved + traces), in_all=stage.batch_size * (sizes.n_changed * saved + traces)
+    )

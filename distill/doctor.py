@@ -4,12 +4,13 @@ import os
 import platform
 import shutil
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -57,26 +58,32 @@ def diagnose() -> dict[str, Any]:
 
 def render(facts: dict[str, Any]) -> RenderableType:
     """The same for people, on one screen."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    versions = [f"{name} {found or 'missing'}" for name, found in facts["versions"].items()]
-    table.add_row("versions", Text(", ".join(versions)))
-    table.add_row("python", Text(facts["interpreter"]))
     cpu, torch = facts["cpu"], facts["torch"]
-    table.add_row(
-        "cpu", f"{cpu['cores']} cores, {gibibytes(cpu['memory_bytes'])} memory, {torch['threads']} torch threads"
-    )
-    for gpu in torch["gpus"] or [None]:
-        table.add_row("gpu", _gpu_line(gpu) if gpu else Text(torch["problem"] or "none visible to torch"))
-    for name, backend in facts["scan"].items():
-        table.add_row("scan", f"{'[green]●[/]' if backend['used'] else '○'} {name}: {backend['why']}")
-    for module, extra in facts["optional"].items():
-        have = f"[green]●[/] {extra['installed']}" if extra["installed"] else f"○ {extra['install']}"
-        table.add_row("optional", f"{module} ({extra['adds']}): {have}")
-    for path, free in facts["disk"].items():
-        table.add_row("disk", f"{gibibytes(free)} free at {path}")
-    return Group(table)
+    memory = gibibytes(cpu["memory_bytes"])
+    sections = {
+        "versions": [", ".join(f"{name} {found or 'missing'}" for name, found in facts["versions"].items())],
+        "python": [f"{facts['interpreter']} on {facts['platform']}"],
+        "cpu": [f"{cpu['cores']} cores, {memory} memory, torch threads: {torch['threads']}"],
+        "gpu": [_gpu_line(gpu) for gpu in torch["gpus"]] or [torch["problem"]],
+        "scan": [f"{_dot(backend['used'])} {name}: {backend['why']}" for name, backend in facts["scan"].items()],
+        "optional": [_extra_line(module, extra) for module, extra in facts["optional"].items()],
+        "disk": [f"{gibibytes(free)} free at {path}" for path, free in facts["disk"].items()],
+    }
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column()
+    for name, lines in sections.items():
+        grid.add_row(name, Text("\n".join(lines)))
+    return grid
+
+
+def _dot(filled: object) -> str:
+    return "●" if filled else "○"
+
+
+def _extra_line(module: str, extra: dict[str, Any]) -> str:
+    state = extra["installed"] or f"not installed; {extra['install']}"
+    return f"{_dot(extra['installed'])} {module} ({extra['adds']}): {state}"
 
 
 def gibibytes(n_bytes: int | None) -> str:
@@ -101,10 +108,13 @@ def _cores() -> int:
 
 
 def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
+    """The memory of the machine, or what a container leaves of it."""
+    found = []
+    with suppress(AttributeError, ValueError, OSError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with suppress(ValueError, OSError):  # the file says "max" where there is no limit
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(found, default=None)
 
 
 def _devices() -> dict[str, Any]:
@@ -128,9 +138,9 @@ def _devices() -> dict[str, Any]:
     return {"threads": torch.get_num_threads(), "gpus": gpus, "problem": problem}
 
 
-def _gpu_line(gpu: dict[str, Any]) -> Text:
+def _gpu_line(gpu: dict[str, Any]) -> str:
     bfloat16 = "with" if gpu["bfloat16"] else "without"
-    return Text(f"{gpu['name']}, {gibibytes(gpu['memory_bytes'])}, capability {gpu['capability']}, {bfloat16} bfloat16")
+    return f"{gpu['name']}, {gibibytes(gpu['memory_bytes'])}, capability {gpu['capability']}, {bfloat16} bfloat16"
 
 
 def _scan_backends(devices: dict[str, Any]) -> dict[str, dict[str, Any]]:

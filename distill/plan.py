@@ -1,6 +1,7 @@
 """A recipe's run before it runs: which layers change, how large everything is, what each stage takes."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,11 +10,28 @@ import torch
 from distill.checks import RecipeFacts
 from distill.conversion import CONTEXTS, Report, empty_model, report
 from distill.conversion import plan as plan_student
-from distill.costs import Memory, flops_per_token, memory, sizes_of
+from distill.costs import Memory, flops_per_token, kept_for_backward, memory, sizes_of
 from distill.data.pack import MANIFEST, Blocks
 from distill.recipe import Recipe, StageName
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+# How often what backward needs is moved: written in the forward, read in the backward, its gradient written.
+_PASSES = 3
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a machine is.
+
+    Attributes:
+        flops: floating-point operations a second in matrix products.
+        bytes: bytes a second written by elementwise operations into new tensors.
+    """
+
+    flops: float
+    bytes: float
 
 
 @dataclass(frozen=True)
@@ -24,7 +42,8 @@ class StagePlan:
         tokens: what its steps really take, the recipe's tokens rounded down to whole steps.
         epochs: passes over the training text; None while the text is not prepared.
         flops: floating-point operations, teacher and student.
-        seconds: those at the measured rate; what is not a matrix product comes on top.
+        seconds: the operations at the measured rate, and the memory traffic at its own; evaluation and start-up
+            come on top.
     """
 
     name: StageName
@@ -42,13 +61,13 @@ class Plan:
 
     Attributes:
         conversion: layers, parameters by role, state and cache bytes.
-        flops_per_second: the measured rate of matrix products, or the given one.
+        rates: what this machine was measured at, or what was given.
     """
 
     recipe: Recipe
     conversion: Report
     stages: list[StagePlan]
-    flops_per_second: float
+    rates: Rates
     device: str
 
     def to_json(self) -> dict[str, Any]:
@@ -63,7 +82,7 @@ class Plan:
                 for tokens in CONTEXTS
             },
             "stages": [{**asdict(stage), "memory": _with_total(stage.memory)} for stage in self.stages],
-            "flops_per_second": self.flops_per_second,
+            "rates": asdict(self.rates),
             "device": self.device,
         }
 
@@ -73,7 +92,7 @@ def make_plan(
     facts: RecipeFacts,
     *,
     training_tokens: int | None = None,
-    flops_per_second: float | None = None,
+    rates: Rates | None = None,
 ) -> Plan:
     """Computes the plan of a checked recipe; both models are built without weights.
 
@@ -81,7 +100,7 @@ def make_plan(
         recipe: the recipe.
         facts: what `distill.checks.check` found.
         training_tokens: tokens of the training text, if it is prepared.
-        flops_per_second: of matrix products; measured for about a second if None.
+        rates: of this machine; measured for about a second if None.
     """
     teacher = empty_model(facts.config)
     teacher.to(_DTYPES[recipe.teacher.dtype])  # type: ignore[arg-type]  # transformers hides nn.Module's signature
@@ -94,30 +113,30 @@ def make_plan(
             conv_width=recipe.student.conv_width,
         )
     )
-    for model in (teacher, student):
-        model.tie_weights()
     conversion = report(teacher, student)
     block = recipe.data.block
     sizes = sizes_of(student, block, conversion.parameters_before, conversion.parameters_after)
     device = "cuda" if recipe.device != "cpu" and torch.cuda.is_available() else "cpu"
-    if flops_per_second is None:
-        flops_per_second = measure_matmul(device, _DTYPES[recipe.dtype], sizes.hidden)
+    rates = rates or measure(device, _DTYPES[recipe.dtype], sizes.hidden)
     stages = []
     for name, stage in recipe.stages.named().items():
-        tokens = facts.steps[name] * stage.batch_size * stage.accumulate * block
+        steps = facts.steps[name]
+        tokens = steps * stage.batch_size * stage.accumulate * block
         flops = tokens * flops_per_token(sizes, stage)
+        kept = kept_for_backward(recipe, stage, sizes, student)
+        traffic = _PASSES * kept.in_all * steps * stage.accumulate
         stages.append(
             StagePlan(
                 name=name,
                 tokens=tokens,
-                steps=facts.steps[name],
+                steps=steps,
                 epochs=tokens / training_tokens if training_tokens else None,
                 flops=flops,
-                seconds=flops / flops_per_second,
-                memory=memory(recipe, stage, sizes, student),
+                seconds=flops / rates.flops + traffic / rates.bytes,
+                memory=memory(recipe, stage, sizes, kept),
             )
         )
-    return Plan(recipe, conversion, stages, flops_per_second, device)
+    return Plan(recipe, conversion, stages, rates, device)
 
 
 def prepared_tokens(recipe: Recipe) -> int | None:
@@ -126,20 +145,28 @@ def prepared_tokens(recipe: Recipe) -> int | None:
     return Blocks(folder, "train", recipe.data.block).n_tokens if (folder / MANIFEST).is_file() else None
 
 
-def measure_matmul(device: str, dtype: torch.dtype, hidden: int, seconds: float = 1.0) -> float:
-    """Floating-point operations a second of (2048, D) × (D, 4 D) products, the shape of a layer's largest."""
+def measure(device: str, dtype: torch.dtype, hidden: int, seconds: float = 1.0) -> Rates:
+    """The rates of (2048, D) × (D, 4 D) products, which are a layer's largest, and of 64 MiB elementwise ones."""
     x = torch.randn(2048, hidden, device=device, dtype=dtype)
     w = torch.randn(hidden, 4 * hidden, device=device, dtype=dtype)
+    long = torch.randn(2**24, device=device)
+    return Rates(
+        flops=2 * x.numel() * w.shape[1] * _per_second(lambda: x @ w, device, seconds / 2),
+        bytes=long.nbytes * _per_second(lambda: long * long, device, seconds / 2),
+    )
+
+
+def _per_second(call: Callable[[], object], device: str, seconds: float) -> float:
     for _ in range(3):  # the first ones pay for start-up
-        x @ w
+        call()
     _wait(device)
-    products, start = 0, time.perf_counter()
-    while (passed := time.perf_counter() - start) < seconds or not products:
+    calls, start = 0, time.perf_counter()
+    while (passed := time.perf_counter() - start) < seconds or not calls:
         for _ in range(5):
-            x @ w
-        products += 5
+            call()
+        calls += 5
         _wait(device)
-    return products * 2 * x.numel() * w.shape[1] / passed
+    return calls / passed
 
 
 def _wait(device: str) -> None:

@@ -18,7 +18,7 @@ def render(plan: Plan) -> RenderableType:
 
 
 def _stages(plan: Plan) -> Table:
-    grid = table("stage", ["tokens", "steps", "epochs", "operations", "time, at least"])
+    grid = table("stage", ["tokens", "steps", "epochs", "operations", "time, about"])
     for stage in plan.stages:
         epochs = "-" if stage.epochs is None else f"{stage.epochs:.3g}"
         grid.add_row(
@@ -37,5 +37,5 @@ def _memory(plan: Plan) -> Table:
 
 def _closing(plan: Plan) -> Text:
     total = duration(sum(stage.seconds for stage in plan.stages))
-    rate = f"{count(plan.flops_per_second)} operations a second"
-    return Text(f"{total} in all at {rate}, as just measured on {plan.device} for matrix products", style="dim")
+    flops, traffic = f"{count(plan.rates.flops)} operations", size(plan.rates.bytes)
+    return Text(f"{total} in all, by {flops} and {traffic} a second as just measured on {plan.device}", style="dim")

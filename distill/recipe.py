@@ -32,6 +32,7 @@ from distill.recipe_file import read_recipe_file
 
 Role = Literal["mixer", "attention", "norms", "mlp", "embeddings", "head"]
 StageName = Literal["mixing", "hidden", "logits"]
+Step = Literal["convert"] | StageName
 ROLES: tuple[Role, ...] = get_args(Role)
 STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
 
@@ -338,7 +339,7 @@ class Recipe(Section):
         """sha256 of all that can change the result: not names, places, devices and how often to save."""
         return _sha256(self._content(STAGE_NAMES))
 
-    def stage_digest(self, stage: StageName | Literal["convert"]) -> str:
+    def stage_digest(self, stage: Step) -> str:
         """sha256 of what can change the weights that `stage` ends with: itself and all that comes before."""
         content = self._content(STAGE_NAMES[: STAGE_NAMES.index(stage) + 1] if stage != "convert" else ())
         content.pop("evaluation")

@@ -69,9 +69,10 @@ def _parse(path: Path) -> marked_yaml.MarkedYaml:
     try:
         return marked_yaml.read(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        others = sorted(str(file) for pattern in ("*.yaml", "*.yml") for file in path.parent.glob(pattern))
-        close = difflib.get_close_matches(str(path), others, n=1, cutoff=0.0)
-        raise UserError(f"{path}: no such file" + (f", did you mean {close[0]}?" if close else "")) from None
+        others = sorted(file.name for pattern in ("*.yaml", "*.yml") for file in path.parent.glob(pattern))
+        close = difflib.get_close_matches(path.name, others, n=1)
+        hint = f", did you mean {path.with_name(close[0])}?" if close else ""
+        raise UserError(f"{path}: no such file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"{path}: cannot be read: {reason}") from None

@@ -1,11 +1,11 @@
 """A recipe's run: where its stages live, what they load, and how one is carried out and handed on.
 
-    run_dir/
-      recipe.yaml                 the resolved recipe
-      data/                       token blocks, prepared once (distill.data)
-      teacher/evaluation.json
-      convert/ mixing/ hidden/ logits/      finished stages (distill.handover), each with its evaluation
-      training/STAGE/             metrics and checkpoints of the stage that is being trained
+run_dir/
+  recipe.yaml                 the resolved recipe
+  data/                       token blocks, prepared once (distill.data)
+  teacher/evaluation.json
+  convert/ mixing/ hidden/ logits/      finished stages (distill.handover), each with its evaluation
+  training/STAGE/             metrics and checkpoints of the stage that is being trained
 """
 
 import functools
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -33,13 +33,13 @@ from distill.errors import UserError
 from distill.evaluation import evaluate
 from distill.evaluation_record import read_evaluation
 from distill.handover import StageRecord
-from distill.recipe import Recipe, StageName, Training, load_recipe
+from distill.recipe import Recipe, Stage, StageName, Step, load_recipe
 from distill.roles import roles
 from distill.student import load_student
 from distill.training import Objective, TrainResult, parameter_groups, schedule, train
 from distill.training.atomic import replace_file
 
-CONVERT = "convert"
+CONVERT: Literal["convert"] = "convert"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -82,14 +82,14 @@ class Run:
         return evaluation_batches(self.blocks[1], wanted.batch_size, wanted.tokens)
 
     @property
-    def stages(self) -> list[str]:
+    def stages(self) -> list[Step]:
         """Every stage of the recipe in order, conversion first."""
         return [CONVERT, *self.recipe.stages.named()]
 
     def folder(self, stage: str) -> Path:
         return self.recipe.run_dir / stage
 
-    def verified(self, stage: str) -> StageRecord:
+    def verified(self, stage: Step) -> StageRecord:
         """The record of a finished stage, its weights and its whole ancestry checked.
 
         Raises:
@@ -99,12 +99,14 @@ class Run:
         parent = self.verified(self.stages[place - 1]).as_parent() if place else None
         try:
             return handover.verify(
-                self.folder(stage), parent, expected_settings=self.recipe.stage_digest(stage)  # type: ignore[arg-type]
+                self.folder(stage),
+                parent,
+                expected_settings=self.recipe.stage_digest(stage),
             )
         except UserError as error:
             raise UserError(f"{error}{self._changed_settings(stage)}") from error
 
-    def is_done(self, stage: str) -> bool:
+    def is_done(self, stage: Step) -> bool:
         """Whether the stage's folder is there; if it is, it must be the one this recipe makes."""
         if not (self.folder(stage) / handover.RECORD).exists():
             return False
@@ -121,7 +123,11 @@ class Run:
         if not path.is_file():
             return ""
         then, now = _flat(yaml.safe_load(path.read_text())), _flat(yaml.safe_load(self.recipe.dump()))
-        changed = [f"{key}: {then.get(key)} → {now.get(key)}" for key in then.keys() | now.keys() if then.get(key) != now.get(key)]
+        changed = [
+            f"{key}: {then.get(key)} → {now.get(key)}"
+            for key in then.keys() | now.keys()
+            if then.get(key) != now.get(key)
+        ]
         if not changed:
             return ""
         return (
@@ -217,15 +223,13 @@ def train_stage(
     return record
 
 
-def _train(
-    run: Run, stage: StageName, settings: Training, student: PreTrainedModel, objective: Objective
-) -> TrainResult:
+def _train(run: Run, stage: StageName, settings: Stage, student: PreTrainedModel, objective: Objective) -> TrainResult:
     set_seed(run.recipe.seed)
     by_name = roles(student)
     groups = parameter_groups(
         student,
         by_name.__getitem__,
-        settings.train,  # type: ignore[attr-defined]
+        settings.train,
         lr=settings.lr,
         mixer_lr=settings.mixer_lr,
         weight_decay=settings.weight_decay,
@@ -279,4 +283,8 @@ def _save(run: Run, student: PreTrainedModel, folder: Path) -> None:
 def _flat(nested: object, prefix: str = "") -> dict[str, object]:
     if not isinstance(nested, dict):
         return {prefix: nested}
-    return {key: value for name, part in nested.items() for key, value in _flat(part, f"{prefix}{'.' if prefix else ''}{name}").items()}
+    return {
+        key: value
+        for name, part in nested.items()
+        for key, value in _flat(part, f"{prefix}{'.' if prefix else ''}{name}").items()
+    }

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from distill.attention import AttentionView
-from distill.mixers import DiscreteMamba2Mixer, Mamba2Mixer
+from distill.calibration import steady_direction
+from distill.mixers import DiscreteMamba2Mixer, Mamba2Mixer, Mixer
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,18 @@ class Seeded:
 
 
 @torch.no_grad()
-def seed_mixer(mixer: nn.Module, attention: AttentionView, input_norm: Tensor) -> list[Seeded]:
+def seed_mixer(mixer: Mixer, attention: AttentionView, inputs_ND: Tensor) -> list[Seeded]:
     """Fill ``mixer`` from ``attention``, in place.
 
     Args:
         mixer: freshly made, of any class in ``MIXERS``.
         attention: the layer it replaces.
-        input_norm: (D,) weight of the norm whose output both read; tells how large each input is.
+        inputs_ND: examples of what both read, fp32 (``distill.calibration``).
 
     Returns:
         What came from where, for the report.
     """
-    return SEEDS[type(mixer)](mixer, attention, input_norm)
+    return SEEDS[type(mixer)](mixer, attention, inputs_ND)
 
 
 def _copy_projections(mixer: Mamba2Mixer | DiscreteMamba2Mixer, attention: AttentionView) -> list[Seeded]:
@@ -54,6 +55,7 @@ def _copy_projections(mixer: Mamba2Mixer | DiscreteMamba2Mixer, attention: Atten
         mixer.in_proj.weight[place] = scale * _heads(projection.weight, attention, width)
         if projection.bias is not None:
             inside = slice(place.start - first, place.stop - first)
+            assert mixer.conv1d.bias is not None
             mixer.conv1d.bias[inside] = scale * _heads(projection.bias[:, None], attention, width)[:, 0]
     mixer.out_proj.weight.copy_(attention.o.weight)
     shared = (
@@ -81,28 +83,25 @@ def _heads(weight: Tensor, attention: AttentionView, width: int) -> Tensor:
     return out.flatten(0, 1)
 
 
-def _value_size(attention: AttentionView, input_norm: Tensor) -> Tensor:
-    """(H,) root mean square of each head's values, for inputs of unit size before the norm's weight."""
-    values_HPD = attention.per_query_head(attention.v.weight.unflatten(0, (-1, attention.head_dim)), dim=0)
-    return (values_HPD * input_norm).square().sum(-1).mean(-1).sqrt()
-
-
-def _seed_mamba2(mixer: nn.Module, attention: AttentionView, input_norm: Tensor) -> list[Seeded]:
+def _seed_mamba2(mixer: Mixer, attention: AttentionView, inputs_ND: Tensor) -> list[Seeded]:
     assert isinstance(mixer, Mamba2Mixer)
     seeded = _copy_projections(mixer, attention)
-    # The gated norm makes every head's output unit size; attention's is about that of the values it averages.
-    mixer.norm.weight.copy_(_value_size(attention, input_norm).repeat_interleave(mixer.head_dim))
+    # The norm follows the gate, so a gate that is equal over a head's channels and never changes sign has no effect.
+    mixer.in_proj.weight[mixer.in_rows()["z"]] = OPEN_GATE * steady_direction(inputs_ND)
+    # The norm makes every head's output unit size; attention's is about that of the values it averages.
+    value_size_H = attention.values(inputs_ND.to(attention.v.weight.dtype)[None]).square().mean(dim=(0, 1, 3)).sqrt()
+    mixer.norm.weight.copy_(value_size_H.repeat_interleave(mixer.head_dim))
     nn.init.zeros_(mixer.D)
     return [
         *seeded,
-        Seeded("norm", "size of v a head"),
-        Seeded("in_proj z", "random"),
+        Seeded("norm", "size of v, head by head"),
+        Seeded("in_proj z", "open: the direction in which the layer's inputs are steady"),
         Seeded("D", "0"),
         Seeded("in_proj dt, dt_bias, A_log", "step 1; memories of 4 to 256 positions over the heads"),
     ]
 
 
-def _seed_discrete_mamba2(mixer: nn.Module, attention: AttentionView, input_norm: Tensor) -> list[Seeded]:
+def _seed_discrete_mamba2(mixer: Mixer, attention: AttentionView, _inputs_ND: Tensor) -> list[Seeded]:
     assert isinstance(mixer, DiscreteMamba2Mixer)
     seeded = _copy_projections(mixer, attention)
     nn.init.zeros_(mixer.D)
@@ -114,7 +113,10 @@ def _seed_discrete_mamba2(mixer: nn.Module, attention: AttentionView, input_norm
     ]
 
 
-SEEDS: dict[type[nn.Module], Callable[[nn.Module, AttentionView, Tensor], list[Seeded]]] = {
+# SiLU is well past its bend here, and still far from so large that a gate could not close.
+OPEN_GATE = 2.0
+
+SEEDS: dict[type, Callable[[Mixer, AttentionView, Tensor], list[Seeded]]] = {
     Mamba2Mixer: _seed_mamba2,
     DiscreteMamba2Mixer: _seed_discrete_mamba2,
 }

@@ -20,6 +20,7 @@ _IMPORT = re.compile(r"^(\s*)from (distill[\w.]*) import ", flags=re.MULTILINE)
 def auto_map(student: type[PreTrainedModel]) -> dict[str, str]:
     """The config entry that tells transformers which classes to load from the folder."""
     module = _flat(ROOT)
+    assert student.config_class is not None
     return {
         "AutoConfig": f"{module}.{student.config_class.__name__}",
         "AutoModelForCausalLM": f"{module}.{student.__name__}",
@@ -55,7 +56,8 @@ def _needed(root: str) -> list[str]:
 
 def _source(module: str) -> str:
     spec = importlib.util.find_spec(module)
-    assert spec is not None and spec.origin is not None, module
+    assert spec is not None, module
+    assert spec.origin is not None, module
     return Path(spec.origin).read_text()
 
 

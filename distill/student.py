@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -21,7 +21,7 @@ from distill.attention import FAMILIES, Family
 from distill.cache import adopt
 from distill.documents import document_starts, positions_from_index
 from distill.layout import ATTENTION
-from distill.mixers import MIXERS
+from distill.mixers import MIXERS, Mixer
 
 
 class Student:
@@ -37,19 +37,19 @@ class Student:
     _can_compile_fullgraph = False
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         install_mixers(self, config.distill)  # type: ignore[arg-type]
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-        """Leave the 2-D mask as it is; ``generate`` would make it 4-D for static caches, and mixers could not read it."""
+        """Leave the 2-D mask as it is: ``generate`` would make it 4-D for static caches, which mixers cannot read."""
         return attention_mask
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save as any Hugging Face model, plus the code that loads the folder without this package."""
         from distill.standalone import auto_map, write_code
 
-        self.config.auto_map = auto_map(type(self))  # type: ignore[attr-defined]
+        self.config.auto_map = auto_map(type(self))  # type: ignore[attr-defined, arg-type]
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             write_code(Path(save_directory))
@@ -74,9 +74,7 @@ def mixer_layers(config: PreTrainedConfig) -> list[int]:
     return [index for index, kind in enumerate(config.distill["layers"]) if kind != ATTENTION]
 
 
-def prepare_sequence(
-    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[()], dict[str, Any]]:
+def prepare_sequence(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
     """Before the decoder runs: find padding and document borders for the mixers, and make room in the cache.
 
     Raises:
@@ -129,7 +127,7 @@ def _isolate_documents(kwargs: dict[str, Any], valid_BT: Tensor | None) -> None:
     kwargs["use_cache"] = False
 
 
-def _prepare_cache(decoder: nn.Module, kwargs: dict[str, Any]) -> None:
+def _prepare_cache(decoder: Any, kwargs: dict[str, Any]) -> None:
     cache = kwargs.get("past_key_values")
     use_cache = kwargs.get("use_cache")
     if use_cache is None:
@@ -142,11 +140,11 @@ def _prepare_cache(decoder: nn.Module, kwargs: dict[str, Any]) -> None:
 
 def student_class(family: Family) -> type[PreTrainedModel]:
     """The student class of a teacher's class: ``DistilledLlamaForCausalLM`` for ``LlamaForCausalLM``."""
-    teacher = family.causal_lm
+    teacher, stock = family.causal_lm, _config_class(family.causal_lm)
     config = type(
-        f"Distilled{teacher.config_class.__name__}",
-        (teacher.config_class,),
-        {"model_type": f"distilled_{teacher.config_class.model_type}", "__module__": __name__},
+        f"Distilled{stock.__name__}",
+        (stock,),
+        {"model_type": f"distilled_{stock.model_type}", "__module__": __name__},
     )
     return type(
         f"Distilled{teacher.__name__}",
@@ -155,12 +153,17 @@ def student_class(family: Family) -> type[PreTrainedModel]:
     )
 
 
+def _config_class(model_class: type[PreTrainedModel]) -> type[PreTrainedConfig]:
+    assert model_class.config_class is not None
+    return model_class.config_class
+
+
 STUDENTS: dict[str, type[PreTrainedModel]] = {name: student_class(family) for name, family in FAMILIES.items()}
-for _name, _class in STUDENTS.items():
+for _class in STUDENTS.values():
     # As attributes of the module, so that pickling and remote-code loading find them by name.
-    globals().update({_class.__name__: _class, _class.config_class.__name__: _class.config_class})
-    AutoConfig.register(_class.config_class.model_type, _class.config_class, exist_ok=True)
-    AutoModelForCausalLM.register(_class.config_class, _class, exist_ok=True)
+    globals().update({made.__name__: made for made in (_class, _config_class(_class))})
+    AutoConfig.register(_config_class(_class).model_type, _config_class(_class), exist_ok=True)
+    AutoModelForCausalLM.register(_config_class(_class), _class, exist_ok=True)
 
 
 def student_config(teacher: PreTrainedConfig, layers: Sequence[str], mixer: dict[str, Any]) -> PreTrainedConfig:
@@ -172,11 +175,8 @@ def student_config(teacher: PreTrainedConfig, layers: Sequence[str], mixer: dict
     values = copy.deepcopy(teacher.to_dict())
     for key in ("model_type", "architectures", "_name_or_path", "transformers_version", "auto_map"):
         values.pop(key, None)
-    config_class = STUDENTS[teacher.model_type].config_class
-    return config_class(
-        **values,
-        distill={"version": 1, "layers": list(layers), "mixer": dict(mixer), "teacher": teacher.model_type},
-    )
+    layout = {"version": 1, "layers": list(layers), "mixer": dict(mixer), "teacher": teacher.model_type}
+    return _config_class(STUDENTS[teacher.model_type])(**values, distill=layout)  # type: ignore[call-arg]
 
 
 def load_student(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -193,7 +193,7 @@ def is_student(model: PreTrainedModel) -> bool:
     return getattr(model.config, "distill", None) is not None
 
 
-def mixers_of(student: PreTrainedModel) -> dict[int, nn.Module]:
+def mixers_of(student: PreTrainedModel) -> dict[int, Mixer]:
     """The mixers of a student by layer index."""
     layers = student.get_decoder().layers
     return {index: layers[index].self_attn for index in mixer_layers(student.config)}

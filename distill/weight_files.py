@@ -50,9 +50,7 @@ def stored_tensors(folder: Path) -> dict[str, TensorFacts]:
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
         names = ", ".join(missing[:3]) + (" .." if len(missing) > 3 else "")
-        raise UserError(
-            f"{folder} lacks {len(missing)} of {len(shards)} shards: {names}; download them again"
-        )
+        raise UserError(f"{folder} lacks {len(missing)} of {len(shards)} shards: {names}; download them again")
     stored = {shard: read_header(folder / shard) for shard in shards}
     for name, shard in shard_of.items():
         if name not in stored[shard]:
@@ -82,14 +80,10 @@ def read_header(file: Path) -> dict[str, TensorFacts]:
         tensors = {name: _tensor(entry) for name, entry in entries.items()}
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{file} ({length} bytes) is not a whole safetensors file; download it again"
-        ) from None
+        raise UserError(f"{file} ({length} bytes) is not a whole safetensors file; download it again") from None
     if 8 + n + end != length:
         kind = "truncated" if length < 8 + n + end else "too long"
-        raise UserError(
-            f"{file} is {kind}: {length} bytes where its header says {8 + n + end}; download it again"
-        )
+        raise UserError(f"{file} is {kind}: {length} bytes where its header says {8 + n + end}; download it again")
     return tensors
 
 

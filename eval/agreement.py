@@ -32,11 +32,10 @@ def main(
     as_json: options.Json = False,
 ) -> None:
     """Print losses, KL, top-1 agreement, and each layer's distance from the teacher's."""
-    tokenizer = load_tokenizer(student)
-    if tokenizer_hash(tokenizer) != tokenizer_hash(load_tokenizer(teacher)):
+    if tokenizer_hash(load_tokenizer(student)) != tokenizer_hash(load_tokenizer(teacher)):
         raise UserError(f"{student} and {teacher} have different tokenizers, so their tokens cannot be compared")
+    batches = read_batches(Text(source, block, batch_size, tokens, text_key, separator), student)
     ours, theirs = load_model(student, device), load_model(teacher, device)
-    batches = read_batches(Text(source, block, batch_size, tokens, text_key, separator), tokenizer, ours)
     metrics, distances = evaluate(ours, theirs, batches), layer_distances(ours, theirs, batches)
     if as_json:
         print(json.dumps(json_numbers(asdict(metrics) | {"layer_distances": distances})))

@@ -203,7 +203,7 @@ def _draw(one: Series, x: _Scale, y: _Scale) -> Markup:
     if one.look != "points" and len(places) > 1:
         inner += Markup('<polyline points="{}"/>').format(" ".join(f"{a:g},{b:g}" for a, b in places))
     if one.look == "points" or one.notes or len(places) == 1:
-        size = 3.2 if len(places) <= 40 else 2
+        size = 3.2 if len(places) <= 24 else 2.2
         inner += Markup("").join(
             dot.format(a, b, size, title.format(note) if note else "")
             for (a, b), note in zip(places, notes, strict=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from distill import units
 from eval import words
 from eval.charts import Axis, Chart, Point, Series, line_chart, smoothed, spans_decades, thinned
 from eval.run_record import CONVERT, RunRecord, Stage
@@ -23,8 +24,8 @@ def colour(name: str) -> str:
 def closeness_charts(run: RunRecord) -> list[Chart]:
     """How KL and loss fell over the run, and how far each layer's output is from the teacher's."""
     return [
-        _over_run(run, "kl", "KL from the teacher", "On held-out text, over the whole run. Lower is closer."),
-        _over_run(run, "loss", "Loss on held-out text", "Over the whole run; the dashed line is the teacher."),
+        _over_run(run, "kl", "KL from the teacher", "On held-out text over the run; lower is closer."),
+        _over_run(run, "loss", "Loss on held-out text", "Over the run; the dashed line is the teacher."),
         _layer_chart(run),
     ]
 
@@ -44,11 +45,18 @@ def memory_chart(run: RunRecord) -> Chart:
     ]
     return line_chart(
         "Memory for one sequence",
-        "State and key–value cache, by how much text it has read.",
+        "State and key–value cache, by tokens read.",
         series,
-        Axis("tokens of context", words.context, log=True, ticks=CONTEXT_TICKS),
-        Axis("bytes", words.size, log=True),
+        Axis("tokens of context", lambda tokens: words.context(int(tokens)), log=True, ticks=CONTEXT_TICKS),
+        Axis("bytes", units.size, log=True, ticks=_byte_ticks(series)),
     )
+
+
+def _byte_ticks(series: Sequence[Series]) -> list[float]:
+    """Round binary sizes, at most six."""
+    values = [value for one in series for _, value in one.points if value > 0]
+    ticks = [4.0**power for power in range(40) if min(values, default=1) <= 4.0**power <= max(values, default=1)]
+    return ticks[:: -(-len(ticks) // 6) or 1]
 
 
 def _over_run(run: RunRecord, name: str, title: str, note: str) -> Chart:
@@ -87,7 +95,7 @@ def _layer_chart(run: RunRecord) -> Chart:
     kept = [index for index, kind in enumerate(run.layers) if kind == "attention"]
     return line_chart(
         "Distance of each layer’s output",
-        "Relative to the teacher’s hidden state." + " Shaded layers keep attention." * bool(kept),
+        "To the teacher’s" + "; shaded layers keep attention" * bool(kept) + ".",
         series,
         Axis("layer", lambda value: f"{value:.0f}", ticks=range(0, depth, every)),
         Axis("relative L2 distance" + ", log scale" * log, words.short, log=log, zero=True),

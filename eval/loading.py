@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.data import Blocks, Document, evaluation_batches, prepare, read_documents
 from distill.errors import UserError
@@ -58,16 +58,17 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise UserError(f"{path}: has no tokenizer that can be loaded ({_first_line(error)})") from error
 
 
-def read_batches(text: Text, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[dict[str, Tensor]]:
-    """The first ``text.tokens`` of a text as packed batches (see ``distill.data``), documents apart.
+def read_batches(text: Text, path: str) -> list[dict[str, Tensor]]:
+    """The first ``text.tokens`` of a text as packed batches (see ``distill.data``) for the model at ``path``.
 
     Blocks are no longer than the positions the model knows. Every document begins with the tokenizer's BOS where
     it has one, as in training by default.
 
     Raises:
-        UserError: the text cannot be read, or has less than two tokens.
+        UserError: the text or the tokenizer cannot be read, or the text has less than two tokens.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or text.block
+    tokenizer, config = load_tokenizer(path), _load_config(path)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or text.block
     documents = _first_documents(text)
     bos = tokenizer.bos_token_id is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -86,6 +87,13 @@ def _first_documents(text: Text) -> list[Document]:
         if characters >= CHARACTERS_A_TOKEN * text.tokens:
             break
     return documents
+
+
+def _load_config(path: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: has no config that can be read ({_first_line(error)})") from error
 
 
 def _require_folder(path: str) -> None:

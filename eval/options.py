@@ -12,6 +12,8 @@ Block = Annotated[int, typer.Option(min=2, help="Tokens a sequence; never more t
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences a forward pass.")]
 Tokens = Annotated[int, typer.Option(min=2, help="Score about this many tokens from the beginning of the text.")]
 TextKey = Annotated[str, typer.Option(help="The column that holds the text in .jsonl, .parquet and datasets.")]
-Separator = Annotated[str | None, typer.Option(help="What stands between documents in text files, as $'\\n\\n' in bash.")]
+Separator = Annotated[
+    str | None, typer.Option(help="What stands between documents in text files, as $'\\n\\n' in bash.")
+]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes a GPU when there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")]

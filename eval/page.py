@@ -8,6 +8,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from distill import units
 from distill.evaluation_record import MatrixPair
 from eval import verdict, words
 from eval.figures import closeness_charts, colour, memory_chart, training_charts
@@ -143,8 +144,8 @@ def _memory(run: RunRecord, numbers: View) -> View | None:
         "rows": [
             {
                 "context": words.context(row["context"]),
-                "teacher": words.size(row["teacher_bytes"]),
-                "student": words.size(row["student_bytes"]),
+                "teacher": units.size(row["teacher_bytes"]),
+                "student": units.size(row["student_bytes"]),
                 "saved": verdict.less(row["teacher_bytes"], row["student_bytes"]),
             }
             for row in numbers["memory"]

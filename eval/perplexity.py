@@ -13,7 +13,7 @@ from distill.evaluation import evaluate
 from distill.evaluation_record import json_numbers
 from distill.programs import report_user_errors
 from eval import options, words
-from eval.loading import Text, load_model, load_tokenizer, read_batches
+from eval.loading import Text, load_model, read_batches
 
 
 @report_user_errors()
@@ -29,9 +29,8 @@ def main(
     as_json: options.Json = False,
 ) -> None:
     """Print the loss and perplexity of the model in FOLDER on a text."""
-    loaded, tokenizer = load_model(model, device), load_tokenizer(model)
-    text = Text(source, block, batch_size, tokens, text_key, separator)
-    metrics = evaluate(loaded, None, read_batches(text, tokenizer, loaded))
+    batches = read_batches(Text(source, block, batch_size, tokens, text_key, separator), model)
+    metrics = evaluate(load_model(model, device), None, batches)
     if as_json:
         print(json.dumps(json_numbers(asdict(metrics))))
         return

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from distill.attention import family_of, view
 from distill.capture import layer_traces, sequence_arguments
+from distill.errors import UserError
 from distill.evaluation import completions, evaluate, layer_distances
 from distill.evaluation_record import Evaluation, MatrixPair, Sample, write_evaluation
 from distill.objectives import attention_matrix
@@ -94,11 +95,17 @@ def main(
     """Measure one finished stage of a run."""
     with report_user_errors():
         run = open_run(recipe, overrides or [])
-        if stage == TEACHER:
-            print(evaluate_teacher(run).metrics)
-        else:
-            run.verified(stage)
-            print(evaluate_stage(run, stage).metrics)
+        print(_measure(run, stage).metrics)
+
+
+def _measure(run: Run, stage: str) -> Evaluation:
+    if stage == TEACHER:
+        return evaluate_teacher(run)
+    for name in run.stages:
+        if name == stage:
+            run.verified(name)
+            return evaluate_stage(run, name)
+    raise UserError(f"the recipe has no stage {stage!r}; it has {', '.join((TEACHER, *run.stages))}")
 
 
 if __name__ == "__main__":

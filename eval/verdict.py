@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from distill import units
 from distill.evaluation import NO_GAP, perplexity
 from eval import words
 from eval.run_record import CONVERT, Memory, RunRecord
@@ -73,7 +74,7 @@ def tiles(run: RunRecord, student: Numbers) -> list[Numbers]:
     if run.memory:
         ours, theirs = run.memory.student(TILE_CONTEXT), run.memory.teacher(TILE_CONTEXT)
         label = f"Memory at {words.context(TILE_CONTEXT)} context"
-        found.append((label, less(theirs, ours), f"{words.size(ours)}, teacher {words.size(theirs)}"))
+        found.append((label, less(theirs, ours), f"{units.size(ours)}, teacher {units.size(theirs)}"))
     return [dict(zip(("label", "value", "note"), tile, strict=True)) for tile in found]
 
 
@@ -128,10 +129,10 @@ def _gap(student: Numbers) -> float | None:
 
 def memory(cost: Memory) -> str:
     """What the student holds for one sequence, and from which length on it holds less than its teacher."""
-    text = f"The student holds a state of {words.size(cost.state_bytes)} that never grows"
+    text = f"The student holds a state of {units.size(cost.state_bytes)} that never grows"
     if cost.kv_bytes_per_token:
-        text += f", and a cache that grows by {words.size(cost.kv_bytes_per_token)} a token"
-    text += f"; its teacher’s cache grows by {words.size(cost.teacher_kv_bytes_per_token)} a token."
+        text += f", and a cache that grows by {units.size(cost.kv_bytes_per_token)} a token"
+    text += f"; its teacher’s cache grows by {units.size(cost.teacher_kv_bytes_per_token)} a token."
     difference = cost.teacher_kv_bytes_per_token - cost.kv_bytes_per_token
     if difference > 0 and cost.state_bytes > difference:
         text += f" The student holds less from {math.ceil(cost.state_bytes / difference):,} tokens on."

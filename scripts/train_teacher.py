@@ -9,14 +9,13 @@ rewritten whole, now and then, while the model improves.
 """
 
 import math
-import os
 import platform
-import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import tokenizers
@@ -39,15 +38,18 @@ from distill.data import (
 from distill.data.blocks import IGNORED
 from distill.errors import UserError
 from scripts.ngram import KneserNey
+from scripts.teacher_folder import model_card, samples, write_folder
 
-PROMPTS = ("def ", "import ", "class Foo(", "    def __init__(self", "for i in range(", "if not isinstance(")
-HELD_OUT = 0.1
+Batch = dict[str, Tensor]
+
+HELD_OUT = 0.1  # fraction of the files
 NGRAM_ORDERS = (3, 4, 5, 6)
+HALF_LENGTH = 0.7  # fraction of the steps that train on half-length sequences
 EARLY_EVALUATION = 64_000  # held-out tokens looked at while training goes on
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class Score:
     """Loss on the held-out files: mean nats a scored token, and bits a byte of text."""
 
     loss: float
@@ -83,7 +85,7 @@ def train_tokenizer(documents: list[Document], vocabulary: int, length: int) -> 
     )
 
 
-def shifted_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+def shifted_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     """Sum of the cross entropy over the scored positions of a batch, and their number."""
     logits_BTV = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
     labels = batch["labels"][:, 1:]
@@ -93,37 +95,30 @@ def shifted_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, in
     return loss, int((labels != IGNORED).sum())
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, blocks: Blocks, batch_size: int, max_tokens: int | None = None) -> HeldOut:
-    """The model's loss on (the first ``max_tokens`` of) the held-out blocks."""
-    model.eval()
-    total, scored = 0.0, 0
-    for batch in evaluation_batches(blocks, batch_size, max_tokens):
-        loss, count = shifted_loss(model, batch)
-        total, scored = total + loss.item(), scored + count
-    model.train()
-    return held_out(total / scored, blocks)
-
-
-def held_out(loss: float, blocks: Blocks) -> HeldOut:
-    """Restate a loss per token in bits per byte: a text's tokens without the BOS that no one has to guess."""
-    text_tokens = blocks.n_tokens - blocks.n_documents
-    return HeldOut(loss, loss / math.log(2) * text_tokens / blocks.utf8_bytes)
-
-
-def ngram_baselines(train: Blocks, test: Blocks, vocabulary: int) -> dict[int, HeldOut]:
-    """Held-out loss of Kneser-Ney models by order, on exactly the tokens that ``evaluate`` scores.
-
-    Only the context differs, in the n-gram's favour: it may look back across the border of a block.
-    """
-    scored = torch.cat([row["labels"] != IGNORED for row in test])[: test.n_tokens].numpy()
-    baselines = {}
-    for n in NGRAM_ORDERS:
-        model = KneserNey(list(train.documents()), n, vocabulary)
-        # The BOS, which is never scored, gets a place so that the rows line up with the tokens.
-        logs = np.concatenate([np.append(0.0, model.log_probabilities(d)) for d in test.documents()])
-        baselines[n] = held_out(float(-logs[scored].mean()), test)
-    return baselines
+def train(
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    factor: Callable[[int], float],
+    batch: Callable[[int], Batch],
+    steps: int,
+) -> Iterator[tuple[int, float]]:
+    """Train, and after each step yield (steps done, its loss); ``factor(step)`` scales the learning rates."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in groups]
+    for step in range(steps):
+        model.train()
+        for group, peak in zip(groups, peaks, strict=True):
+            group["lr"] = factor(step) * peak
+        torch.set_float32_matmul_precision("medium")  # products in bfloat16 where the CPU has them
+        loss_sum, count = shifted_loss(model, batch(step))
+        loss = loss_sum / count
+        loss.backward()
+        torch.set_float32_matmul_precision("highest")
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+        yield step + 1, loss.item()
 
 
 def optimizers_for(model: nn.Module, lr: float, matrix_lr: float) -> list[torch.optim.Optimizer]:
@@ -146,88 +141,47 @@ def wsd(step: int, steps: int, warmup: float, decay: float) -> float:
 
 
 @torch.no_grad()
-def complete(model: Any, tokenizer: Any, prompt: str, new_tokens: int, **sampling: Any) -> str:
-    """The prompt with its continuation."""
-    inputs = tokenizer(prompt, return_tensors="pt")
-    ids = model.generate(
-        inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=new_tokens, **sampling
-    )
-    return tokenizer.decode(ids[0], skip_special_tokens=True)
-
-
-def samples(model: LlamaForCausalLM, tokenizer: Any, seed: int) -> str:
-    """Greedy and sampled continuations of the prompts, as Markdown."""
+def evaluate(model: nn.Module, blocks: Blocks, batch_size: int, max_tokens: int | None = None) -> Score:
+    """The model's loss on (the first ``max_tokens`` of) the held-out blocks."""
     model.eval()
-    torch.manual_seed(seed)
-    sections = []
-    for prompt in PROMPTS:
-        greedy = complete(model, tokenizer, prompt, 48, do_sample=False)
-        drawn = complete(model, tokenizer, prompt, 96, do_sample=True, temperature=0.8, top_p=0.95)
-        sections.append(f"### `{prompt}`\n\nGreedy:\n\n```python\n{greedy}\n```\n")
-        sections.append(f"Sampled (temperature 0.8, top-p 0.95):\n\n```python\n{drawn}\n```\n")
-    model.train()
-    return "\n".join(sections)
+    total, scored = 0.0, 0
+    for batch in evaluation_batches(blocks, batch_size, max_tokens):
+        loss, count = shifted_loss(model, batch)
+        total, scored = total + loss.item(), scored + count
+    return score(total / scored, blocks)
 
 
-def export(folder: Path, model: LlamaForCausalLM, tokenizer: Any, card: str) -> None:
-    """Write the Hugging Face folder beside its place, then swap it in."""
-    temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    (temporary / "README.md").write_text(card)
-    for file in temporary.iterdir():
-        file.chmod(0o644)  # safetensors keeps its files to their owner
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
+def score(loss: float, blocks: Blocks) -> Score:
+    """A loss per token with its bits per byte: the BOS of each document is no text, and not to be guessed."""
+    text_tokens = blocks.n_tokens - blocks.n_documents
+    return Score(loss, loss / math.log(2) * text_tokens / blocks.utf8_bytes)
 
 
-def model_card(facts: dict[str, str], completions: str) -> str:
-    """README.md of the teacher: how it was made, how good it is, what it writes."""
-    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    return f"""---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: text-generation
-tags: [llama, code, python, tiny]
----
+def ngram_baselines(train_blocks: Blocks, test: Blocks, vocabulary: int) -> dict[int, Score]:
+    """Held-out scores of Kneser-Ney models by order, on exactly the tokens that ``evaluate`` scores.
 
-# stdlib-1m
-
-A Llama of 0.9 million parameters that has read the Python standard library and nothing else: small enough
-to lie in a repository, large enough to be worth distilling. It is the teacher of the quickstart and of the
-tests, not a coding assistant.
-
-| | |
-|---|---|
-{table}
-
-The held-out files are chosen by a hash of their names; neither the weights nor the tokenizer saw them. The
-n-gram model is interpolated modified Kneser-Ney over the same tokens, trained on the same files and scored on
-the same positions; the order shown is the best of {", ".join(map(str, NGRAM_ORDERS))}.
-
-Licence: the weights are published under Apache-2.0. They were trained on the Python standard library, which
-is distributed under the PSF License Agreement (https://docs.python.org/3/license.html).
-
-## What it writes
-
-{completions}"""
+    Only the context differs, in the n-gram's favour: it may look back across the border of a block.
+    """
+    scored = torch.cat([row["labels"] != IGNORED for row in test])[: test.n_tokens].numpy()
+    scores = {}
+    for n in NGRAM_ORDERS:
+        model = KneserNey(list(train_blocks.documents()), n, vocabulary)
+        # The BOS, which is never scored, gets a place so that the rows line up with the tokens.
+        logs = np.concatenate([np.append(0.0, model.log_probabilities(d)) for d in test.documents()])
+        scores[n] = score(float(-logs[scored].mean()), test)
+    return scores
 
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder of the finished model.")] = Path("teachers/stdlib-1m"),
     work: Annotated[Path, typer.Option(help="Folder of the prepared data.")] = Path("runs/train-teacher"),
-    tokens: Annotated[int, typer.Option(help="Tokens to train on, repetitions included.")] = 10_000_000,
+    tokens: Annotated[int, typer.Option(help="Tokens to train on, repetitions included.")] = 22_000_000,
     block: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Sequences a step.")] = 4,
     lr: Annotated[float, typer.Option(help="Highest learning rate of AdamW: embedding, norms.")] = 2.5e-3,
     matrix_lr: Annotated[float, typer.Option(help="Highest learning rate of Muon: the matrices.")] = 1e-2,
     warmup: Annotated[float, typer.Option(help="Fraction of the steps that warm up.")] = 0.02,
-    decay: Annotated[float, typer.Option(help="Fraction of the steps that decay to zero.")] = 0.4,
+    decay: Annotated[float, typer.Option(help="Fraction of the steps that decay to zero.")] = 0.8,
     vocabulary: Annotated[int, typer.Option(help="Tokens of the tokenizer.")] = 1024,
     hidden: Annotated[int, typer.Option(help="Width of the residual stream.")] = 128,
     layers: Annotated[int, typer.Option(help="Decoder layers.")] = 4,
@@ -236,8 +190,8 @@ def main(
     intermediate: Annotated[int, typer.Option(help="Width of the MLP.")] = 384,
     seed: Annotated[int, typer.Option(help="Seed of the weights, the order and the samples.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
-    export_every: Annotated[int, typer.Option(help="Steps between two exports; 0: only the last.")] = 800,
-    ngram: Annotated[bool, typer.Option(help="Compare with n-gram models at the end.")] = True,
+    export_every: Annotated[int, typer.Option(help="Steps between two exports; 0: only the last.")] = 2000,
+    ngram: Annotated[bool, typer.Option(help="Compare with n-gram models first.")] = True,
 ) -> None:
     """Train a small Llama on the standard library of the running Python, into a Hugging Face folder."""
     torch.set_num_threads(threads)
@@ -245,7 +199,11 @@ def main(
     train_documents, test_documents = split_documents(read_documents("python-stdlib"), fraction=HELD_OUT)
     tokenizer = train_tokenizer(train_documents, vocabulary, block)
     prepare(train_documents, test_documents, tokenizer, work / "data", block=block)
-    train, test = Blocks(work / "data", "train", block), Blocks(work / "data", "held_out", block)
+    full, full_test = (Blocks(work / "data", split, block) for split in ("train", "held_out"))
+    # Half-length sequences at first: attention costs half, and the last steps teach the far half.
+    half, half_test = (Blocks(work / "data", split, block // 2) for split in ("train", "held_out"))
+    half_batches = TrainingBatches(half, 2 * batch_size, seed)
+    full_batches = TrainingBatches(full, batch_size, seed)
 
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -264,66 +222,60 @@ def main(
         )
     )
     n_parameters = sum(p.numel() for p in model.parameters())
+    tokens_per_step = batch_size * block
     steps = steps_for(tokens, batch_size, block)
-    print(f"{n_parameters:,} parameters; {train.n_tokens:,} training and {test.n_tokens:,} held-out tokens")
-    print(f"{steps} steps of {batch_size * block:,} tokens: {tokens / train.n_tokens:.1f} epochs", flush=True)
+    say(f"{n_parameters:,} parameters; {full.n_tokens:,} training and {full_test.n_tokens:,} held-out tokens")
+    say(f"{steps} steps of {tokens_per_step:,} tokens: {tokens / full.n_tokens:.1f} epochs")
     facts = {
         "made by": f"`{' '.join(['python -m scripts.train_teacher', *sys.argv[1:]])}`",
         "architecture": f"LlamaForCausalLM, {n_parameters:,} parameters, {layers} layers of width {hidden}, "
         f"{heads} query and {kv_heads} key/value heads, context {block}, vocabulary {vocabulary}",
         "text": f"python-stdlib of Python {platform.python_version()}: {len(train_documents)} files, "
-        f"{train.utf8_bytes:,} bytes, {train.n_tokens:,} tokens; held out: {len(test_documents)} files, "
-        f"{test.utf8_bytes:,} bytes, {test.n_tokens:,} tokens",
+        f"{full.utf8_bytes:,} bytes, {full.n_tokens:,} tokens; held out: {len(test_documents)} files, "
+        f"{full_test.utf8_bytes:,} bytes, {full_test.n_tokens:,} tokens",
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"tokenizers {tokenizers.__version__}, {platform.machine()}, {threads} thread(s)",
     }
-
-    def export_now(step: int, *, last: bool) -> None:
-        result = evaluate(model, test, batch_size, None if last else EARLY_EVALUATION)
-        print(f"step {step}/{steps}: held out {result}; writing {output}", flush=True)
-        trained = {"trained": f"{step} of {steps} steps of {batch_size * block:,} tokens, seed {seed}"}
-        card = model_card(facts | trained | {"held out": str(result)} | baseline, samples(model, tokenizer, seed))
-        export(output, model, tokenizer, card)
-
-    baseline: dict[str, str] = {}
     if ngram:
-        results = ngram_baselines(train, test, vocabulary)
-        for n, result in results.items():
-            print(f"{n}-gram, modified Kneser-Ney: held out {result}", flush=True)
-        best = min(results, key=lambda n: results[n].loss)
-        baseline = {f"held out, {best}-gram": str(results[best])}
+        scores = ngram_baselines(full, full_test, vocabulary)
+        for n, ngram_score in scores.items():
+            say(f"{n}-gram, modified Kneser-Ney: held out {ngram_score}")
+        best = min(scores, key=lambda n: scores[n].loss)
+        facts[f"held out, the best n-gram ({best}-gram)"] = str(scores[best])
 
-    model.train()
-    # Half-length sequences until the decay: attention costs half, and the decay teaches the far half.
-    short = TrainingBatches(Blocks(work / "data", "train", block // 2), 2 * batch_size, seed)
-    long = TrainingBatches(train, batch_size, seed)
+    def batch(step: int) -> Batch:
+        return (half_batches if step < HALF_LENGTH * steps else full_batches).batch(step)
+
+    def export(step: int) -> str:
+        """Evaluate and write the model as it is; returns the card."""
+        if step == steps:
+            found = {f"held out, blocks of {b.block}": evaluate(model, b, 8) for b in (full_test, half_test)}
+        else:
+            blocks = half_test if step < HALF_LENGTH * steps else full_test
+            found = {f"held out, first {EARLY_EVALUATION:,} tokens": evaluate(model, blocks, 8, EARLY_EVALUATION)}
+        for name, result in found.items():
+            say(f"step {step} of {steps}, {name}: {result}")
+        trained = {"trained": f"{step} of {steps} steps of {tokens_per_step:,} tokens, seed {seed}"}
+        rows = facts | trained | {name: str(result) for name, result in found.items()}
+        card = model_card(output.name, rows, samples(model, tokenizer, seed))
+        write_folder(output, model, tokenizer, card)
+        return card
+
     optimizers = optimizers_for(model, lr, matrix_lr)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
     started = time.perf_counter()
-    for step in range(steps):
-        factor = wsd(step, steps, warmup, decay)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = factor * group["peak_lr"]
-        batches = short if step < (1 - decay) * steps else long
-        torch.set_float32_matmul_precision("medium")  # products in bfloat16 where the CPU has them
-        loss_sum, count = shifted_loss(model, batches.batch(step))
-        loss = loss_sum / count
-        loss.backward()
-        torch.set_float32_matmul_precision("highest")
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad()
-        if step % 50 == 0 or step == steps - 1:
-            speed = (step + 1) * batch_size * block / (time.perf_counter() - started)
-            left = (steps - step - 1) * batch_size * block / speed / 60
-            print(f"step {step}: loss {loss.item():.4f}, {speed:,.0f} tokens/s, {left:.0f} min left", flush=True)
-        if export_every and (step + 1) % export_every == 0 and step + 1 < steps:
-            export_now(step + 1, last=False)
-    export_now(steps, last=True)
-    print((output / "README.md").read_text())
+    for step, loss in train(model, optimizers, lambda s: wsd(s, steps, warmup, decay), batch, steps):
+        if step % 50 == 0 or step == steps:
+            speed = step * tokens_per_step / (time.perf_counter() - started)
+            minutes = (steps - step) * tokens_per_step / speed / 60
+            say(f"step {step}: loss {loss:.4f}, {speed:,.0f} tokens/s, {minutes:.0f} min left")
+        if export_every and step % export_every == 0 and step < steps:
+            export(step)
+    say(export(steps))
+
+
+def say(line: str) -> None:
+    """Print at once, so that a log can be followed."""
+    print(line, flush=True)
 
 
 if __name__ == "__main__":
@@ -332,4 +284,5 @@ if __name__ == "__main__":
     try:
         typer.run(main)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        say(f"error: {error}")
+        sys.exit(2)

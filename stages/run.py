@@ -44,7 +44,9 @@ def main(run: Run) -> None:
             evaluate_stage(run, stage)
     page = make_report(run.recipe.run_dir)
     console.print(summary(report_numbers(read_run(run.recipe.run_dir))))
-    console.print(f"{time.perf_counter() - started:.0f} s in all.  report: {page}  student: {run.folder(run.stages[-1])}")
+    console.print(
+        f"{time.perf_counter() - started:.0f} s in all.  report: {page}  student: {run.folder(run.stages[-1])}"
+    )
     console.print(f"talk to it:  distill generate {run.folder(run.stages[-1])} {_example_prompt(run)!r}")
 
 

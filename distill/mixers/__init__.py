@@ -1,22 +1,43 @@
 """What may stand where attention stood.
 
 A mixer is an ``nn.Module`` with the call signature of a Hugging Face attention layer, so that a decoder layer
-cannot tell the difference::
-
-    output_BTD, None = mixer(hidden_states=…, past_key_values=…, valid_BT=…, resets_BT=…, **anything)
-
-and besides:
-
-* ``mixer.mixing_matrix(hidden_BTD, …) -> (B, H, T, T)``: the matrix it multiplies its values with (MOHAWK stage 1),
-* ``mixer.mix(hidden_BTD, …) -> (y_BTHP, x_BTHP)``: that product, and the values, before gate and output projection,
-* ``mixer.state_numel()``: numbers it remembers per sequence, whatever the sequence's length.
+cannot tell the difference; :class:`Mixer` says what else the rest of the package asks of it.
 """
 
-from torch import nn
+from typing import Any, Protocol
+
+from torch import Tensor, nn
 
 from distill.mixers.discrete_mamba2 import DiscreteMamba2Mixer
 from distill.mixers.mamba2 import Mamba2Mixer
 
+
+class Mixer(Protocol):
+    """The face of every mixer. ``valid_BT`` is False at padding, ``resets_BT`` True where a packed document begins."""
+
+    in_proj: nn.Linear
+
+    def __call__(self, hidden_states: Tensor, **attention_arguments: Any) -> tuple[Tensor, None]:
+        """(B, T, D) to (B, T, D), continuing from ``past_key_values`` where given; None for attention weights."""
+        ...
+
+    def mixing_matrix(
+        self, hidden_BTD: Tensor, *, valid_BT: Tensor | None = None, resets_BT: Tensor | None = None
+    ) -> Tensor:
+        """The (B, H, T, T) matrix it multiplies its values with, which MOHAWK's first stage matches."""
+        ...
+
+    def mix(
+        self, hidden_BTD: Tensor, *, valid_BT: Tensor | None = None, resets_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(y_BTHP, x_BTHP): that product, and the values, before gate and output projection."""
+        ...
+
+    def state_numel(self) -> int:
+        """Numbers it remembers per sequence, whatever the sequence's length."""
+        ...
+
+
 MIXERS: dict[str, type[nn.Module]] = {"mamba2": Mamba2Mixer, "discrete_mamba2": DiscreteMamba2Mixer}
 
-__all__ = ["MIXERS", "DiscreteMamba2Mixer", "Mamba2Mixer"]
+__all__ = ["MIXERS", "DiscreteMamba2Mixer", "Mamba2Mixer", "Mixer"]

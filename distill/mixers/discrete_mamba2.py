@@ -45,7 +45,6 @@ from distill.mixers.state_space import (
     widen,
 )
 
-
 OPEN_GATE = 1.278464542761074  # SiLU(OPEN_GATE) = 1
 
 

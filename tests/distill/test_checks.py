@@ -128,6 +128,22 @@ def test_a_missing_teacher_lists_those_beside_it(run_check: Check) -> None:
         run_check("teacher.path=teachers/tinny")
 
 
+def test_what_can_only_be_a_hub_id_is_asked_for(run_check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def offline(name: str) -> None:
+        asked.append(name)
+        raise OSError("We couldn't connect to the Hub\nand more")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", offline)
+    with pytest.raises(UserError, match=r"^teacher\.path: the config of org/name cannot be read: We couldn't connect"):
+        run_check("teacher.path=org/name")
+    for local in ("teachers/name", "org/name/more", "./org", "org/"):
+        with pytest.raises(UserError, match=r"^teacher\.path: no folder"):
+            run_check(f"teacher.path={local}")
+    assert asked == ["org/name"]
+
+
 def test_all_mistakes_come_together(run_check: Check, teacher: Path) -> None:
     (teacher / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError) as caught:

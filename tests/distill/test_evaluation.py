@@ -354,6 +354,16 @@ def test_completions_are_greedy_for_prompts_of_any_length(letters, pad):
     assert completions(model, letters, [], 9) == []
 
 
+def test_text_that_changes_where_prompt_and_continuation_meet_is_not_cut(letters):
+    model = tiny_llama(3, vocabulary=len(letters))
+    expected = text(letters, greedy(model, letters("a cat")["input_ids"], 9))
+    meeting = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(letters.backend_tokenizer.to_str()))
+    joined = decoders.Replace(f"t{expected[0]}", "X")
+    meeting.backend_tokenizer.decoder = decoders.Sequence([decoders.Fuse(), joined])
+    assert "X" in meeting.decode(letters(f"a cat{expected}")["input_ids"])
+    assert text(letters, meeting(completions(model, meeting, ["a cat"], 9)[0])["input_ids"]) == expected
+
+
 def test_completions_end_before_the_end_of_text(letters):
     model = tiny_llama(3, vocabulary=len(letters))
     ids = greedy(model, letters("a cat")["input_ids"], 9)

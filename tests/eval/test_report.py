@@ -18,7 +18,7 @@ from eval import report
 from eval.page import parted
 from eval.report import make_report
 
-VOID = {"meta", "br", "img", "line", "circle", "polyline", "rect", "path"}
+VOID = {"meta", "br", "img"}
 
 
 class Page(HTMLParser):

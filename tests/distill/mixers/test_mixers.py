@@ -1,0 +1,196 @@
+"""Both mixers: matrix = forward, cache = no cache, documents and padding apart, equal to other implementations."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import BambaConfig
+from transformers.cache_utils import DynamicCache
+from transformers.models.bamba.modeling_bamba import BambaMixer
+
+from distill.cache import adopt
+from distill.mixers import MIXERS, Mamba2Mixer
+
+HIDDEN, HEADS, HEAD, STATE = 24, 3, 5, 4
+
+
+@pytest.fixture(params=sorted(MIXERS))
+def mixer(request) -> nn.Module:
+    return make(request.param)
+
+
+def make(name: str, **changes) -> nn.Module:
+    """A mixer with every parameter away from its neutral start."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": HIDDEN, "n_heads": HEADS, "head_dim": HEAD, "state_dim": STATE} | changes
+    made = MIXERS[name](**shape).double()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return made
+
+
+def hidden(length: int, batch: int = 2) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(batch, length, HIDDEN, dtype=torch.float64)
+
+
+def borders(length: int, *starts: int) -> torch.Tensor:
+    resets = torch.zeros(2, length, dtype=torch.bool)
+    resets[:, list(starts)] = True
+    return resets
+
+
+@pytest.mark.parametrize("resets", [None, borders(70, 9, 40)])
+def test_matrix_times_values_is_what_forward_mixes(mixer, resets):
+    u = hidden(70)
+    y, x = mixer.mix(u, resets_BT=resets)
+    product = torch.einsum("bhts,bshp->bthp", mixer.mixing_matrix(u, resets_BT=resets), x)
+    torch.testing.assert_close(product, y, rtol=1e-10, atol=1e-10)
+
+
+def test_what_mix_returns_is_what_forward_uses(mixer):
+    """Change the gate alone: forward must follow it, and mix, which ends before it, must not."""
+    u = hidden(12)
+    before, (mixed, _) = mixer(u)[0], mixer.mix(u)
+    with torch.no_grad():
+        mixer.in_proj.weight[mixer.in_rows()["z"]] *= -1.5
+    assert not torch.allclose(mixer(u)[0], before)
+    torch.testing.assert_close(mixer.mix(u)[0], mixed)
+
+
+@pytest.mark.parametrize("pieces", [[30], [1] * 30, [7, 1, 1, 13, 8], [2, 28]])
+def test_every_way_of_cutting_a_sequence_gives_the_same_output(mixer, pieces):
+    u = hidden(30)
+    expected, _ = mixer(u)
+    cache = adopt(DynamicCache(), [0])
+    got = [mixer(piece, past_key_values=cache)[0] for piece in u.split(pieces, dim=1)]
+    torch.testing.assert_close(torch.cat(got, dim=1), expected, rtol=1e-10, atol=1e-10)
+    assert cache.get_seq_length() == 30
+
+
+def test_in_fp32_steps_and_prefill_agree_to_1e_5(mixer):
+    mixer.float()
+    u = hidden(40).float()
+    expected, _ = mixer(u)
+    cache = adopt(DynamicCache(), [0])
+    got = torch.cat([mixer(u[:, t : t + 1], past_key_values=cache)[0] for t in range(40)], dim=1)
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_step_updates_the_state_where_it_lies(mixer):
+    cache = adopt(DynamicCache(), [0])
+    u = hidden(10)
+    mixer(u[:, :6], past_key_values=cache)
+    layer = cache.layers[0]
+    addresses = layer.recurrent_states[0].data_ptr(), layer.conv_states[0].data_ptr()
+    size = layer.nbytes()
+    for t in range(6, 10):
+        mixer(u[:, t : t + 1], past_key_values=cache)
+    assert addresses == (layer.recurrent_states[0].data_ptr(), layer.conv_states[0].data_ptr())
+    assert layer.nbytes() == size == 2 * mixer.state_numel() * 8  # batch of two, fp64
+
+
+def test_packed_documents_are_what_they_are_alone(mixer):
+    u = hidden(50)
+    together, _ = mixer(u, resets_BT=borders(50, 17, 18, 33))
+    for start, end in [(0, 17), (17, 18), (18, 33), (33, 50)]:
+        alone, _ = mixer(u[:, start:end])
+        torch.testing.assert_close(together[:, start:end], alone, rtol=1e-10, atol=1e-10)
+
+
+def test_padding_on_the_left_changes_nothing_and_its_content_does_not_matter(mixer):
+    u = hidden(20)
+    padded = torch.cat([torch.full((2, 6, HIDDEN), 1e3, dtype=torch.float64), u], dim=1)
+    valid = torch.ones(2, 26, dtype=torch.bool)
+    valid[:, :6] = False
+    cache, plain = adopt(DynamicCache(), [0]), adopt(DynamicCache(), [0])
+    got, _ = mixer(padded, valid_BT=valid, past_key_values=cache)
+    expected, _ = mixer(u, past_key_values=plain)
+    torch.testing.assert_close(got[:, 6:], expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(cache.layers[0].state(), plain.layers[0].state(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(cache.layers[0].conv_states[0], plain.layers[0].conv_states[0])
+
+
+def test_padding_on_the_right_neither_writes_nor_decays(mixer):
+    u = hidden(20)
+    valid = torch.ones(2, 20, dtype=torch.bool)
+    valid[:, 14:] = False
+    cache, plain = adopt(DynamicCache(), [0]), adopt(DynamicCache(), [0])
+    mixer(u, valid_BT=valid, past_key_values=cache)
+    mixer(u[:, :14], past_key_values=plain)
+    torch.testing.assert_close(cache.layers[0].state(), plain.layers[0].state(), rtol=1e-10, atol=1e-10)
+    matrix = mixer.mixing_matrix(u, valid_BT=valid)
+    torch.testing.assert_close(matrix[:, :, :14, :14], mixer.mixing_matrix(u[:, :14]))
+
+
+def test_mamba2_is_transformers_mamba2():
+    """Against Bamba's mixer, an independent implementation, with one group per head and its own gated norm."""
+    ours = make("mamba2", head_dim=HIDDEN // HEADS)
+    config = BambaConfig(
+        hidden_size=HIDDEN,
+        mamba_n_heads=HEADS,
+        mamba_d_head=HIDDEN // HEADS,
+        mamba_n_groups=HEADS,
+        mamba_d_state=STATE,
+        mamba_d_conv=4,
+        mamba_expand=1,
+        mamba_chunk_size=16,
+        mamba_conv_bias=True,
+        mamba_proj_bias=False,
+        rms_norm_eps=1e-5,
+        hidden_act="silu",
+    )
+    theirs = BambaMixer(config, layer_idx=0).double()
+    theirs.load_state_dict(ours.state_dict())  # the same names and shapes
+    u = hidden(40)
+    expected = theirs(u)
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    torch.testing.assert_close(ours(u)[0], expected, rtol=2e-5, atol=2e-6)  # theirs rounds its sums to fp32
+
+
+def test_discrete_mamba2_is_mohawks_equations():
+    """S_t = σ(−a') S + x⊗B, y = S C + D x, out = W (y ∘ SiLU(z + b)), with exp(−softplus(a)) = σ(−a), as a loop."""
+    mixer = make("discrete_mamba2")
+    u = hidden(15)
+    with torch.no_grad():
+        xBC, z, logit = mixer.in_proj(u).split([mixer.inner + 2 * mixer.wide, mixer.inner, HEADS], dim=-1)
+        padded = F.pad(xBC.mT, (3, 0))
+        xBC = F.conv1d(padded, mixer.conv1d.weight, mixer.conv1d.bias, groups=xBC.shape[-1]).mT
+        x, B, C = (part.unflatten(-1, (HEADS, -1)) for part in xBC.split([mixer.inner, mixer.wide, mixer.wide], -1))
+        decay = torch.sigmoid(-(logit + mixer.A_log_bias))
+        state, rows = torch.zeros(2, HEADS, HEAD, STATE, dtype=torch.float64), []
+        for t in range(15):
+            state = decay[:, t, :, None, None] * state + torch.einsum("bhp,bhn->bhpn", x[:, t], B[:, t])
+            rows.append(torch.einsum("bhpn,bhn->bhp", state, C[:, t]) + mixer.D[:, None] * x[:, t])
+        y = torch.stack(rows, dim=1).flatten(2)
+        expected = mixer.out_proj(y * F.silu(z + mixer.z_bias))
+    torch.testing.assert_close(mixer(u)[0], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_open_gate_of_discrete_mamba2_is_one():
+    mixer = MIXERS["discrete_mamba2"](hidden_size=8, n_heads=2, head_dim=4, state_dim=4)
+    torch.testing.assert_close(F.silu(mixer.z_bias), torch.ones(8))
+    assert not mixer.in_proj.weight[mixer.in_rows()["z"]].any()
+
+
+def test_every_parameter_gets_a_finite_gradient(mixer):
+    (mixer(hidden(20))[0] ** 2).sum().backward()
+    for name, parameter in mixer.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_bf16_weights_and_inputs_run_with_an_fp32_state(mixer):
+    mixer.to(torch.bfloat16)
+    cache = adopt(DynamicCache(), [0])
+    out, _ = mixer(hidden(9).to(torch.bfloat16), past_key_values=cache)
+    assert out.dtype == torch.bfloat16
+    assert cache.layers[0].state().dtype == torch.float32
+
+
+def test_memories_span_a_few_to_a_few_hundred_positions():
+    mixer = Mamba2Mixer(hidden_size=8, n_heads=4, head_dim=2, state_dim=2)
+    terms, _ = mixer._terms(torch.randn(1, 5, 8), None, None, None)
+    torch.testing.assert_close(-1 / terms.log_decay_BTH[0, 0], torch.tensor([4.0, 16.0, 64.0, 256.0]))

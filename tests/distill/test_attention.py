@@ -1,0 +1,66 @@
+"""The view against the attention module it looks at: scores, values and output recomputed from its parts."""
+
+import pytest
+import torch
+
+from distill.attention import family_of, view
+from distill.capture import layer_traces
+from distill.documents import document_index
+from distill.errors import UserError
+from distill.objectives import attention_matrix
+from tests.conftest import tiny
+
+
+def packed_batch(vocabulary: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    positions = torch.cat([torch.arange(n) for n in (9, 1, 14)])
+    return {"input_ids": torch.randint(3, vocabulary, (2, 24)), "position_ids": positions.expand(2, -1)}
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_recomputed_through_the_view_is_the_modules_output(family, window):
+    if window is not None and family != "mistral":
+        pytest.skip("only Mistral's config has a sliding window here")
+    teacher = tiny(family)
+    teacher.config.sliding_window = window
+    batch = packed_batch(teacher.config.vocab_size)
+    traces = layer_traces(teacher, batch, range(3))
+    for index, trace in traces.items():
+        seen = view(teacher.get_decoder().layers[index].self_attn, family_of(teacher.config))
+        assert seen.sliding_window == window
+        q, k = seen.queries_and_keys(trace.attention_input, trace.position_embeddings)
+        documents = document_index(batch["position_ids"])
+        matrix = attention_matrix(q, k, scaling=seen.scaling, document_BT=documents, window=window)
+        mixed = torch.einsum("bhts,bshp->bthp", matrix, seen.values(trace.attention_input)).flatten(2)
+        torch.testing.assert_close(seen.o(mixed), trace.attention_output, rtol=1e-5, atol=1e-5)
+
+
+def test_traces_chain_from_layer_to_layer_and_end_before_the_final_norm(family):
+    teacher = tiny(family)
+    batch = packed_batch(teacher.config.vocab_size)
+    traces = layer_traces(teacher, batch, range(3))
+    for index in range(2):
+        assert torch.equal(traces[index].layer_output, traces[index + 1].layer_input)
+    hidden = teacher.get_decoder()(**batch, use_cache=False).last_hidden_state
+    assert torch.equal(teacher.get_decoder().norm(traces[2].layer_output), hidden)
+    assert not torch.allclose(traces[2].layer_output, hidden)
+
+
+def test_hooks_are_gone_afterwards(family):
+    teacher = tiny(family)
+    layer_traces(teacher, packed_batch(97), range(3))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in teacher.modules())
+
+
+def test_an_unknown_family_is_named():
+    config = type("Config", (), {"model_type": "rwkv"})()
+    with pytest.raises(UserError, match=r"'rwkv'; supported families are llama, mistral, qwen2"):
+        family_of(config)
+
+
+def test_a_layer_without_its_projections_is_refused_by_name():
+    teacher = tiny("llama")
+    attention = teacher.get_decoder().layers[0].self_attn
+    del attention.k_proj
+    with pytest.raises(UserError, match="LlamaAttention has no linear k_proj"):
+        view(attention, family_of(teacher.config))

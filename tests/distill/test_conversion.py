@@ -1,0 +1,221 @@
+"""Conversion: exactness, seeding, counts, and that the teacher is left alone."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from distill import UserError, convert
+from distill.attention import family_of, view
+from distill.calibration import calibration_inputs, steady_direction
+from distill.conversion import convert_with_report, empty_model, plan, report
+from distill.mixers import MIXERS
+from distill.roles import roles
+from distill.student import mixers_of, state_bytes
+from tests.conftest import tiny
+
+MIXER_NAMES = sorted(MIXERS)
+
+
+def tokens(vocabulary: int, *shape: int) -> torch.Tensor:
+    torch.manual_seed(5)
+    return torch.randint(3, vocabulary, shape)
+
+
+def test_with_all_attention_kept_the_student_is_the_teacher_bit_for_bit(family):
+    teacher = tiny(family)
+    student = convert(teacher, keep_attention=range(3))
+    ids = tokens(97, 2, 40)
+    assert torch.equal(student(ids).logits, teacher(ids).logits)
+
+
+def test_on_a_real_checkpoint_too(stories_teacher):
+    teacher = AutoModelForCausalLM.from_pretrained(stories_teacher)
+    student = convert(stories_teacher, keep_attention=range(5))
+    ids = tokens(512, 2, 300)
+    assert (student(ids).logits - teacher(ids).logits).abs().max() == 0.0
+
+
+@pytest.mark.parametrize("mixer", MIXER_NAMES)
+def test_the_teacher_is_untouched_and_shares_no_memory(family, mixer):
+    teacher = tiny(family)
+    before, config = copy.deepcopy(teacher.state_dict()), teacher.config.to_dict()
+    student = convert(teacher, mixer=mixer, keep_attention=[1])
+    for name, tensor in teacher.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert teacher.config.to_dict() == config
+    ours = {parameter.data_ptr() for parameter in student.parameters()}
+    assert not ours & {parameter.data_ptr() for parameter in teacher.parameters()}
+
+
+@pytest.mark.parametrize("mixer", MIXER_NAMES)
+def test_everything_but_the_changed_attention_is_the_teachers(family, mixer):
+    teacher = tiny(family)
+    student = convert(teacher, mixer=mixer, keep_attention=[1])
+    theirs = teacher.state_dict()
+    for name, tensor in student.state_dict().items():
+        if "self_attn" not in name or "layers.1." in name:
+            assert torch.equal(tensor, theirs[name]), name
+
+
+def test_the_same_seed_gives_the_same_student_and_disturbs_no_generator():
+    teacher = tiny("llama")
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    first = convert(teacher, seed=4, seed_from_attention=False)
+    assert torch.equal(torch.rand(3), expected)
+    again = convert(teacher, seed=4, seed_from_attention=False)
+    other = convert(teacher, seed=5, seed_from_attention=False)
+    weights = [student.get_decoder().layers[0].self_attn.in_proj.weight for student in (first, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_projections_are_the_teachers_head_by_head_with_their_biases(family):
+    """C·B before activation is q·k times the scaling, x is v, for the *unrotated* q and k of the same query head."""
+    teacher = tiny(family)
+    student = convert(teacher, mixer="discrete_mamba2")  # no activation behind the convolution
+    for index, mixer in mixers_of(student).items():
+        attention = view(teacher.get_decoder().layers[index].self_attn, family_of(teacher.config))
+        u = torch.randn(2, 7, 32)
+        terms, _ = mixer._terms(u, None, None, None)
+        torch.testing.assert_close(terms.x_BTHP, attention.values(u))
+        identity = lambda q, k: (q, k)  # noqa: E731
+        unrotated = copy.copy(attention)
+        object.__setattr__(unrotated, "rotate", identity)
+        q, k = unrotated.queries_and_keys(u, ())
+        scores = attention.scaling * q @ k.mT
+        torch.testing.assert_close(
+            torch.einsum("bthn,bshn->bhts", terms.C_BTHN, terms.B_BTHN), scores, rtol=1e-4, atol=1e-5
+        )
+        assert torch.equal(mixer.out_proj.weight, attention.o.weight)
+
+
+def test_shared_heads_are_neighbours_not_tiled():
+    teacher = tiny("llama")
+    mixer = mixers_of(convert(teacher))[0]
+    v = teacher.get_decoder().layers[0].self_attn.v_proj.weight.unflatten(0, (2, 8))
+    x = mixer.in_proj.weight[mixer.in_rows()["x"]].unflatten(0, (4, 8))
+    for head, shared in enumerate([0, 0, 1, 1]):
+        assert torch.equal(x[head], v[shared])
+
+
+def test_a_wider_state_starts_as_the_narrow_one():
+    teacher = tiny("llama")
+    ids = tokens(97, 2, 30)
+    narrow = convert(teacher, mixer="discrete_mamba2")
+    wide = convert(teacher, mixer="discrete_mamba2", state_dim=20)
+    torch.testing.assert_close(wide(ids).logits, narrow(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_open_gate_of_mamba2_does_nothing_on_real_input(stories_teacher, stories_text):
+    """Seeded, the gate is one positive number a head and token, which the norm behind it takes out again."""
+    from transformers import AutoTokenizer
+
+    teacher = AutoModelForCausalLM.from_pretrained(stories_teacher)
+    tokenizer = AutoTokenizer.from_pretrained(stories_teacher)
+    student = convert(teacher)
+    ids = tokenizer(stories_text.read_text()[:2000], return_tensors="pt").input_ids[:, :256]
+    inputs = {}
+    for index, mixer in mixers_of(student).items():
+        mixer.register_forward_pre_hook(
+            lambda _m, _a, kwargs, index=index: inputs.update({index: kwargs["hidden_states"]}), with_kwargs=True
+        )
+    student(ids)
+    for index, mixer in mixers_of(student).items():
+        z = (inputs[index] @ mixer.in_proj.weight[mixer.in_rows()["z"]].mT).unflatten(-1, (8, 8))
+        torch.testing.assert_close(z.std(-1), torch.zeros_like(z[..., 0]), atol=1e-4, rtol=0)
+        assert (z > 0).float().mean() > 0.95
+
+
+def test_the_steady_direction_is_fishers():
+    torch.manual_seed(0)
+    inputs = torch.randn(4000, 6) * torch.tensor([3.0, 1, 1, 1, 1, 0.1]) + torch.tensor([1.0, 1, 0, 0, 0, 1])
+    direction = steady_direction(inputs)
+    projected = inputs @ direction
+    assert projected.mean() == pytest.approx(1, abs=1e-4)
+    for _ in range(200):  # no other direction is steadier
+        other = inputs @ (direction + 0.05 * torch.randn(6))
+        assert projected.std() / projected.mean() <= 1.01 * other.std() / other.mean().abs()
+
+
+def test_calibration_sees_what_attention_reads(family):
+    inputs = calibration_inputs(tiny(family), [0, 2], seed=1)
+    assert set(inputs) == {0, 2}
+    assert inputs[0].shape == (8 * 128, 32)
+
+
+@pytest.mark.parametrize("mixer", MIXER_NAMES)
+def test_the_report_counts_what_is_there(family, mixer):
+    teacher = tiny(family)
+    student, told = convert_with_report(teacher, mixer=mixer, keep_attention=[1])
+    assert told.layers == [mixer, "attention", mixer]
+    assert sum(told.parameters_before.values()) == sum(p.numel() for p in teacher.parameters())
+    assert sum(told.parameters_after.values()) == sum(p.numel() for p in student.parameters())
+    assert told.parameters_after["attention"] * 3 == told.parameters_before["attention"]
+    assert set(told.seeded) == {0, 2}
+    head = 12 if family == "mistral" else 8
+    assert told.teacher_kv_bytes_per_token == 3 * told.kv_bytes_per_token == 3 * 2 * 2 * head * 4
+
+    cache = student(tokens(97, 1, 20), use_cache=True).past_key_values
+    mixers_hold = sum(cache.layers[index].nbytes() for index in (0, 2))
+    assert told.state_bytes == mixers_hold == state_bytes(student)
+    kept = cache.layers[1]
+    assert told.cache_bytes(20)[0] == mixers_hold + kept.keys.nbytes + kept.values.nbytes
+
+
+def test_an_empty_student_counts_like_a_real_one(family):
+    teacher = tiny(family)
+    real, told = convert_with_report(teacher, keep_attention=[0])
+    empty = empty_model(plan(teacher.config, keep_attention=[0]))
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    assert report(empty_model(teacher.config), empty).parameters_after == told.parameters_after
+    assert roles(empty) == roles(real)
+
+
+def test_roles_cover_every_parameter_once(family):
+    student = convert(tiny(family), keep_attention=[1])
+    by_name = roles(student)
+    assert set(by_name) == {name for name, _ in student.named_parameters()}
+    assert {by_name[name] for name in by_name if "layers.0.self_attn" in name} == {"mixer"}
+    assert {by_name[name] for name in by_name if "layers.1.self_attn" in name} == {"attention"}
+    assert {by_name[name] for name in by_name if ".mlp." in name} == {"mlp"}
+    assert by_name["model.norm.weight"] == by_name["model.layers.2.input_layernorm.weight"] == "norms"
+    assert by_name["model.embed_tokens.weight"] == "embeddings"
+    assert by_name.get("lm_head.weight") == (None if student.config.tie_word_embeddings else "head")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says"),
+    [
+        ({"mixer": "mamba3"}, "mixer is 'mamba3'; allowed are discrete_mamba2, mamba2"),
+        ({"keep_attention": [3]}, "numbered 0 to 2"),
+        ({"state_dim": 0}, "at least 1"),
+    ],
+)
+def test_mistakes_are_refused(wanted, says):
+    with pytest.raises(UserError, match=says):
+        convert(tiny("llama"), **wanted)
+
+
+def test_a_student_is_not_converted_again():
+    with pytest.raises(UserError, match="already a student"):
+        convert(convert(tiny("llama")))
+
+
+def test_a_missing_teacher_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        convert(tmp_path / "nowhere")
+
+
+def test_packed_positions_agree_with_transformers_own_rule():
+    from transformers.masking_utils import find_packed_sequence_indices
+
+    from distill.documents import document_index, positions_from_index
+
+    positions = torch.cat([torch.arange(n) for n in (5, 1, 1, 8)])[None]
+    theirs = find_packed_sequence_indices(positions)
+    assert torch.equal(document_index(positions), theirs)
+    assert torch.equal(positions_from_index(theirs), positions)

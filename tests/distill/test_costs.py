@@ -1,0 +1,224 @@
+"""The plan's formulas beside what really runs: operations counted by torch, activations kept by autograd."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from distill import activations
+from distill.conversion import convert_with_report, empty_model, plan, report
+from distill.costs import Sizes, flops_per_token, kept_for_backward, memory, sizes_of
+from distill.plan import measure
+from distill.recipe import HiddenStage, LogitsStage, MixingStage, Recipe
+from distill.student import mixer_layers
+from distill.units import count, duration, size
+
+BLOCK, BATCH = 128, 2
+
+
+def tiny_config(**changes: object) -> LlamaConfig:
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "attn_implementation": "eager",  # the fused kernel hides its products from the counter
+    }
+    return LlamaConfig(**{**sizes, **changes})
+
+
+def models(mixer: str, kept: tuple[int, ...]) -> tuple[PreTrainedModel, PreTrainedModel, Sizes]:
+    torch.manual_seed(0)
+    teacher = LlamaForCausalLM(tiny_config()).requires_grad_(False)
+    student, made = convert_with_report(teacher, mixer=mixer, keep_attention=kept)
+    student.requires_grad_(True)
+    return teacher, student, sizes_of(student, BLOCK, made.parameters_before, made.parameters_after)
+
+
+def counted(*calls: object) -> float:
+    with FlopCounterMode(display=False) as counter:
+        for call in calls:
+            call()  # type: ignore[operator]
+    return counter.get_total_flops() / (BATCH * BLOCK)
+
+
+@pytest.mark.parametrize("mixer", ["mamba2", "discrete_mamba2"])
+@pytest.mark.parametrize("kept", [(), (1,)])
+def test_operations_of_the_logits_stage(mixer: str, kept: tuple[int, ...]) -> None:
+    teacher, student, sizes = models(mixer, kept)
+    ids = torch.randint(0, 96, (BATCH, BLOCK))
+    real = counted(
+        lambda: teacher(ids, use_cache=False),
+        lambda: student(ids, use_cache=False).logits.sum().backward(),
+    )
+    assert flops_per_token(sizes, LogitsStage(tokens=1)) == pytest.approx(real, rel=0.05)
+
+
+def test_frozen_weights_cost_no_gradient() -> None:
+    teacher, student, sizes = models("mamba2", (1,))
+    ids = torch.randint(0, 96, (BATCH, BLOCK))
+    for layer in student.get_decoder().layers:
+        layer.mlp.requires_grad_(False)
+    real = counted(
+        lambda: teacher(ids, use_cache=False),
+        lambda: student(ids, use_cache=False).logits.sum().backward(),
+    )
+    roles = ("mixer", "attention", "norms", "embeddings", "head")
+    assert flops_per_token(sizes, LogitsStage(tokens=1, train=roles)) == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize("mixer", ["mamba2", "discrete_mamba2"])
+@pytest.mark.parametrize("target", ["mixer", "block"])
+def test_operations_of_the_hidden_stage(mixer: str, target: str) -> None:
+    teacher, student, sizes = models(mixer, (1,))
+    ids = torch.randint(0, 96, (BATCH, BLOCK))
+    hidden_BTD = torch.randn(BATCH, BLOCK, 64, requires_grad=True)  # the formula counts the input's gradient too
+    cos_BTP = torch.zeros(1, BLOCK, 16)
+    layers = [student.get_decoder().layers[index] for index in mixer_layers(student.config)]
+
+    def train(layer: torch.nn.Module) -> None:
+        if target == "mixer":
+            layer.self_attn(hidden_BTD)[0].sum().backward()
+        else:
+            layer.mlp.requires_grad_(False)
+            layer(hidden_BTD, position_embeddings=(cos_BTP, cos_BTP), attention_mask=None).sum().backward()
+
+    real = counted(
+        lambda: teacher.get_decoder()(ids, use_cache=False), *[lambda layer=layer: train(layer) for layer in layers]
+    )
+    planned = flops_per_token(sizes, HiddenStage(tokens=1, target=target))
+    assert planned == pytest.approx(real, rel=0.05)
+
+
+def test_operations_of_the_mixing_stage() -> None:
+    teacher, student, sizes = models("mamba2", (1,))
+    ids = torch.randint(0, 96, (BATCH, BLOCK))
+    hidden_BTD = torch.randn(BATCH, BLOCK, 64, requires_grad=True)
+    mixers = [student.get_decoder().layers[index].self_attn for index in mixer_layers(student.config)]
+    q_BHTP = torch.randn(BATCH, 4, BLOCK, 16)
+    real = counted(
+        lambda: teacher.get_decoder()(ids, use_cache=False),
+        *[lambda: q_BHTP @ q_BHTP.mT for _ in mixers],
+        *[lambda mixer=mixer: mixer.mixing_matrix(hidden_BTD).sum().backward() for mixer in mixers],
+    )
+    # The formula counts the output projection, which makes no matrix.
+    planned = flops_per_token(sizes, MixingStage(tokens=1))
+    assert real < planned < 1.25 * real
+
+
+def test_longer_blocks_cost_attention_more_and_the_scan_nothing() -> None:
+    _, _, sizes = models("mamba2", ())
+    longer = dataclasses.replace(sizes, block=2 * BLOCK)
+    more = flops_per_token(longer, LogitsStage(tokens=1)) - flops_per_token(sizes, LogitsStage(tokens=1))
+    assert more == 3 * 4 * BLOCK * 4 * 16  # the teacher's three layers alone
+
+
+@pytest.mark.parametrize("mixer", ["mamba2", "discrete_mamba2"])
+def test_activations_are_those_of_a_real_layer(mixer: str) -> None:
+    """What autograd keeps for one more layer of a student with weights, on a batch of two."""
+
+    def kept(n_layers: int, kept_layers: tuple[int, ...]) -> int:
+        teacher = LlamaForCausalLM(tiny_config(num_hidden_layers=n_layers, attn_implementation="sdpa"))
+        student, _ = convert_with_report(teacher, mixer=mixer, keep_attention=kept_layers)
+        student.requires_grad_(True).train()
+        parameters = {parameter.data_ptr() for parameter in student.parameters()}
+        saved: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        positions = torch.arange(BLOCK).expand(BATCH, -1)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = student.get_decoder()(torch.zeros_like(positions), position_ids=positions, use_cache=False)
+        assert out.last_hidden_state.requires_grad
+        return sum(saved.values())
+
+    config = plan(tiny_config(num_hidden_layers=2, attn_implementation="sdpa"), mixer=mixer, keep_attention=[1])
+    mixing, attending = empty_model(config).get_decoder().layers
+    for layer, real in ((mixing, kept(2, (1,)) - kept(1, (0,))), (attending, kept(2, (1,)) - kept(1, ()))):
+        planned = BATCH * activations.of_layer(layer, 64, BLOCK, torch.float32)
+        assert planned == pytest.approx(real, rel=0.05)
+    assert activations.of_mixer(mixing.self_attn, 64, BLOCK, torch.float32) < planned_layer(mixing)
+    assert activations.of_layer(mixing, 64, BLOCK, torch.bfloat16) < planned_layer(mixing)
+
+
+def planned_layer(layer: torch.nn.Module) -> int:
+    return activations.of_layer(layer, 64, BLOCK, torch.float32)
+
+
+def test_activations_leave_the_model_as_it_is() -> None:
+    student = empty_model(plan(tiny_config()))
+    layer = student.get_decoder().layers[0]
+    before = {name: id(parameter) for name, parameter in layer.named_parameters()}
+    activations.of_layer(layer, 64, BLOCK, torch.float32)
+    assert {name: id(parameter) for name, parameter in layer.named_parameters()} == before
+    assert all(parameter.is_meta for parameter in layer.parameters())
+
+
+def test_memory_grows_with_what_a_stage_trains_and_reads() -> None:
+    teacher = empty_model(tiny_config())
+    student = empty_model(plan(tiny_config(), keep_attention=[1]))
+    for model in (teacher, student):
+        model.tie_weights()
+    made = report(teacher, student)
+    sizes = sizes_of(student, BLOCK, made.parameters_before, made.parameters_after)
+
+    def needed(batch_size: int = 4, dtype: str = "float32", **stage: dict) -> int:
+        recipe = Recipe.model_validate(
+            {
+                "name": "x",
+                "dtype": dtype,
+                "teacher": {"path": "t"},
+                "data": {"source": "s", "block": BLOCK},
+                "stages": {name: {"tokens": 1000, "batch_size": batch_size, **own} for name, own in stage.items()},
+            }
+        )
+        (only,) = recipe.stages.named().values()
+        kept = kept_for_backward(recipe, only, sizes, student)
+        assert kept.in_all > 0
+        return memory(recipe, only, sizes, kept).total
+
+    assert needed(hidden={}) < needed(hidden={"target": "block"}) < needed(logits={})
+    assert needed(hidden={"target": "block"}) < needed(hidden={"target": "block", "train": ["mixer", "mlp"]})
+    assert needed(logits={}, dtype="bfloat16") < needed(logits={})
+    once, twice, thrice = (needed(batch_size, logits={}) for batch_size in (4, 8, 12))
+    assert thrice - twice == twice - once > 0
+
+
+def test_measured_rates_are_those_that_a_machine_can_have() -> None:
+    rates = measure("cpu", torch.float32, 64, seconds=0.1)
+    assert 1e7 < rates.flops < 1e14
+    assert 1e7 < rates.bytes < 1e13
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (count(0), "0"),
+        (count(999), "999"),
+        (count(1000), "1K"),
+        (count(1234567), "1.23M"),
+        (count(999_600), "1M"),
+        (count(2.5e22), "2.5e+04E"),
+        (size(0), "0 B"),
+        (size(1023), "1023 B"),
+        (size(1536), "1.5 KiB"),
+        (size(3 * 2**30), "3 GiB"),
+        (size(200.4 * 2**20), "200 MiB"),
+        (duration(0.2), "under 1 s"),
+        (duration(59), "59 s"),
+        (duration(600), "10 min"),
+        (duration(2 * 3600), "2.0 h"),
+        (duration(3 * 86400), "3.0 days"),
+    ],
+)
+def test_units(text: str, expected: str) -> None:
+    assert text == expected

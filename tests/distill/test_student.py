@@ -1,0 +1,248 @@
+"""A student as its users meet it: generate in every mode, saving and loading, documents, padding, training."""
+
+import pickle
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from distill import convert, load_student
+from distill.cache import MixerCacheLayer, cache_nbytes
+from distill.mixers import MIXERS
+from distill.student import mixers_of
+from tests.conftest import tiny
+
+GREEDY = {"max_new_tokens": 12, "do_sample": False}
+
+
+@pytest.fixture(params=[(name, keep) for name in sorted(MIXERS) for keep in ((), (1,))], ids=str)
+def student(request, family):
+    """All-mixer and hybrid students of every family, with trained-looking mixers."""
+    mixer, keep = request.param
+    made = convert(tiny(family), mixer=mixer, keep_attention=keep)
+    torch.manual_seed(6)
+    with torch.no_grad():
+        for parameters in mixers_of(made).values():
+            for parameter in parameters.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return made
+
+
+@pytest.fixture
+def hybrid():
+    return convert(tiny("llama"), keep_attention=[1])
+
+
+def prompt(*shape: int) -> torch.Tensor:
+    torch.manual_seed(7)
+    return torch.randint(3, 97, shape)
+
+
+def close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_prefill_chunked_prefill_and_steps_agree(student):
+    ids = prompt(2, 40)
+    expected = student(ids, use_cache=False).logits
+    for pieces in ([40], [17, 3, 20], [1] * 40):
+        cache, got = DynamicCache(config=student.config), []
+        for piece in ids.split(pieces, dim=1):
+            got.append(student(piece, past_key_values=cache).logits)
+        close(torch.cat(got, dim=1), expected)
+        assert cache.get_seq_length() == 40
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {},
+        {"num_beams": 3},
+        {"do_sample": True, "top_k": 5},
+        {"prefill_chunk_size": 4},
+        {"cache_implementation": "static"},
+    ],
+    ids=str,
+)
+def test_generate_with_a_cache_is_generate_without(student, mode):
+    ids = prompt(3, 11)
+    arguments = GREEDY | mode
+    torch.manual_seed(0)
+    got = student.generate(ids, **arguments)
+    uncached = {key: value for key, value in arguments.items() if key in ("num_beams", "do_sample", "top_k")}
+    torch.manual_seed(0)
+    expected = student.generate(ids, use_cache=False, max_new_tokens=12, **({"do_sample": False} | uncached))
+    assert torch.equal(got, expected)
+
+
+def test_left_padded_batches_generate_what_each_prompt_does_alone(student):
+    prompts = [prompt(1, length)[0] for length in (1, 2, 3, 5, 8, 13, 21, 34)]
+    alone = [student.generate(ids[None], **GREEDY, eos_token_id=None)[0, len(ids) :] for ids in prompts]
+    width = max(map(len, prompts))
+    ids = torch.stack([torch.cat([torch.zeros(width - len(p), dtype=torch.long), p]) for p in prompts])
+    mask = torch.stack([torch.arange(width) >= width - len(p) for p in prompts]).long()
+    together = student.generate(ids, attention_mask=mask, **GREEDY, eos_token_id=None)[:, width:]
+    assert torch.equal(together, torch.stack(alone))
+
+
+def test_packed_documents_give_the_logits_of_the_documents_alone(student):
+    ids = prompt(2, 50)
+    positions = torch.cat([torch.arange(n) for n in (17, 1, 15, 17)]).expand(2, -1)
+    together = student(ids, position_ids=positions, use_cache=False).logits
+    for start, end in [(0, 17), (17, 18), (18, 33), (33, 50)]:
+        close(together[:, start:end], student(ids[:, start:end], use_cache=False).logits)
+
+
+def test_other_ways_to_say_packed_do_not_leak_either(student):
+    ids = prompt(1, 20)
+    positions = torch.cat([torch.arange(8), torch.arange(12)])[None]
+    expected = student(ids, position_ids=positions, use_cache=False).logits
+    number = torch.tensor([[0] * 8 + [1] * 12])
+    assert torch.equal(student(ids, seq_idx=number).logits, expected)
+    assert torch.equal(student(ids, position_ids=positions).logits, expected)  # use_cache is on by default
+    assert torch.equal(student(ids, position_ids=positions, attention_mask=torch.ones_like(ids)).logits, expected)
+
+
+def test_what_would_leak_raises(hybrid):
+    ids, positions = prompt(1, 20), torch.cat([torch.arange(8), torch.arange(12)])[None]
+    padded = torch.ones_like(ids)
+    padded[:, :3] = 0
+    with pytest.raises(ValueError, match="Leave attention_mask out"):
+        hybrid(ids, position_ids=positions, attention_mask=padded)
+    with pytest.raises(ValueError, match="Call without past_key_values"):
+        hybrid(ids, position_ids=positions, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="must be 2-D"):
+        hybrid(ids, attention_mask=torch.zeros(1, 1, 20, 20))
+
+
+def test_a_cache_filled_by_another_model_is_refused(hybrid):
+    cache = tiny("llama")(prompt(1, 5), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="another model"):
+        hybrid(prompt(1, 1), past_key_values=cache)
+
+
+def test_the_cache_does_not_grow_where_mixers_are():
+    student = convert(tiny("llama"))
+    cache = student(prompt(1, 5), use_cache=True).past_key_values
+    size = cache_nbytes(cache)
+    student(prompt(1, 100), past_key_values=cache)
+    assert cache_nbytes(cache) == size
+    assert all(isinstance(layer, MixerCacheLayer) for layer in cache.layers)
+    with pytest.raises(ValueError, match="cannot remove 2 tokens"):
+        cache.crop(-2)
+
+
+def test_beams_and_batches_reorder_all_that_is_remembered(hybrid):
+    cache = hybrid(prompt(2, 9), use_cache=True).past_key_values
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([3, 0, 1, 2]))
+    cache.batch_select_indices(torch.tensor([0, 1]))
+    step = prompt(1, 1).expand(2, -1)
+    got = hybrid(step, past_key_values=cache).logits
+    other = hybrid(prompt(2, 9).flip(0), use_cache=True).past_key_values
+    close(got, hybrid(step, past_key_values=other).logits)
+
+
+def test_assisted_decoding_is_refused_with_a_reason(hybrid):
+    with pytest.raises(ValueError, match="stateful"):
+        hybrid.generate(prompt(1, 5), assistant_model=tiny("llama"), **GREEDY)
+
+
+def test_saving_and_loading_change_nothing(student, tmp_path):
+    ids = prompt(2, 30)
+    student.save_pretrained(tmp_path)
+    for loaded in (load_student(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert type(loaded) is type(student)
+        assert torch.equal(loaded(ids).logits, student(ids).logits)
+    assert AutoConfig.from_pretrained(tmp_path).distill == student.config.distill
+
+
+def test_tied_embeddings_are_stored_once_and_stay_tied(hybrid, tmp_path):
+    from safetensors import safe_open
+
+    hybrid.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as stored:
+        assert "lm_head.weight" not in stored.keys()  # noqa: SIM118
+        assert "model.embed_tokens.weight" in stored.keys()  # noqa: SIM118
+    loaded = load_student(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_the_teachers_name_does_not_travel(stories_teacher, tmp_path):
+    """A trainer that reloads ``_name_or_path`` as reference model would otherwise get the teacher."""
+    student = convert(stories_teacher)
+    assert student.config._name_or_path == ""
+    student.save_pretrained(tmp_path)
+    assert "stories260K" not in (tmp_path / "config.json").read_text()
+
+
+def test_a_student_pickles(hybrid):
+    again = pickle.loads(pickle.dumps(hybrid))
+    assert torch.equal(again(prompt(1, 9)).logits, hybrid(prompt(1, 9)).logits)
+
+
+def test_gradient_checkpointing_changes_no_gradient(student):
+    ids = prompt(2, 30)
+    gradients = []
+    student.train()
+    for on in (False, True):
+        student.gradient_checkpointing_enable() if on else None
+        student.zero_grad()
+        student(ids, labels=ids).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in student.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) == len(list(student.parameters()))
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+def test_bf16_students_run_and_generate(student):
+    student.to(torch.bfloat16)
+    assert student(prompt(1, 9)).logits.dtype == torch.bfloat16
+    student.generate(prompt(1, 9), **GREEDY)
+
+
+WITHOUT_THIS_PACKAGE = """
+import sys
+sys.modules["distill"] = None
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+ids = torch.load(sys.argv[2])
+torch.save([model(ids).logits, model.generate(ids, max_new_tokens=12, do_sample=False)], sys.argv[3])
+model.save_pretrained(sys.argv[4])
+"""
+
+
+@pytest.mark.slow
+def test_a_folder_loads_where_this_package_is_not(tmp_path, family):
+    """A fresh interpreter in which ``import distill`` fails loads the folder, and what it saves loads here again."""
+    student = convert(tiny(family), keep_attention=[1])
+    ids = prompt(2, 11)
+    folder, again = tmp_path / "student", tmp_path / "saved-again"
+    student.save_pretrained(folder)
+    torch.save(ids, tmp_path / "ids.pt")
+    program = [sys.executable, "-c", WITHOUT_THIS_PACKAGE, folder, tmp_path / "ids.pt", tmp_path / "out.pt", again]
+    environment = {"HF_HOME": str(tmp_path / "hub"), "PATH": "", "OMP_NUM_THREADS": "1"}
+    subprocess.run(program, check=True, cwd=tmp_path, env=environment, capture_output=True)
+    logits, generated = torch.load(tmp_path / "out.pt")
+    close(logits, student(ids).logits)
+    assert torch.equal(generated, student.generate(ids, **GREEDY))
+    shutil.rmtree(folder)
+    assert torch.equal(load_student(again)(ids).logits, student(ids).logits)
+
+
+def test_real_prompts_of_eight_lengths_in_one_batch(stories_teacher):
+    """Left padding on a real tokenizer and checkpoint: a batch says what each prompt says alone."""
+    tokenizer = AutoTokenizer.from_pretrained(stories_teacher)
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.unk_token, "left"
+    student = convert(stories_teacher, keep_attention=[2])
+    text = "Once upon a time, there was a little girl named Lily who liked to play in the big park every day."
+    prompts = [" ".join(text.split()[:count]) for count in (1, 2, 3, 5, 8, 11, 15, 20)]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    together = student.generate(**batch, **GREEDY)[:, batch.input_ids.shape[1] :]
+    for words, row in zip(prompts, together, strict=True):
+        ids = tokenizer(words, return_tensors="pt").input_ids
+        assert torch.equal(student.generate(ids, **GREEDY)[0, ids.shape[1] :], row)
