@@ -10,13 +10,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from synthetic_run import PROMPTS
-
+import torch
 from distill.errors import UserError
-from distill.evaluation_record import read_evaluation, write_evaluation
+from distill.evaluation_record import MatrixPair, read_evaluation, write_evaluation
 from eval import report
+from eval.figures import closeness_charts
 from eval.page import parted
 from eval.report import make_report
+from eval.run_record import read_run
 
 VOID = {"meta", "br", "img"}
 
@@ -68,12 +69,14 @@ def numbers_of(run_dir: Path) -> dict:
     return json.loads((run_dir / "report.json").read_text(encoding="utf-8"), parse_constant=refuse)
 
 
-def change(run_dir: Path, stage: str, **metrics: float | None) -> None:
+def rewrite(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change(run_dir: Path, stage: str, **metrics: float | str) -> None:
     """Rewrite a stage's evaluation with other metrics."""
     path = run_dir / stage / "evaluation.json"
-    fields = json.loads(path.read_text())
-    fields["metrics"] |= metrics
-    path.write_text(json.dumps(fields))
+    rewrite(path, metrics=json.loads(path.read_text())["metrics"] | metrics)
 
 
 def test_the_numbers_are_those_of_the_evaluations(run_dir):
@@ -142,19 +145,16 @@ def test_text_of_the_run_stays_text(run_dir):
         .replace("name: tiny", f"name: {json.dumps(hostile)}")
         .replace("teachers/tiny-llama", json.dumps(hostile.replace("/", "")))
     )
-    for name in ("stage.json", "evaluation.json"):
-        path = run_dir / "logits" / name
-        fields = json.loads(path.read_text())
-        fields["versions"] = {hostile: hostile}
-        for sample in fields.get("samples", []):
-            sample |= {"student": hostile, "teacher": hostile + "?"}
-        if name == "evaluation.json":
-            del fields["versions"]
-        path.write_text(json.dumps(fields))
+    rewrite(run_dir / "logits" / "stage.json", versions={hostile: hostile})
+    sample = {"prompt": hostile, "student": f"not {hostile}", "teacher": f"{hostile} and more"}
+    as_teacher = sample | {"student": f"{hostile} but less"}
+    rewrite(run_dir / "hidden" / "evaluation.json", samples=[sample, as_teacher])
+    rewrite(run_dir / "logits" / "evaluation.json", samples=[sample])
     page = page_of(run_dir)
     assert "script" not in page.tags
-    assert "49" not in page.text.partition("Results")[0]
-    assert page.text.count("<script>alert('x')</script>&amp;{{ 7 * 7 }}") >= 3 + 2 * len(PROMPTS)
+    said = page.text.count("<script>alert('x')</script>&amp;{{ 7 * 7 }}")
+    in_header, in_samples, in_recipe, in_versions = 2, 5, 1, 2
+    assert said == in_header + in_samples + in_recipe + in_versions
 
 
 def test_the_same_run_makes_the_same_report(run_dir):
@@ -195,6 +195,34 @@ def test_what_was_not_measured_is_left_out(run_dir):
     assert "No teacher was measured beside it." in page.text
     for heading in ("What a head looks at", "What it costs to run", "continued by both", "Training", "layers ("):
         assert heading not in page.text
+
+
+def test_the_last_comparison_speaks_for_a_teacher_that_was_not_measured_alone(run_dir):
+    shutil.rmtree(run_dir / "teacher")
+    change(run_dir, "convert", teacher_loss=0.5)
+    assert numbers_of(run_dir)["rows"][0]["loss"] == read_evaluation(run_dir / "logits").metrics.teacher_loss
+
+
+def test_held_out_metrics_are_drawn_over_the_tokens_of_the_whole_run(run_dir):
+    kl, loss, _ = closeness_charts(read_run(run_dir))
+    by_stage = {one.label: [tokens for tokens, _ in one.points] for one in kl.legend}
+    assert by_stage["after conversion"] == [0]
+    assert (by_stage["after mixing"][0], by_stage["after mixing"][-1]) == (0, 60_000)
+    assert (by_stage["after hidden"][0], by_stage["after hidden"][-1]) == (60_000, 180_000)
+    assert (by_stage["after logits"][0], by_stage["after logits"][-1]) == (180_000, 480_000)
+    teacher = next(one for one in loss.legend if one.label == "teacher")
+    assert teacher.points == [(0, read_evaluation(run_dir / "teacher").metrics.loss), (480_000, teacher.points[0][1])]
+
+
+def test_a_matrix_is_drawn_at_its_teachers_size(run_dir):
+    evaluation, teacher = read_evaluation(run_dir / "logits"), torch.rand(8, 8).tril()
+    write_evaluation(run_dir / "logits", evaluation, [MatrixPair.of(0, 0, teacher, 8 * teacher)])
+    for stage in ("convert", "mixing", "hidden"):
+        (run_dir / stage / "matrices.npz").unlink()
+    page = page_of(run_dir)
+    theirs, ours, _scale = [value for name, value in page.attributes if name == "src"]
+    assert theirs == ours
+    assert "cosine 1.00size ×8.00" in page.text
 
 
 def test_a_broken_student_is_called_broken(run_dir):
