@@ -85,6 +85,8 @@ def kept(student: Numbers) -> str:
         told.append(f"It picks the same next token as its teacher {words.percent(student['agreement'])} of the time.")
     if student["name"] == CONVERT:
         told.append("This is the student as converted, before any training.")
+    elif student["recovered"] is not None and student["recovered"] < 0:
+        told.append("Training has made its loss larger than it was at conversion.")
     elif student["recovered"] is not None:
         told.append(f"Training took back {words.percent(student['recovered'])} of the loss that conversion had added.")
     elif (gap := _gap(student)) is not None and gap < NO_GAP:
@@ -114,12 +116,6 @@ def lost(student: Numbers, distances: list[float]) -> str:
         worst = distances.index(max(finite))
         told.append(f"The output of layer {worst} is furthest from its teacher’s: {words.percent(max(finite))} off.")
     return " ".join(told)
-
-
-def headline(run: RunRecord, student: Numbers) -> str:
-    """The report in a line or two, for a terminal."""
-    start = f"{unfinished(run)} " if run.missing else ""
-    return f"{teacher_name(run)} → {student_name(run)}. {start}{kept(student)}"
 
 
 def _gap(student: Numbers) -> float | None:

@@ -17,7 +17,7 @@ from distill.data.blocks import FORMAT, MANIFEST, Blocks, Manifest, Split, read_
 from distill.data.corpus import Document
 from distill.errors import UserError
 
-__all__ = ["Blocks", "prepare", "tokenizer_hash"]
+__all__ = ["MANIFEST", "Blocks", "prepare", "tokenizer_hash"]
 
 # Characters tokenised at a time: enough to keep the tokenizer's threads busy, little enough to forget.
 CHUNK_CHARACTERS = 4_000_000

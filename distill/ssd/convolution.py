@@ -33,14 +33,14 @@ def causal_convolution(
         padded_BTC = F.pad(x_BTC, (0, 0, taps - 1, 0))
     else:
         padded_BTC = torch.cat([past_BTC.to(x_BTC.dtype), x_BTC], dim=1)
-    y_BTC = x_BTC * weight_CK[:, -1]
+    y_BTC = x_BTC * weight_CK[:, -1] if bias_C is None else torch.addcmul(bias_C, x_BTC, weight_CK[:, -1])
     for lag in range(1, taps):
         start = taps - 1 - lag
-        term_BTC = padded_BTC[:, start : start + length] * weight_CK[:, -1 - lag]
+        earlier_BTC = padded_BTC[:, start : start + length]
         if resets_BT is not None:
-            term_BTC = term_BTC * _same_document(resets_BT, lag)[..., None]
-        y_BTC = y_BTC + term_BTC
-    return y_BTC if bias_C is None else y_BTC + bias_C
+            earlier_BTC = earlier_BTC * _same_document(resets_BT, lag)[..., None]
+        y_BTC = torch.addcmul(y_BTC, earlier_BTC, weight_CK[:, -1 - lag])
+    return y_BTC
 
 
 def _same_document(resets_BT: Tensor, lag: int) -> Tensor:

@@ -5,16 +5,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 from distill import evaluation
 from distill.errors import UserError
 from distill.evaluation import (
     Metrics,
-    completions,
     evaluate,
     layer_distances,
     perplexity,
@@ -316,73 +314,6 @@ def test_layers_before_a_change_are_at_distance_zero(teacher, batches):
 def test_models_of_different_depth_are_refused(teacher, batches):
     with pytest.raises(UserError, match="has 2 layers and the teacher 3"):
         layer_distances(tiny_llama(1, layers=2), teacher, batches)
-
-
-@pytest.fixture(scope="module")
-def letters() -> PreTrainedTokenizerFast:
-    """One token a character: a-z, space, and markers; a BOS before every text."""
-    vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz "])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-
-
-@torch.no_grad()
-def greedy(model: LlamaForCausalLM, ids: list[int], new_tokens: int) -> list[int]:
-    for _ in range(new_tokens):
-        ids = [*ids, int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())]
-    return ids[-new_tokens:]
-
-
-def text(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True)
-
-
-@pytest.mark.parametrize("pad", [None, "</s>"])
-def test_completions_are_greedy_for_prompts_of_any_length(letters, pad):
-    model = tiny_llama(3, vocabulary=len(letters)).train()
-    model.generation_config.update(do_sample=True, temperature=5.0, top_p=0.4, repetition_penalty=2.0)
-    letters.pad_token = pad
-    prompts = ["a cat", "b", "how long is a prompt"]
-    model.eval()
-    expected = [text(letters, greedy(model, letters(prompt)["input_ids"], 9)) for prompt in prompts]
-    assert completions(model.train(), letters, prompts, 9) == expected
-    assert len(set(expected)) > 1
-    assert model.training
-    assert completions(model, letters, [], 9) == []
-
-
-def test_text_that_changes_where_prompt_and_continuation_meet_is_not_cut(letters):
-    model = tiny_llama(3, vocabulary=len(letters))
-    expected = text(letters, greedy(model, letters("a cat")["input_ids"], 9))
-    meeting = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(letters.backend_tokenizer.to_str()))
-    joined = decoders.Replace(f"t{expected[0]}", "X")
-    meeting.backend_tokenizer.decoder = decoders.Sequence([decoders.Fuse(), joined])
-    assert "X" in meeting.decode(letters(f"a cat{expected}")["input_ids"])
-    assert text(letters, meeting(completions(model, meeting, ["a cat"], 9)[0])["input_ids"]) == expected
-
-
-def test_completions_end_before_the_end_of_text(letters):
-    model = tiny_llama(3, vocabulary=len(letters))
-    ids = greedy(model, letters("a cat")["input_ids"], 9)
-    assert ids[6] not in ids[:6]
-    model.generation_config.eos_token_id = [1000, ids[6]]
-    letters.pad_token = "z"
-    assert completions(model, letters, ["a cat"], 9) == [text(letters, ids[:6])]
-
-
-def test_a_bos_is_put_once(letters):
-    model = tiny_llama(3, vocabulary=len(letters))
-    assert completions(model, letters, ["a cat"], 5, bos=True) == completions(model, letters, ["a cat"], 5)
-    assert completions(model, letters, [""], 5, bos=True) == completions(model, letters, [""], 5)
-
-
-def test_a_prompt_without_tokens_is_refused(student):
-    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
-    with pytest.raises(UserError, match="the prompt '' has no token"):
-        completions(student, bare, [""], 5)
 
 
 @pytest.mark.parametrize(

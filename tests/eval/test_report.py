@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from distill.errors import UserError
 from distill.evaluation_record import MatrixPair, read_evaluation, write_evaluation
 from eval import report
@@ -153,7 +154,7 @@ def test_text_of_the_run_stays_text(run_dir):
     page = page_of(run_dir)
     assert "script" not in page.tags
     said = page.text.count("<script>alert('x')</script>&amp;{{ 7 * 7 }}")
-    in_header, in_samples, in_recipe, in_versions = 2, 5, 1, 2
+    in_header, in_samples, in_recipe, in_versions = 1, 5, 1, 2
     assert said == in_header + in_samples + in_recipe + in_versions
 
 
@@ -232,6 +233,14 @@ def test_a_broken_student_is_called_broken(run_dir):
     assert "not finite" in page.text
     assert numbers["rows"][-1]["loss"] == "nan"
     assert numbers["rows"][-1]["recovered"] is None
+
+
+def test_a_student_that_training_made_worse_is_called_worse(run_dir):
+    loss = read_evaluation(run_dir / "convert").metrics.loss + 1
+    change(run_dir, "logits", loss=loss, perplexity=math.exp(loss))
+    page = page_of(run_dir)
+    assert "Training has made its loss larger than it was at conversion." in page.text
+    assert "took back" not in page.text
 
 
 def test_a_student_as_good_as_its_teacher_has_lost_nothing(run_dir):

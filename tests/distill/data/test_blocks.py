@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from distill.data import Blocks, prepare, split_documents
+from distill.data import Blocks, Document, prepare, split_documents
 from distill.errors import UserError
 
 BLOCK = 128
@@ -126,3 +127,26 @@ def test_a_damaged_manifest_is_named(prepared, text):
     (folder / "manifest.json").write_text(text)
     with pytest.raises(UserError, match=r"manifest\.json: cannot be read"):
         Blocks(folder, "train", BLOCK)
+
+
+@torch.no_grad()
+def test_a_hugging_face_model_keeps_the_documents_of_a_block_apart(library, tokenizer, tmp_path):
+    """The batch alone does it: position ids, no attention mask, no cache."""
+    short = [Document(document.name, document.text[:60]) for document in library]
+    prepare(short, short, tokenizer, tmp_path / "data", block=BLOCK)
+    blocks = Blocks(tmp_path / "data", "train", BLOCK)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).eval()
+    batch = blocks.batch([0, len(blocks) - 1])
+    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    runs = 0
+    for b in range(2):
+        starts = (batch["position_ids"][b] == 0).nonzero().flatten().tolist()
+        for first, last in zip(starts, [*starts[1:], BLOCK], strict=True):
+            alone = model(input_ids=batch["input_ids"][b : b + 1, first:last], use_cache=False).logits
+            torch.testing.assert_close(logits[b, first:last], alone[0])
+            runs += 1
+    assert runs > 4
