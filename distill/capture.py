@@ -69,12 +69,6 @@ def layer_traces(model: PreTrainedModel, batch: Batch, layers: Iterable[int]) ->
     return traces
 
 
-@torch.no_grad()
-def attention_inputs(model: PreTrainedModel, batch: Batch, layers: Iterable[int]) -> dict[int, Tensor]:
-    """Only what each layer's attention reads, (B, T, D); otherwise as :func:`layer_traces`."""
-    return {index: trace.attention_input for index, trace in layer_traces(model, batch, layers).items()}
-
-
 def sequence_arguments(batch: Batch) -> dict[str, Tensor | None]:
     """What a mixer needs to know of a batch besides hidden states: padding and document borders."""
     valid_BT = batch["valid"]

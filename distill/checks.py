@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -78,6 +77,7 @@ def check(recipe: Recipe, *, ranks: int = 1) -> RecipeFacts:
                     _check_special_token(tokenizer, key, wanted)
         with found.at("student.keep_attention"):
             kept = kept_layers(recipe.student.keep_attention, text.num_hidden_layers)
+            _check_mixers(text.num_hidden_layers - len(kept), recipe)
         with found.at("data.block"):
             _check_block(recipe.data.block, text)
         if folder:
@@ -143,10 +143,10 @@ def _check_writable(run_dir: Path) -> None:
 
 
 def _check_trackers(trackers: tuple[str, ...]) -> None:
-    # Accelerate drops a tracker that is not installed without a word.
-    for tracker in trackers:
-        if find_spec(tracker) is None:
-            raise UserError(f"{tracker} is not installed; pip install {tracker}, or leave it out")
+    if trackers:
+        from distill.training.tracking import require_trackers
+
+        require_trackers(trackers)
 
 
 def _check_source(recipe: Recipe) -> None:
@@ -239,6 +239,14 @@ def check_weights(stored: dict[str, TensorFacts], config: "PreTrainedConfig", fo
                 f"{name} has shape {list(shape)} in {folder} and {list(parameter.shape)} by its config.json;"
                 " use the config it was saved with"
             )
+
+
+def _check_mixers(n_mixers: int, recipe: Recipe) -> None:
+    idle = [name for name in recipe.stages.named() if name != "logits"]
+    if idle and not n_mixers:
+        raise UserError(
+            f"keep_attention leaves nothing for {' and '.join(idle)} to train; keep fewer layers, or drop what is idle"
+        )
 
 
 def _check_block(block: int, text: "PreTrainedConfig") -> None:

@@ -4,14 +4,13 @@ Training is not here: the stages are programs of the checkout, ``python -m stage
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
 
-from distill.programs import report_user_errors
+from distill.programs import quiet_unless_watched, report_user_errors
 
 app = typer.Typer(
     name="distill",
@@ -72,7 +71,7 @@ def convert(
 
     Example: `distill convert teachers/stdlib-1m students/hybrid --keep-attention 2,5`
     """
-    _quiet_unless_watched()
+    quiet_unless_watched()
     from distill.conversion_view import render
     from distill.converting import convert_folder
 
@@ -96,7 +95,7 @@ def generate(
 
     Example: `distill generate runs/quickstart/logits "def main(" --temperature 0.8`
     """
-    _quiet_unless_watched()
+    quiet_unless_watched()
     from distill.generation import generate as generate_text
     from distill.generation import load
 
@@ -126,14 +125,6 @@ def doctor(as_json: AsJson = False) -> None:
 
     facts = diagnose()
     _show(facts if as_json else render(facts))
-
-
-def _quiet_unless_watched() -> None:
-    """No progress bars in files and pipes."""
-    from transformers.utils import logging
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
 
 
 def _show(result: RenderableType | dict[str, Any]) -> None:

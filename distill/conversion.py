@@ -12,17 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from distill.attention import AttentionView, family_of, view
-from distill.calibration import calibration_inputs
+from distill.calibration import calibrate
 from distill.errors import UserError
 from distill.layout import layer_kinds, resolve
 from distill.mixers import MIXERS
 from distill.roles import ROLES, roles
 from distill.seeding import Seeded, seed_mixer
-from distill.student import STUDENTS, mixer_layers, mixers_of, state_bytes, student_config
+from distill.student import (
+    STUDENTS,
+    load_with_account,
+    mixer_layers,
+    mixers_of,
+    refuse_missing,
+    state_bytes,
+    student_config,
+)
 
 CONTEXTS = (1024, 4096, 32768, 131072)
 
@@ -79,7 +87,8 @@ def convert(
         conv_width: taps of the mixers' short convolution.
 
     Returns:
-        A ``PreTrainedModel`` in the teacher's dtype, on its device, in eval mode.
+        A ``PreTrainedModel`` in eval mode: in fp32 if ``teacher`` is a folder, in a loaded teacher's dtype and on its
+        device otherwise.
 
     Raises:
         UserError: for an unknown mixer or family, a layer out of range, or a teacher that cannot be read.
@@ -137,20 +146,20 @@ def plan(
     """
     if getattr(teacher, "distill", None) is not None:
         raise UserError("the teacher is already a student of this project; convert the Transformer it came from")
-    family_of(teacher)
     if mixer not in MIXERS:
         raise UserError(f"mixer is {mixer!r}; allowed are {', '.join(sorted(MIXERS))}")
     text = teacher.get_text_config()
     kept = resolve(text.num_hidden_layers, layers=list(keep_attention))
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     if (state_dim is not None and state_dim < 1) or conv_width < 1:
         raise UserError(f"state_dim is {state_dim} and conv_width {conv_width}; both must be at least 1")
+    attention = view(empty_model(teacher).get_decoder().layers[0].self_attn, family_of(teacher))
     settings = {
-        "n_heads": text.num_attention_heads,
-        "head_dim": head_dim,
-        "state_dim": state_dim or head_dim,
+        "n_heads": attention.n_heads,
+        "head_dim": attention.head_dim,
+        "state_dim": state_dim or attention.head_dim,
         "conv_width": conv_width,
         "norm_eps": text.rms_norm_eps,
+        "out_bias": attention.o.bias is not None,
     }
     return student_config(teacher, layer_kinds(text.num_hidden_layers, kept, mixer), settings)
 
@@ -172,10 +181,10 @@ def load_teacher(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreT
         UserError: if the folder is missing or cannot be read as a model.
     """
     try:
-        AutoConfig.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model, loading = load_with_account(folder, dtype=dtype)
     except Exception as error:  # transformers raises OSError, ValueError, SafetensorError, KeyError, … here
         raise UserError(f"cannot load the teacher {str(folder)!r}: {error}") from error
+    refuse_missing(folder, loading)
     return model.eval().requires_grad_(False)
 
 
@@ -216,9 +225,9 @@ def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
 def _seed(
     student: PreTrainedModel, teacher: PreTrainedModel, replaced: dict[int, AttentionView], seed: int
 ) -> dict[int, list[Seeded]]:
-    inputs = calibration_inputs(teacher, replaced, seed)
+    traces = calibrate(teacher, replaced, seed)
     mixers = mixers_of(student)
-    return {index: seed_mixer(mixers[index], attention, inputs[index]) for index, attention in replaced.items()}
+    return {index: seed_mixer(mixers[index], attention, traces[index]) for index, attention in replaced.items()}
 
 
 def _count_by_role(model: PreTrainedModel) -> dict[str, int]:

@@ -15,7 +15,6 @@ matrices were taken, ``matrices.npz``: of N heads, ``layer`` and ``head`` (N,) a
 import io
 import json
 import math
-import os
 import zipfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from distill.errors import UserError
 from distill.evaluation import Metrics
+from distill.training.atomic import replace_file
 
 EVALUATION = "evaluation.json"
 MATRICES = "matrices.npz"
@@ -87,18 +87,23 @@ class Evaluation:
         metrics: against the held-out text and the teacher.
         layer_distances: of each decoder layer's output from the teacher's (``evaluation.layer_distances``).
         samples: continuations of the recipe's prompts.
+        subject: a digest of what was measured on what, by which an evaluation that is out of date is known.
     """
 
     metrics: Metrics
     layer_distances: tuple[float, ...] = ()
     samples: tuple[Sample, ...] = ()
+    subject: str = ""
 
 
 def write_evaluation(folder: str | Path, evaluation: Evaluation, matrices: Iterable[MatrixPair] = ()) -> None:
     """Write ``evaluation.json``, and ``matrices.npz`` where there are matrices, into ``folder``.
 
-    Each file appears whole or not at all; what an earlier evaluation left is replaced. All matrices of one
-    evaluation cover the same tokens.
+    Each file appears whole or not at all, ``evaluation.json`` last: where it is, nothing is missing. What an earlier
+    evaluation left is replaced. All matrices of one evaluation cover the same tokens.
+
+    Raises:
+        UserError: the disk is full.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,10 +117,11 @@ def write_evaluation(folder: str | Path, evaluation: Evaluation, matrices: Itera
         teacher=np.array([pair.teacher for pair in pairs]),
         student=np.array([pair.student for pair in pairs]),
     )
-    (folder / MATRICES).unlink(missing_ok=True)
-    _replace(folder / EVALUATION, f"{text}\n".encode())
     if pairs:
-        _replace(folder / MATRICES, packed.getvalue())
+        replace_file(folder / MATRICES, packed.getvalue())
+    else:
+        (folder / MATRICES).unlink(missing_ok=True)
+    replace_file(folder / EVALUATION, f"{text}\n".encode())
 
 
 def read_evaluation(folder: str | Path) -> Evaluation | None:
@@ -135,6 +141,7 @@ def read_evaluation(folder: str | Path) -> Evaluation | None:
             metrics=Metrics(**metrics),
             layer_distances=tuple(map(float, fields["layer_distances"])),
             samples=tuple(Sample(**sample) for sample in fields["samples"]),
+            subject=str(fields.get("subject", "")),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is no evaluation ({_said(error)}); evaluate this stage again") from error
@@ -166,12 +173,6 @@ def json_numbers(value: Any) -> Any:
 
 def _cut(matrix_TS: Tensor) -> NDArray[np.float16]:
     return matrix_TS[:MATRIX_TOKENS, :MATRIX_TOKENS].detach().float().cpu().numpy().astype(np.float16)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 def _said(error: Exception) -> str:

@@ -2,8 +2,8 @@
 
     logits/  model.safetensors  config.json  tokenizer…  recipe.yaml  stage.json
 
-stage.json names the stage, the stage it came from, and the SHA-256 of every weight file. The next stage verifies
-it before it loads anything, so weights that were swapped, cut short or edited are refused by name.
+stage.json names the stage, the stage it came from, and the SHA-256 of every file the next one loads. That one
+verifies them before it loads anything, so what was swapped, cut short or edited is refused by name.
 """
 
 import hashlib
@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError
-from distill.training.atomic import sha256_of, whole_folder
+from distill.training.atomic import settle, sha256_of, whole_folder
 
 RECORD = "stage.json"
+WEIGHTS = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,15 @@ class StageRecord:
 
     Attributes:
         stage: "mixing", "hidden", "logits", …
-        parent: what the stage started from; None if it started from the teacher.
+        parent: what the stage started from, the teacher included.
         loss_start: loss of its first step.
         loss_end: loss of its last step.
         steps: optimizer steps.
         tokens: tokens they took.
         seconds: time they took.
         settings: a fingerprint of the part of the recipe that the stage depends on, or "".
-        weights: SHA-256 of every weight file, by name; filled in by ``write``.
-        sizes: bytes of every weight file, by name; filled in by ``write``.
+        weights: SHA-256 by name of every weight file, their index and config.json; filled in by ``write``.
+        sizes: their bytes; filled in by ``write``.
         versions: see ``versions``.
     """
 
@@ -68,8 +69,29 @@ class StageRecord:
     def as_parent(self) -> Parent:
         """How the next stage refers to this one: by a digest over its weights and its own parent."""
         ancestry = asdict(self.parent) if self.parent else None
-        told = json.dumps([self.stage, ancestry, self.weights], sort_keys=True)
+        # Not config.json, in which every version of transformers writes its own name.
+        weights = {name: sha256 for name, sha256 in self.weights.items() if name.endswith(WEIGHTS)}
+        told = json.dumps([self.stage, ancestry, weights], sort_keys=True)
         return Parent(self.stage, hashlib.sha256(told.encode()).hexdigest())
+
+
+def is_there(folder: Path) -> bool:
+    """Whether a stage was handed on at ``folder``; ``verify`` tells whether it is still what was written."""
+    settle(folder)
+    return (folder / RECORD).is_file()
+
+
+def require_room(folder: Path) -> None:
+    """Make sure that ``write`` may write ``folder``: worth asking before hours of training.
+
+    Raises:
+        UserError: ``folder`` holds something that is not a stage.
+    """
+    if folder.is_file() or (folder.is_dir() and not is_there(folder) and any(folder.iterdir())):
+        raise UserError(
+            f"{folder} is not empty and holds no {RECORD}, so it is not a finished stage and is not replaced;"
+            " move it away, or choose another run_dir"
+        )
 
 
 def write(folder: Path, save: Callable[[Path], None], record: StageRecord) -> StageRecord:
@@ -86,12 +108,11 @@ def write(folder: Path, save: Callable[[Path], None], record: StageRecord) -> St
     Raises:
         UserError: ``folder`` holds something that is not a stage, or the disk is full.
     """
-    if folder.exists() and not (folder / RECORD).is_file() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no {RECORD}; it is not a stage's, so it is not replaced")
+    require_room(folder)
     with whole_folder(folder) as partial:
         save(partial)
-        files = _weight_files(partial)
-        assert files, "save wrote no .safetensors file"
+        assert _weight_files(partial), f"save wrote no {WEIGHTS} file"
+        files = [*_weight_files(partial), *partial.glob(f"*{WEIGHTS}.index.json"), *partial.glob("config.json")]
         record = replace(
             record,
             weights={path.name: sha256_of(path) for path in files},
@@ -137,15 +158,23 @@ def read(folder: Path) -> StageRecord:
     Raises:
         UserError: no folder, no stage.json, or one that is not a record.
     """
+    settle(folder)
     path = folder / RECORD
     if not folder.is_dir():
         raise UserError(f"{folder} is missing: run the stage that writes it first")
     if not path.is_file():
-        raise UserError(f"{path} is missing: {folder} is not a finished stage; run that stage again")
+        raise UserError(f"{path} is missing: {folder} is not a finished stage; remove it and run that stage again")
     try:
         return _record(json.loads(path.read_text()))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _refusal(path, f"is damaged ({error})") from error
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 over a model folder's config and weights; over its name where it is not a local folder (a hub id)."""
+    files = [path for path in (folder / "config.json", *_weight_files(folder)) if path.is_file()]
+    told = [f"{path.name} {sha256_of(path)}" for path in files] or [str(folder)]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _record(entries: dict[str, Any]) -> StageRecord:
@@ -160,7 +189,7 @@ def _record(entries: dict[str, Any]) -> StageRecord:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
+    return sorted(folder.glob(f"*{WEIGHTS}"))
 
 
 def _named(parent: Parent | None) -> str:

@@ -1,8 +1,12 @@
-"""What every program of the project does alike: a user's mistake ends it with one screen of text and exit code 2."""
+"""What every program of the project does alike.
+
+A user's mistake, or a full disk, ends it with one screen of text and exit code 2. Nothing moves in a log file.
+"""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from distill.errors import UserError
 
@@ -13,15 +17,34 @@ _LINE = 500  # characters; libraries sometimes put a whole page into an exceptio
 
 @contextmanager
 def report_user_errors() -> Iterator[None]:
-    """Prints a `UserError` on stderr and exits with code 2; any other exception keeps its traceback.
+    """Prints a `UserError`, or that the disk is full, on stderr and exits with code 2.
 
+    Any other exception keeps its traceback.
     Around a block (``with report_user_errors():``) or a function (``@report_user_errors()``).
     """
     try:
         yield
     except UserError as error:
-        print(_screen(str(error)), file=sys.stderr)
-        sys.exit(USER_ERROR)
+        _end(str(error))
+    except Exception as error:
+        from distill.training.atomic import is_disk_full
+
+        if not is_disk_full(error):
+            raise
+        _end(f"the disk is full ({error}); free some space and run the same command again")
+
+
+def quiet_unless_watched() -> None:
+    """No progress bars of transformers in files and pipes."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def _end(message: str) -> NoReturn:
+    print(_screen(message), file=sys.stderr)
+    sys.exit(USER_ERROR)
 
 
 def _screen(text: str) -> str:

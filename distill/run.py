@@ -1,14 +1,15 @@
 """A recipe's run: where its stages live, what they load, and how one is carried out and handed on.
 
 run_dir/
-  recipe.yaml                 the resolved recipe
   data/                       token blocks, prepared once (distill.data)
+  recipe.yaml                 the resolved recipe
   teacher/evaluation.json
   convert/ mixing/ hidden/ logits/      finished stages (distill.handover), each with its evaluation
   training/STAGE/             metrics and checkpoints of the stage that is being trained
 """
 
 import functools
+import hashlib
 import json
 import shutil
 import time
@@ -32,7 +33,7 @@ from distill.data import Blocks, TrainingBatches, evaluation_batches, prepare, r
 from distill.errors import UserError
 from distill.evaluation import evaluate
 from distill.evaluation_record import read_evaluation
-from distill.handover import StageRecord
+from distill.handover import Parent, StageRecord
 from distill.recipe import Recipe, Stage, StageName, Step, load_recipe
 from distill.roles import roles
 from distill.student import load_student
@@ -69,11 +70,15 @@ class Run:
 
     @cached_property
     def blocks(self) -> tuple[Blocks, Blocks]:
-        """Training and held-out blocks; tokenised on first use."""
+        """Training and held-out blocks, tokenised on first use; from then on the run's recipe is in its folder.
+
+        So a text that cannot be used leaves nothing behind.
+        """
         data, folder = self.recipe.data, self.recipe.run_dir / "data"
         documents = read_documents(list(data.source), text_key=data.text_key, separator=data.separator)
         train_documents, held_out = split_documents(documents, fraction=data.held_out.fraction, by=data.held_out.by)
         prepare(train_documents, held_out, self.tokenizer, folder, block=data.block, bos=data.bos, eos=data.eos)
+        replace_file(self.recipe.run_dir / "recipe.yaml", self.recipe.dump().encode())
         return Blocks(folder, "train", data.block), Blocks(folder, "held_out", data.block)
 
     def held_out(self) -> Iterator[Batch]:
@@ -89,6 +94,11 @@ class Run:
     def folder(self, stage: str) -> Path:
         return self.recipe.run_dir / stage
 
+    @cached_property
+    def origin(self) -> Parent:
+        """The teacher as the first stage's parent: a digest of its config and weights, so that another is noticed."""
+        return Parent("teacher", handover.folder_digest(Path(self.recipe.teacher.path)))
+
     def verified(self, stage: Step) -> StageRecord:
         """The record of a finished stage, its weights and its whole ancestry checked.
 
@@ -96,7 +106,7 @@ class Run:
             UserError: it, or a stage before it, is missing, damaged, or was made with other settings.
         """
         place = self.stages.index(stage)
-        parent = self.verified(self.stages[place - 1]).as_parent() if place else None
+        parent = self.verified(self.stages[place - 1]).as_parent() if place else self.origin
         try:
             return handover.verify(
                 self.folder(stage),
@@ -108,14 +118,22 @@ class Run:
 
     def is_done(self, stage: Step) -> bool:
         """Whether the stage's folder is there; if it is, it must be the one this recipe makes."""
-        if not (self.folder(stage) / handover.RECORD).exists():
+        if not handover.is_there(self.folder(stage)):
             return False
         self.verified(stage)
         return True
 
     def is_evaluated(self, stage: str) -> bool:
-        """Whether the stage's folder holds an evaluation; one replaced by a new run of the stage does not."""
-        return read_evaluation(self.folder(stage)) is not None
+        """Whether the stage's folder holds an evaluation of what it holds now, on this recipe's held-out text."""
+        evaluation = read_evaluation(self.folder(stage))
+        return evaluation is not None and evaluation.subject == self.evaluation_subject(stage)
+
+    def evaluation_subject(self, stage: str) -> str:
+        """A digest of all that an evaluation depends on: teacher, student, held-out text, and the recipe's wishes."""
+        student = "" if stage == self.origin.stage else handover.read(self.folder(stage)).as_parent().sha256
+        text, wishes = self.blocks[1].fingerprint, self.recipe.evaluation.model_dump_json()
+        told = (self.origin.sha256, student, text, str(self.recipe.data.block), wishes)
+        return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
     def _changed_settings(self, stage: str) -> str:
         """Which settings differ from those a finished stage was made with, as the end of an error message."""
@@ -137,21 +155,22 @@ class Run:
 
 
 def open_run(path: Path, overrides: Sequence[str] = ()) -> Run:
-    """Read and check a recipe; nothing heavy is loaded and nothing but recipe.yaml is written.
+    """Read and check a recipe; nothing heavy is loaded and nothing is written.
 
     Raises:
-        UserError: everything the recipe says that cannot be done.
+        UserError: everything the recipe says that cannot be done, or something else stands where a stage would.
     """
     recipe = load_recipe(path, overrides)
-    facts = check(recipe)
-    recipe.run_dir.mkdir(parents=True, exist_ok=True)
-    replace_file(recipe.run_dir / "recipe.yaml", recipe.dump().encode())
-    return Run(recipe, facts)
+    run = Run(recipe, check(recipe))
+    for stage in run.stages:
+        handover.require_room(run.folder(stage))
+    return run
 
 
 def convert_stage(run: Run) -> StageRecord:
     """Turn the teacher into a student and hand it on as the stage ``convert``."""
     started = time.perf_counter()
+    held_out = run.held_out()  # before the teacher: if the text cannot be used, that shows at once
     student, report = convert_with_report(
         run.teacher,
         mixer=run.recipe.student.mixer,
@@ -161,7 +180,7 @@ def convert_stage(run: Run) -> StageRecord:
         state_dim=run.recipe.student.state_dim,
         conv_width=run.recipe.student.conv_width,
     )
-    loss = evaluate(student, None, run.held_out()).loss
+    loss = evaluate(student, None, held_out).loss
 
     def save(folder: Path) -> None:
         _save(run, student, folder)
@@ -169,7 +188,7 @@ def convert_stage(run: Run) -> StageRecord:
 
     record = StageRecord(
         stage=CONVERT,
-        parent=None,
+        parent=run.origin,
         loss_start=loss,
         loss_end=loss,
         steps=0,
@@ -197,14 +216,14 @@ def train_stage(
     if settings is None:
         raise UserError(f"the recipe has no stage {stage!r}; it has {', '.join(run.recipe.stages.named())}")
     before = run.stages[run.stages.index(stage) - 1]
-    parent = run.verified(before)
+    parent = run.verified(before).as_parent()
     student = load_student(run.folder(before), dtype=torch.float32)
     objective = make_objective(run.teacher, student.to(run.accelerator.device), settings)
-    result = _train(run, stage, settings, student, objective)
+    result = _train(run, stage, settings, student, objective, parent)
 
     record = StageRecord(
         stage=stage,
-        parent=parent.as_parent(),
+        parent=parent,
         loss_start=result.loss_start,
         loss_end=result.loss_end,
         steps=result.steps,
@@ -223,7 +242,14 @@ def train_stage(
     return record
 
 
-def _train(run: Run, stage: StageName, settings: Stage, student: PreTrainedModel, objective: Objective) -> TrainResult:
+def _train(
+    run: Run,
+    stage: StageName,
+    settings: Stage,
+    student: PreTrainedModel,
+    objective: Objective,
+    parent: Parent,
+) -> TrainResult:
     set_seed(run.recipe.seed)
     by_name = roles(student)
     groups = parameter_groups(
@@ -271,6 +297,11 @@ def _train(run: Run, stage: StageName, settings: Stage, student: PreTrainedModel
         keep_checkpoints=settings.keep_checkpoints,
         trackers=run.recipe.trackers,
         accelerator=run.accelerator,
+        origin={
+            "the recipe": run.recipe.stage_digest(stage),
+            "the text": run.blocks[0].fingerprint,
+            "the stage before": parent.sha256,
+        },
     )
 
 

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from distill.attention import AttentionView
 from distill.calibration import steady_direction
+from distill.capture import LayerTrace
 from distill.mixers import DiscreteMamba2Mixer, Mamba2Mixer, Mixer
+from distill.mixers.state_space import inverse_softplus
+from distill.objectives import attention_matrix
+
+GATE_INPUT = 2.0  # SiLU is past its bend here, and not yet so far that the gate could not close
+LARGEST_RATIO = 1e3
 
 
 @dataclass(frozen=True)
@@ -25,18 +31,18 @@ class Seeded:
 
 
 @torch.no_grad()
-def seed_mixer(mixer: Mixer, attention: AttentionView, inputs_ND: Tensor) -> list[Seeded]:
+def seed_mixer(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> list[Seeded]:
     """Fill ``mixer`` from ``attention``, in place.
 
     Args:
         mixer: freshly made, of any class in ``MIXERS``.
         attention: the layer it replaces.
-        inputs_ND: examples of what both read, fp32 (``distill.calibration``).
+        trace: an example of what both read (``distill.calibration``).
 
     Returns:
         What came from where, for the report.
     """
-    return SEEDS[type(mixer)](mixer, attention, inputs_ND)
+    return SEEDS[type(mixer)](mixer, attention, trace)
 
 
 def _copy_projections(mixer: Mamba2Mixer | DiscreteMamba2Mixer, attention: AttentionView) -> list[Seeded]:
@@ -58,6 +64,8 @@ def _copy_projections(mixer: Mamba2Mixer | DiscreteMamba2Mixer, attention: Atten
             assert mixer.conv1d.bias is not None
             mixer.conv1d.bias[inside] = scale * _heads(projection.bias[:, None], attention, width)[:, 0]
     mixer.out_proj.weight.copy_(attention.o.weight)
+    if attention.o.bias is not None:
+        mixer.out_proj.bias.copy_(attention.o.bias)
     shared = (
         ""
         if attention.n_heads == attention.n_kv_heads
@@ -83,40 +91,57 @@ def _heads(weight: Tensor, attention: AttentionView, width: int) -> Tensor:
     return out.flatten(0, 1)
 
 
-def _seed_mamba2(mixer: Mixer, attention: AttentionView, inputs_ND: Tensor) -> list[Seeded]:
+def _size_ratio(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> Tensor:
+    """(H,) how much larger attention's matrix is than the mixer's, head by head, in Frobenius norm."""
+    q_BHTP, k_BHTP = attention.queries_and_keys(trace.attention_input, trace.position_embeddings)
+    teacher_BHTT = attention_matrix(q_BHTP, k_BHTP, scaling=attention.scaling, window=attention.sliding_window)
+    student_BHTT = mixer.mixing_matrix(trace.attention_input)
+    sizes = (matrix_BHTT.float().square().sum(dim=(0, 2, 3)).sqrt() for matrix_BHTT in (teacher_BHTT, student_BHTT))
+    teacher_H, student_H = sizes
+    ratio_H = teacher_H / student_H.clamp_min(torch.finfo(student_H.dtype).tiny)
+    # A head without keys or queries (pruned, say) has a matrix of zeros, which no factor brings to size.
+    return ratio_H.clamp(1 / LARGEST_RATIO, LARGEST_RATIO)
+
+
+def _seed_mamba2(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> list[Seeded]:
     assert isinstance(mixer, Mamba2Mixer)
     seeded = _copy_projections(mixer, attention)
-    # The norm follows the gate, so a gate that is equal over a head's channels and never changes sign has no effect.
-    mixer.in_proj.weight[mixer.in_rows()["z"]] = OPEN_GATE * steady_direction(inputs_ND)
-    # The norm makes every head's output unit size; attention's is about that of the values it averages.
-    value_size_H = attention.values(inputs_ND.to(attention.v.weight.dtype)[None]).square().mean(dim=(0, 1, 3)).sqrt()
-    mixer.norm.weight.copy_(value_size_H.repeat_interleave(mixer.head_dim))
     nn.init.zeros_(mixer.D)
+    # The norm follows the gate, so a gate that is equal over a head's channels and never changes sign has no effect.
+    mixer.in_proj.weight[mixer.in_rows()["z"]] = GATE_INPUT * steady_direction(trace.attention_input)
+    # The norm makes every head's output unit size; attention's is about that of the values it averages.
+    value_size_H = attention.values(trace.attention_input).square().mean(dim=(0, 1, 3)).sqrt()
+    mixer.norm.weight.copy_(value_size_H.repeat_interleave(mixer.head_dim))
+    # A step of another size scales the whole matrix; A takes it out of the decay again.
+    step_H = _size_ratio(mixer, attention, trace)
+    mixer.dt_bias.copy_(inverse_softplus(step_H))
+    mixer.A_log.sub_(step_H.log())
     return [
         *seeded,
-        Seeded("norm", "size of v, head by head"),
         Seeded("in_proj z", "open: the direction in which the layer's inputs are steady"),
+        Seeded("norm", "size of v, head by head"),
+        Seeded("dt_bias", "size of the attention matrix, head by head"),
+        Seeded("in_proj dt", "0"),
+        Seeded("A_log", "memories of 4 to 256 positions over the heads"),
         Seeded("D", "0"),
-        Seeded("in_proj dt, dt_bias, A_log", "step 1; memories of 4 to 256 positions over the heads"),
     ]
 
 
-def _seed_discrete_mamba2(mixer: Mixer, attention: AttentionView, _inputs_ND: Tensor) -> list[Seeded]:
+def _seed_discrete_mamba2(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> list[Seeded]:
     assert isinstance(mixer, DiscreteMamba2Mixer)
     seeded = _copy_projections(mixer, attention)
     nn.init.zeros_(mixer.D)
+    mixer.scale_reads_(_size_ratio(mixer, attention, trace))
     return [
         *seeded,
+        Seeded("in_proj C", "scaled to the size of the attention matrix, head by head"),
         Seeded("in_proj z, z_bias", "gate open: factor 1"),
-        Seeded("D", "0"),
         Seeded("in_proj A_log, A_log_bias", "memories of 4 to 256 positions over the heads"),
+        Seeded("D", "0"),
     ]
 
 
-# SiLU is well past its bend here, and still far from so large that a gate could not close.
-OPEN_GATE = 2.0
-
-SEEDS: dict[type, Callable[[Mixer, AttentionView, Tensor], list[Seeded]]] = {
+SEEDS: dict[type, Callable[[Mixer, AttentionView, LayerTrace], list[Seeded]]] = {
     Mamba2Mixer: _seed_mamba2,
     DiscreteMamba2Mixer: _seed_discrete_mamba2,
 }

@@ -29,12 +29,14 @@ def auto_map(student: type[PreTrainedModel]) -> dict[str, str]:
 
 def write_code(folder: Path) -> list[Path]:
     """Copy the student class and everything of this package it imports into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
     if __name__ != "distill.standalone":  # this is itself such a copy: its neighbours are all that is needed
         return [_copy(path, folder) for path in sorted(Path(__file__).parent.glob("distill_*.py"))]
     written = []
     for module in _needed(ROOT):
         path = folder / f"{_flat(module)}.py"
-        path.write_text(_IMPORT.sub(lambda match: f"{match[1]}from .{_flat(match[2])} import ", _source(module)))
+        relative = _IMPORT.sub(lambda match: f"{match[1]}from .{_flat(match[2])} import ", _source(module))
+        path.write_text(relative, encoding="utf-8")
         written.append(path)
     return written
 
@@ -58,7 +60,7 @@ def _source(module: str) -> str:
     spec = importlib.util.find_spec(module)
     assert spec is not None, module
     assert spec.origin is not None, module
-    return Path(spec.origin).read_text()
+    return Path(spec.origin).read_text(encoding="utf-8")
 
 
 def _flat(module: str) -> str:

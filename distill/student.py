@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from distill.attention import FAMILIES, Family
 from distill.cache import adopt
 from distill.documents import document_starts, positions_from_index
+from distill.errors import UserError
 from distill.layout import ATTENTION
 from distill.mixers import MIXERS, Mixer
 
@@ -45,14 +47,16 @@ class Student:
         """Leave the 2-D mask as it is: ``generate`` would make it 4-D for static caches, which mixers cannot read."""
         return attention_mask
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | Path, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
         """Save as any Hugging Face model, plus the code that loads the folder without this package."""
         from distill.standalone import auto_map, write_code
 
-        self.config.auto_map = auto_map(type(self))  # type: ignore[attr-defined, arg-type]
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        if kwargs.get("is_main_process", True):
+        if is_main_process:  # before the weights: with push_to_hub the folder is uploaded when they are written
             write_code(Path(save_directory))
+        self.config.auto_map = auto_map(type(self))  # type: ignore[attr-defined, arg-type]
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
 
 
 def install_mixers(model: PreTrainedModel, layout: dict[str, Any]) -> None:
@@ -65,8 +69,8 @@ def install_mixers(model: PreTrainedModel, layout: dict[str, Any]) -> None:
             hidden_size=model.config.get_text_config().hidden_size, layer_idx=index, **layout["mixer"]
         )
         layer.self_attn = mixer.to(dtype=model.dtype)
-    if places:
-        decoder.register_forward_pre_hook(prepare_sequence, with_kwargs=True)
+    # Also where all attention is kept: whether packed documents stay apart must not depend on the layout.
+    decoder.register_forward_pre_hook(prepare_sequence, with_kwargs=True)
 
 
 def mixer_layers(config: PreTrainedConfig) -> list[int]:
@@ -78,8 +82,8 @@ def prepare_sequence(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     """Before the decoder runs: find padding and document borders for the mixers, and make room in the cache.
 
     Raises:
-        ValueError: for inputs that some layer would silently mix up: a 4-D mask, packed documents together with a
-            cache or, in a hybrid, with padding inside the mask.
+        ValueError: for inputs that some layer would silently mix up: a 4-D mask, padding between tokens, packed
+            documents together with a cache or with a padding mask.
     """
     names = list(inspect.signature(decoder.forward).parameters)
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -107,8 +111,20 @@ def _valid_positions(attention_mask: Any, length: int) -> Tensor | None:
             "attention_mask must be 2-D (batch, tokens) with 1 for tokens and 0 for padding: a mixer cannot follow "
             "an arbitrary 4-D mask. Packed documents are kept apart by position_ids."
         )
-    valid_BT = attention_mask[:, -length:].bool()
-    return None if bool(valid_BT.all()) else valid_BT
+    if bool(attention_mask.all()):
+        return None
+    _refuse_gaps(attention_mask.bool())
+    return attention_mask[:, -length:].bool()
+
+
+def _refuse_gaps(mask_BT: Tensor) -> None:
+    """A convolution that skips padding would need to look past it; padding may stand before or behind the tokens."""
+    starts_B = F.pad(mask_BT, (1, 0)).int().diff(dim=1).eq(1).sum(dim=1)
+    if bool((starts_B > 1).any()):
+        raise ValueError(
+            "attention_mask has padding between tokens of one sequence; a mixer's convolution cannot skip it. Pad on "
+            "the left (or on the right), or run the sequences one by one."
+        )
 
 
 def _isolate_documents(kwargs: dict[str, Any], valid_BT: Tensor | None) -> None:
@@ -180,13 +196,39 @@ def student_config(teacher: PreTrainedConfig, layers: Sequence[str], mixer: dict
 
 
 def load_student(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load a student saved by ``save_pretrained``; the same as ``AutoModelForCausalLM.from_pretrained(folder)``.
+    """Load a student saved by ``save_pretrained``; as ``AutoModelForCausalLM.from_pretrained(folder)``, but strict.
 
     Args:
         folder: an ordinary Hugging Face folder.
         **kwargs: passed on, e.g. ``dtype``, ``device_map``.
+
+    Raises:
+        UserError: weights are missing, or the folder holds another model.
     """
-    return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    student, loading = load_with_account(folder, **kwargs)
+    refuse_missing(folder, loading)
+    if not is_student(student):
+        raise UserError(f"{folder} holds a {type(student).__name__}, not a student; convert it first")
+    return student
+
+
+def load_with_account(folder: str | Path, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """``AutoModelForCausalLM.from_pretrained``, and which weights it found, missed or could not use."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
+    model, loading = loaded
+    return model, loading
+
+
+def refuse_missing(folder: str | Path, loading: dict[str, Any]) -> None:
+    """Transformers fills weights that a folder lacks at random, with a warning; here that is an error.
+
+    Raises:
+        UserError: naming what is missing or of another shape.
+    """
+    lacking = sorted(str(name) for key in ("missing_keys", "mismatched_keys") for name in loading.get(key) or ())
+    if lacking:
+        shown = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
+        raise UserError(f"{folder} lacks weights of its model, or has them in another shape: {shown}")
 
 
 def is_student(model: PreTrainedModel) -> bool:

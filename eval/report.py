@@ -8,7 +8,6 @@ what there is, which says so.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +16,7 @@ import typer
 from distill.evaluation import Metrics, perplexity, perplexity_ratio
 from distill.evaluation_record import json_numbers
 from distill.programs import report_user_errors
+from distill.training.atomic import replace_file
 from eval.page import render
 from eval.run_record import RunRecord, Stage, read_run
 
@@ -34,8 +34,8 @@ def make_report(folder: str | Path) -> Path:
     numbers = report_numbers(run)
     page = render(run, numbers)
     text = json.dumps(json_numbers(numbers), indent=2, ensure_ascii=False)
-    _replace(run.folder / "report.json", f"{text}\n")
-    _replace(run.folder / "report.html", page)
+    replace_file(run.folder / "report.json", f"{text}\n".encode())
+    replace_file(run.folder / "report.html", page.encode())
     return run.folder / "report.html"
 
 
@@ -117,12 +117,6 @@ def _stage_row(run: RunRecord, stage: Stage, metrics: Metrics) -> dict[str, Any]
         "tokens": stage.tokens,
         "seconds": stage.seconds,
     }
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 @report_user_errors()

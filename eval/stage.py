@@ -18,9 +18,9 @@ from distill.attention import family_of, view
 from distill.capture import layer_traces, sequence_arguments
 from distill.errors import UserError
 from distill.evaluation import completions, evaluate, layer_distances
-from distill.evaluation_record import Evaluation, MatrixPair, Sample, write_evaluation
+from distill.evaluation_record import Evaluation, MatrixPair, Sample, read_evaluation, write_evaluation
 from distill.objectives import attention_matrix
-from distill.programs import report_user_errors
+from distill.programs import quiet_unless_watched, report_user_errors
 from distill.run import Run, open_run
 from distill.student import load_student, mixers_of
 
@@ -33,12 +33,15 @@ HEADS_SHOWN = 2
 def evaluate_stage(run: Run, stage: str) -> Evaluation:
     """Measure the stage's student against the teacher and leave the numbers in the stage's folder."""
     student = load_student(run.folder(stage), dtype=torch.float32).to(run.accelerator.device)
-    teacher_samples = _continuations(run, run.teacher)
-    samples = zip(run.recipe.evaluation.prompts, _continuations(run, student), teacher_samples, strict=True)
+    asked = read_evaluation(run.folder(TEACHER)) if run.is_evaluated(TEACHER) else evaluate_teacher(run)
+    assert asked is not None
+    teachers = [sample.student for sample in asked.samples]
+    samples = zip(run.recipe.evaluation.prompts, _continuations(run, student), teachers, strict=True)
     evaluation = Evaluation(
         metrics=evaluate(student, run.teacher, run.held_out()),
         layer_distances=tuple(layer_distances(student, run.teacher, run.held_out())),
         samples=tuple(Sample(*sample) for sample in samples),
+        subject=run.evaluation_subject(stage),
     )
     write_evaluation(run.folder(stage), evaluation, matrix_pairs(run, student))
     return evaluation
@@ -46,10 +49,11 @@ def evaluate_stage(run: Run, stage: str) -> Evaluation:
 
 def evaluate_teacher(run: Run) -> Evaluation:
     """Measure the teacher alone: what every student is compared with."""
+    held_out = run.held_out()  # before the teacher: if the text cannot be used, that shows at once
     texts = _continuations(run, run.teacher)
     samples = tuple(Sample(*pair) for pair in zip(run.recipe.evaluation.prompts, texts, strict=True))
-    evaluation = Evaluation(metrics=evaluate(run.teacher, run.teacher, run.held_out()), samples=samples)
-    run.folder(TEACHER).mkdir(parents=True, exist_ok=True)
+    metrics = evaluate(run.teacher, run.teacher, held_out)
+    evaluation = Evaluation(metrics, samples=samples, subject=run.evaluation_subject(TEACHER))
     write_evaluation(run.folder(TEACHER), evaluation)
     return evaluation
 
@@ -93,6 +97,7 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
 ) -> None:
     """Measure one finished stage of a run."""
+    quiet_unless_watched()
     with report_user_errors():
         run = open_run(recipe, overrides or [])
         print(_measure(run, stage).metrics)
@@ -101,11 +106,10 @@ def main(
 def _measure(run: Run, stage: str) -> Evaluation:
     if stage == TEACHER:
         return evaluate_teacher(run)
-    for name in run.stages:
-        if name == stage:
-            run.verified(name)
-            return evaluate_stage(run, name)
-    raise UserError(f"the recipe has no stage {stage!r}; it has {', '.join((TEACHER, *run.stages))}")
+    if stage not in run.stages:
+        raise UserError(f"the recipe has no stage {stage!r}; it has {', '.join((TEACHER, *run.stages))}")
+    run.verified(stage)
+    return evaluate_stage(run, stage)
 
 
 if __name__ == "__main__":

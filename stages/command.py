@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from distill.programs import report_user_errors
+from distill.programs import quiet_unless_watched, report_user_errors
 from distill.run import Run, open_run
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/quickstart.yaml.")]
@@ -23,6 +23,7 @@ def run_program(program: Callable[[Run], object], description: str) -> None:
     """
 
     def main(recipe: RecipePath, overrides: Overrides = None) -> None:
+        quiet_unless_watched()
         with report_user_errors():
             program(open_run(recipe, overrides or []))
 

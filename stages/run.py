@@ -9,6 +9,7 @@ command again is always right.
 
 import time
 from collections.abc import Callable
+from itertools import takewhile
 
 from rich.console import Console
 from rich.table import Table
@@ -32,10 +33,12 @@ def main(run: Run) -> None:
     console = Console(highlight=False)
     started = time.perf_counter()
     _announce(run, console)
+    # Before anything is written: a finished stage that is not this recipe's is refused here.
+    done = set(takewhile(run.is_done, run.stages))
     if not run.is_evaluated(TEACHER):
         evaluate_teacher(run)
     for stage in run.stages:
-        if run.is_done(stage):
+        if stage in done or run.is_done(stage):
             console.print(f"{stage}: already done")
         else:
             console.print(f"{stage}: running")

@@ -1,4 +1,4 @@
-"""The rules of DESIGN that a syntax tree can check: imports run one way, files stay short, nothing shadows a package."""
+"""The rules of DESIGN that a syntax tree can check: one direction of imports, short files, no shadowed package."""
 
 import ast
 import importlib.util

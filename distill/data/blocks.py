@@ -72,6 +72,7 @@ class Blocks:
         n_full: Rows without padding.
         n_documents: Documents in the split.
         utf8_bytes: Bytes of the split's text, for losses per byte.
+        fingerprint: Of the documents of both splits, the tokenizer and the options.
     """
 
     def __init__(self, folder: str | Path, split: str, block: int) -> None:
@@ -91,6 +92,7 @@ class Blocks:
         self.n_full = facts.tokens // block
         self.n_documents = facts.documents
         self.utf8_bytes = facts.utf8_bytes
+        self.fingerprint = manifest.fingerprint
         self._tokens = np.memmap(folder / f"{split}.tokens", dtype, mode="r", shape=(facts.tokens,))
         self._starts = np.fromfile(folder / f"{split}.starts", "<i8")
 

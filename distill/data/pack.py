@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def prepare(
     _refuse_foreign(folder)
     _sweep(folder)
     temporary = folder.with_name(f"{_temporary_stem(folder)}{os.getpid()}.tmp")
+    made = [above for above in folder.parents if not above.exists()]
     dtype = np.dtype("<u2" if _largest_id(tokenizer) <= np.iinfo(np.uint16).max else "<u4")
     try:
         temporary.mkdir(parents=True)
@@ -76,9 +78,14 @@ def prepare(
         _write_synced(temporary / MANIFEST, json.dumps(asdict(manifest), indent=2).encode())
         _move_into_place(temporary, folder)
     except OSError as error:
-        raise UserError(f"{folder}: the prepared data cannot be written ({error.strerror})") from error
+        raise UserError(
+            f"{folder}: the prepared data cannot be written ({error.strerror}); free some space, or choose another folder"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for above in made:  # the innermost first; after a failure they are empty
+            with suppress(OSError):
+                above.rmdir()
     return manifest
 
 

@@ -32,15 +32,13 @@ from torch.nn import functional as F
 
 from distill.mixers.state_space import (
     ScanTerms,
+    ShortConvolution,
     cache_layer,
     consecutive,
-    depthwise,
-    identity_convolution_,
     inverse_softplus,
     mask_positions,
     matrix,
     run,
-    short_convolution,
     split_heads,
     widen,
 )
@@ -58,6 +56,7 @@ class DiscreteMamba2Mixer(nn.Module):
         state_dim: N.
         conv_width: taps of the short convolution.
         norm_eps: accepted and not used, so that every mixer is built by one call.
+        out_bias: give the output projection a bias, for teachers whose attention has one.
         layer_idx: place in the decoder, for the cache.
     """
 
@@ -70,17 +69,18 @@ class DiscreteMamba2Mixer(nn.Module):
         state_dim: int,
         conv_width: int = 4,
         norm_eps: float = 1e-5,
+        out_bias: bool = False,
         layer_idx: int = 0,
     ) -> None:
         super().__init__()
         self.n_heads, self.head_dim, self.state_dim, self.layer_idx = n_heads, head_dim, state_dim, layer_idx
         self.inner, self.wide = n_heads * head_dim, n_heads * state_dim
         self.in_proj = nn.Linear(hidden_size, 2 * self.inner + 2 * self.wide + n_heads, bias=False)
-        self.conv1d = depthwise(self.inner + 2 * self.wide, conv_width)
+        self.conv1d = ShortConvolution(self.inner + 2 * self.wide, conv_width)
         self.z_bias = nn.Parameter(torch.empty(self.inner))
         self.A_log_bias = nn.Parameter(torch.empty(n_heads))
         self.D = nn.Parameter(torch.empty(n_heads))
-        self.out_proj = nn.Linear(self.inner, hidden_size, bias=False)
+        self.out_proj = nn.Linear(self.inner, hidden_size, bias=out_bias)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -88,11 +88,21 @@ class DiscreteMamba2Mixer(nn.Module):
         """Random projections; gate and convolution let everything through; memories of 4 to 256 positions."""
         for projection in (self.in_proj, self.out_proj):
             nn.init.normal_(projection.weight, std=1 / math.sqrt(projection.in_features))
+        if self.out_proj.bias is not None:
+            nn.init.zeros_(self.out_proj.bias)
         self.in_proj.weight[self.in_rows()["z"]].zero_()
         nn.init.constant_(self.z_bias, OPEN_GATE)
-        identity_convolution_(self.conv1d)
+        self.conv1d.open_()
         nn.init.ones_(self.D)
         set_memory_(self, torch.logspace(2, 8, self.n_heads, base=2))
+
+    @torch.no_grad()
+    def scale_reads_(self, factor_H: Tensor) -> None:
+        """Multiply every head's C, and with it the head's whole matrix, by a factor."""
+        factor_I = factor_H.repeat_interleave(self.state_dim)
+        self.in_proj.weight[self.in_rows()["C"]] *= factor_I[:, None]
+        assert self.conv1d.bias is not None
+        self.conv1d.bias[self.in_rows()["C"]] *= factor_I
 
     def in_rows(self) -> dict[str, slice]:
         """Which rows of ``in_proj`` make what."""
@@ -111,7 +121,7 @@ class DiscreteMamba2Mixer(nn.Module):
         cache = cache_layer(past_key_values, self.layer_idx)
         terms, z_BTI = self._terms(hidden_states, valid_BT, resets_BT, cache)
         y_BTI = run(terms, resets_BT=resets_BT, cache=cache).flatten(2)
-        return self.out_proj((y_BTI * F.silu(z_BTI + self.z_bias)).to(hidden_states.dtype)), None
+        return self.out_proj((y_BTI * F.silu(widen(z_BTI) + widen(self.z_bias))).to(hidden_states.dtype)), None
 
     def mix(
         self, hidden_BTD: Tensor, *, valid_BT: Tensor | None = None, resets_BT: Tensor | None = None
@@ -135,7 +145,7 @@ class DiscreteMamba2Mixer(nn.Module):
     ) -> tuple[ScanTerms, Tensor]:
         projected_BTE = mask_positions(self.in_proj(hidden_BTD), valid_BT)
         xBC_BTC, z_BTI, logit_BTH = projected_BTE.split([self.inner + 2 * self.wide, self.inner, self.n_heads], dim=-1)
-        xBC_BTC = short_convolution(self.conv1d, xBC_BTC, resets_BT=resets_BT, cache=cache)
+        xBC_BTC = self.conv1d(xBC_BTC, resets_BT=resets_BT, cache=cache)
         x_BTI, B_BTI, C_BTI = xBC_BTC.split([self.inner, self.wide, self.wide], dim=-1)
         log_decay_BTH = -F.softplus(widen(logit_BTH) + widen(self.A_log_bias))
         terms = ScanTerms(

@@ -33,15 +33,13 @@ from torch.nn import functional as F
 
 from distill.mixers.state_space import (
     ScanTerms,
+    ShortConvolution,
     cache_layer,
     consecutive,
-    depthwise,
-    identity_convolution_,
     inverse_softplus,
     mask_positions,
     matrix,
     run,
-    short_convolution,
     split_heads,
     widen,
 )
@@ -62,7 +60,7 @@ class GatedHeadNorm(nn.Module):
         self.n_heads, self.eps = n_heads, eps
 
     def forward(self, y_BTI: Tensor, z_BTI: Tensor) -> Tensor:
-        gated_BTHP = split_heads(widen(y_BTI * F.silu(z_BTI)), self.n_heads)
+        gated_BTHP = split_heads(widen(y_BTI) * F.silu(widen(z_BTI)), self.n_heads)
         return F.rms_norm(gated_BTHP, gated_BTHP.shape[-1:], eps=self.eps).flatten(2) * self.weight
 
 
@@ -76,6 +74,7 @@ class Mamba2Mixer(nn.Module):
         state_dim: N.
         conv_width: taps of the short convolution.
         norm_eps: added to the mean square in the gated norm.
+        out_bias: give the output projection a bias, for teachers whose attention has one.
         layer_idx: place in the decoder, for the cache.
     """
 
@@ -88,6 +87,7 @@ class Mamba2Mixer(nn.Module):
         state_dim: int,
         conv_width: int = 4,
         norm_eps: float = 1e-5,
+        out_bias: bool = False,
         layer_idx: int = 0,
     ) -> None:
         super().__init__()
@@ -95,12 +95,12 @@ class Mamba2Mixer(nn.Module):
         self.layer_idx = layer_idx
         self.inner, self.wide = n_heads * head_dim, n_heads * state_dim
         self.in_proj = nn.Linear(hidden_size, 2 * self.inner + 2 * self.wide + n_heads, bias=False)
-        self.conv1d = depthwise(self.inner + 2 * self.wide, conv_width)
+        self.conv1d = ShortConvolution(self.inner + 2 * self.wide, conv_width)
         self.dt_bias = nn.Parameter(torch.empty(n_heads))
         self.A_log = nn.Parameter(torch.empty(n_heads))
         self.D = nn.Parameter(torch.empty(n_heads))
         self.norm = GatedHeadNorm(self.inner, n_heads, norm_eps)
-        self.out_proj = nn.Linear(self.inner, hidden_size, bias=False)
+        self.out_proj = nn.Linear(self.inner, hidden_size, bias=out_bias)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -108,7 +108,9 @@ class Mamba2Mixer(nn.Module):
         """Random projections, an open convolution, memories of 4 to 256 positions spread over the heads."""
         for projection in (self.in_proj, self.out_proj):
             nn.init.normal_(projection.weight, std=1 / math.sqrt(projection.in_features))
-        identity_convolution_(self.conv1d)
+        if self.out_proj.bias is not None:
+            nn.init.zeros_(self.out_proj.bias)
+        self.conv1d.open_()
         nn.init.ones_(self.norm.weight)
         nn.init.ones_(self.D)
         set_memory_(self, torch.logspace(2, 8, self.n_heads, base=2))
@@ -160,7 +162,7 @@ class Mamba2Mixer(nn.Module):
     ) -> tuple[ScanTerms, Tensor]:
         projected_BTE = mask_positions(self.in_proj(hidden_BTD), valid_BT)
         z_BTI, xBC_BTC, dt_BTH = projected_BTE.split([self.inner, self.inner + 2 * self.wide, self.n_heads], dim=-1)
-        xBC_BTC = F.silu(short_convolution(self.conv1d, xBC_BTC, resets_BT=resets_BT, cache=cache))
+        xBC_BTC = F.silu(self.conv1d(xBC_BTC, resets_BT=resets_BT, cache=cache))
         x_BTI, B_BTI, C_BTI = xBC_BTC.split([self.inner, self.wide, self.wide], dim=-1)
         step_BTH = mask_positions(F.softplus(widen(dt_BTH) + widen(self.dt_bias)), valid_BT)
         terms = ScanTerms(

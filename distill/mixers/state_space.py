@@ -33,10 +33,10 @@ class ScanTerms:
 
 
 def run(terms: ScanTerms, *, resets_BT: Tensor | None, cache: MixerCacheLayer | None) -> Tensor:
-    """y_BTHP = scan + D x. With a cache the scan continues from its state, which is then brought up to date."""
-    written_BTHP = terms.x_BTHP
+    """y_BTHP = scan + D x in fp32. With a cache the scan continues from its state, which is then brought up to date."""
+    written_BTHP = widen(terms.x_BTHP)
     if terms.step_BTH is not None:
-        written_BTHP = written_BTHP * terms.step_BTH[..., None].to(written_BTHP.dtype)
+        written_BTHP = written_BTHP * terms.step_BTH[..., None]
     state_BHPN = None if cache is None else cache.state()
     if cache is not None and state_BHPN is not None and written_BTHP.shape[1] == 1 and resets_BT is None:
         y_BTHP = scan_step(
@@ -55,7 +55,7 @@ def run(terms: ScanTerms, *, resets_BT: Tensor | None, cache: MixerCacheLayer | 
             cache.update_recurrent_state(final_BHPN)
     if cache is not None:
         cache.advance(written_BTHP.shape[1])
-    return y_BTHP + terms.skip_H[:, None].to(y_BTHP.dtype) * terms.x_BTHP
+    return y_BTHP + widen(terms.skip_H)[:, None] * widen(terms.x_BTHP)
 
 
 def matrix(terms: ScanTerms, *, resets_BT: Tensor | None) -> Tensor:
@@ -69,28 +69,33 @@ def matrix(terms: ScanTerms, *, resets_BT: Tensor | None) -> Tensor:
         return matrix_BHTT + torch.diag_embed(widen(terms.skip_H)[:, None].expand(-1, matrix_BHTT.shape[-1]))
 
 
-def short_convolution(
-    conv1d: nn.Conv1d, x_BTC: Tensor, *, resets_BT: Tensor | None, cache: MixerCacheLayer | None
-) -> Tensor:
-    """The layer's depthwise convolution, continuing from the inputs a cache remembers."""
-    past_BTC = None if cache is None else cache.exchange_inputs(x_BTC, conv1d.kernel_size[0] - 1)
-    weight_CK = conv1d.weight.squeeze(1).to(x_BTC.dtype)
-    bias_C = None if conv1d.bias is None else conv1d.bias.to(x_BTC.dtype)
-    return causal_convolution(x_BTC, weight_CK, bias_C, past_BTC=past_BTC, resets_BT=resets_BT)
+class ShortConvolution(nn.Conv1d):
+    """The depthwise causal convolution, with the parameters' names and shapes of every Mamba implementation.
 
+    Args:
+        channels: C.
+        width: taps, the current position's included.
+    """
 
-def identity_convolution_(conv1d: nn.Conv1d) -> None:
-    """Only the current position passes, unchanged."""
-    with torch.no_grad():
-        conv1d.weight.zero_()
-        conv1d.weight[:, 0, -1] = 1.0
-        if conv1d.bias is not None:
-            conv1d.bias.zero_()
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__(channels, channels, width, groups=channels, bias=True)
 
+    @torch.no_grad()
+    def open_(self) -> None:
+        """Let only the current position pass, unchanged."""
+        assert self.bias is not None
+        self.weight.zero_()
+        self.weight[:, 0, -1] = 1.0
+        self.bias.zero_()
 
-def depthwise(channels: int, width: int) -> nn.Conv1d:
-    """The convolution's parameters under the names every Mamba implementation uses; run by ``short_convolution``."""
-    return nn.Conv1d(channels, channels, width, groups=channels, bias=True)
+    def forward(
+        self, x_BTC: Tensor, *, resets_BT: Tensor | None = None, cache: MixerCacheLayer | None = None
+    ) -> Tensor:
+        """Convolve (B, T, C), continuing from the inputs a cache remembers and stopping at document borders."""
+        assert self.bias is not None
+        past_BTC = None if cache is None else cache.exchange_inputs(x_BTC, self.kernel_size[0] - 1)
+        weight_CK, bias_C = self.weight.squeeze(1).to(x_BTC.dtype), self.bias.to(x_BTC.dtype)
+        return causal_convolution(x_BTC, weight_CK, bias_C, past_BTC=past_BTC, resets_BT=resets_BT)
 
 
 def consecutive(widths: dict[str, int]) -> dict[str, slice]:

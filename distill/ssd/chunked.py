@@ -4,6 +4,8 @@ The block decomposition of section 6 of "Transformers are SSMs" (arXiv 2405.2106
 with R = H/G heads a group, so that B and C are broadcast over the heads that share them and never copied.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,7 +39,8 @@ def scan(
     Returns:
         y_BTHP in x's dtype and the final state_BHPN in the dtype of the sums.
     """
-    dtype = torch.promote_types(torch.promote_types(x_BTHP.dtype, log_decay_BTH.dtype), torch.float32)
+    inputs = (log_decay_BTH, B_BTGN, C_BTGN, x_BTHP)
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in inputs), torch.float32)
     with torch.autocast(x_BTHP.device.type, enabled=False):
         y_BTHP, state_BHPN = _scan(
             log_decay_BTH.to(dtype),

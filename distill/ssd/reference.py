@@ -13,7 +13,7 @@ def scan_reference(
     initial_state_BHPN: Tensor | None = None,
     resets_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the recurrence one position at a time. Arguments and results are those of :func:`distill.ssd.scan`."""
+    """Run the recurrence one position at a time, in the inputs' own dtype; otherwise as :func:`distill.ssd.scan`."""
     n_heads = x_BTHP.shape[2]
     B_BTHN, C_BTHN = expand_groups(B_BTGN, n_heads), expand_groups(C_BTGN, n_heads)
     decay_BTH = log_decay_BTH.exp()

@@ -10,14 +10,15 @@ from pathlib import Path
 
 from distill.errors import UserError
 
-PARTIAL = ".partial"
+PARTIAL, REPLACED = ".partial", ".replaced"
 
 
 @contextmanager
 def whole_folder(folder: Path, needed: Callable[[], int] | None = None) -> Iterator[Path]:
     """Yield an empty folder to fill; it becomes ``folder``, replacing it, only when the block ends well.
 
-    A process killed on the way leaves ``.NAME.partial``, which the next attempt (or ``clear_partial``) removes.
+    A process killed on the way leaves ``.NAME.partial`` or ``.NAME.replaced``, which the next attempt (or ``settle``)
+    sees to.
 
     Args:
         folder: where it shall stand.
@@ -26,9 +27,10 @@ def whole_folder(folder: Path, needed: Callable[[], int] | None = None) -> Itera
     Raises:
         UserError: the disk is full. Nothing is left behind and what stood at ``folder`` is untouched.
     """
-    partial = folder.with_name(f".{folder.name}{PARTIAL}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, replaced = _beside(folder, PARTIAL), _beside(folder, REPLACED)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    settle(folder)
+    shutil.rmtree(partial, ignore_errors=True)
     with explained_full_disk(folder, needed):
         try:
             partial.mkdir()
@@ -36,12 +38,21 @@ def whole_folder(folder: Path, needed: Callable[[], int] | None = None) -> Itera
             for path in (*partial.rglob("*"), partial):
                 flush_to_disk(path)
             if folder.exists():
-                shutil.rmtree(folder)
+                folder.rename(replaced)
             partial.rename(folder)
             flush_to_disk(folder.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
         except BaseException:
+            settle(folder)
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def settle(folder: Path) -> None:
+    """End what a process killed while it replaced ``folder`` began: the old folder is put back, or it goes."""
+    replaced = _beside(folder, REPLACED)
+    if replaced.exists():
+        shutil.rmtree(replaced) if folder.exists() else replaced.rename(folder)
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -80,10 +91,16 @@ def explained_full_disk(path: Path, needed: Callable[[], int] | None = None) -> 
         ) from error
 
 
-def clear_partial(parent: Path) -> None:
-    """Remove what killed processes left half-written in ``parent``."""
+def settle_all(parent: Path) -> None:
+    """See to what killed processes left in ``parent``: ``settle`` every folder, and remove what is half-written."""
+    for path in parent.glob(f".*{REPLACED}"):
+        settle(parent / path.name[1 : -len(REPLACED)])
     for path in parent.glob(f".*{PARTIAL}"):
         shutil.rmtree(path)
+
+
+def _beside(folder: Path, ending: str) -> Path:
+    return folder.with_name(f".{folder.name}{ending}")
 
 
 def flush_to_disk(path: Path) -> None:

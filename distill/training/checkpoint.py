@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill.training.atomic import clear_partial, sha256_of, whole_folder
+from distill.training.atomic import settle_all, sha256_of, whole_folder
 
 MANIFEST = "manifest.json"
 
@@ -55,7 +55,7 @@ def save(folder: Path, step: int, state: State, keep: int) -> Path:
 
 def newest(folder: Path) -> Checkpoint | None:
     """The newest intact checkpoint, on the CPU; damaged ones are named in a warning and skipped."""
-    clear_partial(folder)
+    settle_all(folder)
     for path in reversed(_listed(folder)):
         damage = damage_of(path)
         if damage is None:

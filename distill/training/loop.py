@@ -7,7 +7,7 @@ killed at any moment and started again by the same call makes the same losses, s
 import math
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ def train(
     keep_checkpoints: int,
     trackers: Collection[str],
     accelerator: Accelerator,
+    origin: Mapping[str, str] | None = None,
 ) -> TrainResult:
     """Train ``student``, or go on where an interrupted call with the same arguments stopped.
 
@@ -83,6 +84,8 @@ def train(
         evaluate: called in eval mode without gradients before the first step, after the last, and every
             ``eval_every`` steps between; what it returns is logged.
         accelerator: its mixed precision is the autocast that the objective runs in.
+        origin: what else a checkpoint must agree with to be continued, such as a digest of the weights that
+            training started from, each under the name that a message gives it.
 
     Raises:
         UserError: the checkpoints in ``folder`` are of another call, or the disk is full.
@@ -92,7 +95,7 @@ def train(
     _require_usable(student, accelerator, trackers)
     student.to(accelerator.device).train()
     optimizer = AdamW([dict(group) for group in groups])
-    call = _call(groups, schedule, steps, accumulate, clip, tokens_per_step)
+    call = {**(origin or {}), **_call(groups, schedule, steps, accumulate, clip, tokens_per_step)}
     checkpoints = folder / "checkpoints"
     done = _resume(checkpoints, call, student, optimizer)
 

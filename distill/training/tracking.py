@@ -8,7 +8,7 @@ One JSON object a line, in the order of events:
 ``step`` counts finished optimizer steps, so the evaluation before training has step 0.
 """
 
-import importlib.util
+import importlib
 import itertools
 import json
 import math
@@ -54,10 +54,10 @@ class MetricsLog:
             # JSON has no infinities and no NaN.
             self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
             self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
+            if self._board is not None:
+                for name, value in values.items():
+                    if isinstance(value, int | float):
+                        self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def flush_to_disk(self) -> None:
         """Return when every line would survive a power cut; called before a checkpoint relies on them."""
@@ -83,10 +83,13 @@ def require_trackers(trackers: Collection[str]) -> None:
     for name in trackers:
         if name not in TRACKERS:
             raise UserError(f"tracker {name!r} is unknown; allowed: {', '.join(TRACKERS)} (or none)")
-        if importlib.util.find_spec(name) is None:
+        try:
+            importlib.import_module("torch.utils.tensorboard")
+        except ImportError as error:
             raise UserError(
-                f"tracker {name!r} is not installed: pip install 'distill-ssm[{name}]', or remove it from trackers"
-            )
+                f"tracker {name!r} is not installed ({error}): pip install 'distill-ssm[{name}]',"
+                " or remove it from trackers"
+            ) from error
 
 
 def _tensorboard(folder: Path, step: int) -> Any:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,6 +104,7 @@ def test_a_public_teacher(run_check: Check) -> None:
     [
         (["student.keep_attention=[4]"], "student.keep_attention names layer 4; the teacher has 4 layers"),
         (["student.keep_attention={count: 5}"], "student.keep_attention.count is 5; the teacher has 4 layers"),
+        (["student.keep_attention={ratio: 1.0}"], "student.keep_attention leaves nothing for hidden to train"),
         (["data.block=65"], "data.block: 65 tokens are more than the 64 positions that the teacher knows"),
         (["stages.hidden.tokens=100"], "stages.hidden.tokens: 100 tokens are less than one step of 128"),
         (["data.source=none.txt"], "data.source 'none.txt': no such file or folder"),
@@ -160,8 +162,8 @@ def test_cuda_needs_a_gpu(run_check: Check, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_trackers_must_be_installed(run_check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distill.checks.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="trackers: tensorboard is not installed; pip install tensorboard"):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="trackers: tracker 'tensorboard' is not installed"):
         run_check("trackers=[tensorboard]")
 
 

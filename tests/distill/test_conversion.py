@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from distill import UserError, convert
 from distill.attention import family_of, view
-from distill.calibration import calibration_inputs, steady_direction
+from distill.calibration import calibrate, steady_direction
 from distill.conversion import convert_with_report, empty_model, plan, report
 from distill.mixers import MIXERS
+from distill.objectives import attention_matrix
 from distill.roles import roles
 from distill.student import mixers_of, state_bytes
 from tests.conftest import tiny
@@ -74,7 +75,7 @@ def test_the_same_seed_gives_the_same_student_and_disturbs_no_generator():
 
 
 def test_projections_are_the_teachers_head_by_head_with_their_biases(family):
-    """C·B before activation is q·k times the scaling, x is v, for the *unrotated* q and k of the same query head."""
+    """C·B before activation is q·k up to the head's factor, x is v, for the *unrotated* q and k of one query head."""
     teacher = tiny(family)
     student = convert(teacher, mixer="discrete_mamba2")  # no activation behind the convolution
     for index, mixer in mixers_of(student).items():
@@ -87,10 +88,23 @@ def test_projections_are_the_teachers_head_by_head_with_their_biases(family):
         object.__setattr__(unrotated, "rotate", identity)
         q, k = unrotated.queries_and_keys(u, ())
         scores = attention.scaling * q @ k.mT
-        torch.testing.assert_close(
-            torch.einsum("bthn,bshn->bhts", terms.C_BTHN, terms.B_BTHN), scores, rtol=1e-4, atol=1e-5
-        )
+        ours = torch.einsum("bthn,bshn->bhts", terms.C_BTHN, terms.B_BTHN)
+        factor_H = (ours * scores).sum((0, 2, 3)) / scores.square().sum((0, 2, 3))
+        assert (factor_H > 0).all()
+        torch.testing.assert_close(ours, factor_H[:, None, None] * scores, rtol=1e-4, atol=1e-5)
         assert torch.equal(mixer.out_proj.weight, attention.o.weight)
+
+
+@pytest.mark.parametrize("mixer", MIXER_NAMES)
+def test_every_head_starts_with_a_matrix_of_attentions_size(family, mixer):
+    teacher = tiny(family)
+    student = convert(teacher, mixer=mixer, seed=3)
+    for index, trace in calibrate(teacher, [0, 1, 2], seed=3).items():
+        attention = view(teacher.get_decoder().layers[index].self_attn, family_of(teacher.config))
+        q, k = attention.queries_and_keys(trace.attention_input, trace.position_embeddings)
+        theirs = attention_matrix(q, k, scaling=attention.scaling)
+        ours = mixers_of(student)[index].mixing_matrix(trace.attention_input)
+        torch.testing.assert_close(ours.square().sum((0, 2, 3)), theirs.square().sum((0, 2, 3)), rtol=1e-3, atol=0)
 
 
 def test_shared_heads_are_neighbours_not_tiled():
@@ -133,7 +147,7 @@ def test_the_open_gate_of_mamba2_does_nothing_on_real_input(stories_teacher, sto
 def test_the_steady_direction_is_fishers():
     torch.manual_seed(0)
     inputs = torch.randn(4000, 6) * torch.tensor([3.0, 1, 1, 1, 1, 0.1]) + torch.tensor([1.0, 1, 0, 0, 0, 1])
-    direction = steady_direction(inputs)
+    direction = steady_direction(inputs[None])
     projected = inputs @ direction
     assert projected.mean() == pytest.approx(1, abs=1e-4)
     for _ in range(200):  # no other direction is steadier
@@ -142,9 +156,9 @@ def test_the_steady_direction_is_fishers():
 
 
 def test_calibration_sees_what_attention_reads(family):
-    inputs = calibration_inputs(tiny(family), [0, 2], seed=1)
-    assert set(inputs) == {0, 2}
-    assert inputs[0].shape == (8 * 128, 32)
+    traces = calibrate(tiny(family), [0, 2], seed=1)
+    assert set(traces) == {0, 2}
+    assert traces[0].attention_input.shape == (8, 128, 32)
 
 
 @pytest.mark.parametrize("mixer", MIXER_NAMES)

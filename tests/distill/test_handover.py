@@ -34,7 +34,8 @@ def test_what_was_written_is_verified(stage):
     record = verify(stage)
     assert record == read(stage)
     assert record == replace(RECORD, weights=record.weights, sizes=record.sizes)
-    assert list(record.weights) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert list(record.weights) == list(record.sizes) == [*shards, "config.json"]
     assert {"python", "torch", "transformers", "accelerate"} <= record.versions.keys()
     assert sorted(path.name for path in stage.parent.iterdir()) == ["mixing"]
 
@@ -62,6 +63,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights cut short": (lambda at: os.truncate(at / SHARD, 99), SHARD + r" has 99 bytes instead of \d+"),
     "weights edited": (lambda at: flip(at / SHARD), SHARD + " was changed"),
     "header edited": (lambda at: flip(at / SHARD, 20), SHARD + " was changed"),
+    "config cut short": (lambda at: os.truncate(at / "config.json", 1), r"config\.json has 1 bytes instead of 2"),
+    "config edited": (lambda at: (at / "config.json").write_text("[]"), r"config\.json was changed"),
     "weights added": (lambda at: (at / "model.safetensors").touch(), r"model\.safetensors is not among"),
 }
 

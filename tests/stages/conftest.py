@@ -1,0 +1,103 @@
+"""A distillation that takes seconds: a tiny random Llama with a tokenizer of its own, real text, three short stages."""
+
+import shutil
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.stages.program import Ended, fresh
+
+VOCABULARY = 300
+MODULES = ("json", "tomllib", "wsgiref")
+
+RECIPE = """\
+name: tiny
+run_dir: {folder}/run
+teacher: {{path: {teacher}}}
+student: {{keep_attention: [1]}}
+data:
+  source: {text}
+  block: 32
+  held_out: {{fraction: 0.1, by: tail}}
+stages:
+  mixing: {{tokens: 3072, batch_size: 4, checkpoint_every: 6}}
+  hidden: {{tokens: 3072, batch_size: 4, checkpoint_every: 6, lr: 1e-2, eval_every: 8}}
+  logits: {{tokens: 3072, batch_size: 4, checkpoint_every: 6}}
+evaluation: {{tokens: 512, prompts: ["def ", "import json"], new_tokens: 8}}
+"""
+STEPS = 24
+
+
+def write_recipe(folder: Path, teacher: Path, text: Path) -> Path:
+    """A recipe of all three stages, ``STEPS`` steps each, whose run_dir is ``run`` beside it."""
+    path = folder / "tiny.yaml"
+    path.write_text(RECIPE.format(folder=folder, teacher=teacher, text=text))
+    return path
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """A folder of real text: a few modules of the standard library."""
+    folder = tmp_path_factory.mktemp("text")
+    for module in MODULES:
+        for path in Path(sysconfig.get_path("stdlib"), module).glob("*.py"):
+            shutil.copy(path, folder / f"{module}-{path.name}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def saved_teacher(text, tmp_path_factory) -> Path:
+    """A saved Llama of random weights, with a byte-level tokenizer that was trained on the text."""
+    folder = tmp_path_factory.mktemp("teachers") / "tiny-llama"
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([path.read_text() for path in sorted(text.iterdir())], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<bos>", eos_token="<eos>").save_pretrained(folder)
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path, saved_teacher, text) -> Path:
+    return write_recipe(tmp_path, saved_teacher, text)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, saved_teacher, text) -> tuple[Path, Ended]:
+    """The folder of a run that nothing interrupted, and what it said."""
+    folder = tmp_path_factory.mktemp("whole")
+    ended = fresh("stages.run", write_recipe(folder, saved_teacher, text))
+    assert ended.code == 0, ended.err
+    return folder / "run", ended
+
+
+@pytest.fixture
+def finished(whole, recipe) -> Path:
+    """A copy of the whole run, at the run_dir of ``recipe``."""
+    return Path(shutil.copytree(whole[0], recipe.with_name("run")))

@@ -1,0 +1,253 @@
+"""What each stage minimises, beside the same sums written out document by document with eager attention."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from distill import convert
+from distill.mixers import MIXERS
+from distill.recipe import HiddenStage, LogitsStage, MixingStage
+from distill.run import convert_stage, open_run
+from distill.student import mixers_of
+from distill.training import Objective
+from stages import mixing
+from stages.hidden import HiddenObjective
+from stages.logits import LogitObjective
+from stages.mixing import MixingObjective
+from tests.conftest import FAMILIES, tiny
+
+TOKENS = 24
+# Lengths of the documents in each row: one, several (one of a single token), and two with padding behind them.
+ROWS = ((24,), (9, 1, 14), (7, 11))
+SETTINGS = {"tokens": 1000}
+OBJECTIVES = {
+    "mixing": lambda teacher, student: MixingObjective(teacher, student, MixingStage(**SETTINGS)),
+    "hidden": lambda teacher, student: HiddenObjective(teacher, student, HiddenStage(**SETTINGS)),
+    "hidden block": lambda teacher, student: HiddenObjective(teacher, student, HiddenStage(**SETTINGS, target="block")),
+    "logits": lambda teacher, student: LogitObjective(teacher, student, LogitsStage(**SETTINGS)),
+}
+
+
+@pytest.fixture(params=[*FAMILIES, "mistral with a window"])
+def family(request) -> str:
+    return request.param
+
+
+def random_teacher(family: str) -> PreTrainedModel:
+    model = tiny(family.split()[0])
+    if family.endswith("window"):
+        model.config.sliding_window = 6
+    return model
+
+
+@pytest.fixture
+def teacher(family) -> PreTrainedModel:
+    return random_teacher(family)
+
+
+@pytest.fixture
+def eager(family) -> PreTrainedModel:
+    """The same teacher, which shows its attention matrices."""
+    model = random_teacher(family)
+    model.set_attn_implementation("eager")
+    return model
+
+
+@pytest.fixture(params=sorted(MIXERS))
+def student(request, teacher) -> PreTrainedModel:
+    """A hybrid whose every parameter is away from the teacher's."""
+    made = convert(teacher, mixer=request.param, keep_attention=[1]).train()
+    torch.manual_seed(6)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return made
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    """Packed documents; as ``distill.data`` makes them, padding is a document of its own."""
+    torch.manual_seed(7)
+    input_ids = torch.randint(3, 97, (len(ROWS), TOKENS))
+    lengths = [(*row, TOKENS - sum(row)) for row in ROWS]
+    position_ids = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
+    valid = torch.stack([torch.arange(TOKENS) < sum(row) for row in ROWS])
+    labels = input_ids.masked_fill((position_ids == 0) | ~valid, -100)
+    return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, "valid": valid}
+
+
+def documents(batch: dict[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """(row, ids (1, L)) of every document, without padding."""
+    for row, lengths in enumerate(ROWS):
+        for ids in batch["input_ids"][row, : sum(lengths)].split(lengths):
+            yield row, ids[None]
+
+
+def losses(objective: Objective, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return dict(objective.parts(batch))
+
+
+def close(got: dict[str, Tensor], expected: dict[int, Tensor]) -> None:
+    assert list(got) == [f"layers.{index}" for index in expected]
+    torch.testing.assert_close(torch.stack(list(got.values())), torch.stack(list(expected.values())))
+
+
+def test_mixing_is_the_distance_to_the_teachers_own_matrices(student, teacher, eager, batch):
+    mixers = mixers_of(student)
+    square_RH = {index: torch.zeros(len(ROWS), mixer.n_heads) for index, mixer in mixers.items()}
+    for row, ids in documents(batch):
+        seen = eager(ids, output_attentions=True, output_hidden_states=True)
+        for index, mixer in mixers.items():
+            u = eager.model.layers[index].input_layernorm(seen.hidden_states[index])
+            difference_HTS = mixer.mixing_matrix(u)[0] - seen.attentions[index][0]
+            square_RH[index][row] += difference_HTS.square().sum(dim=(1, 2)).detach()
+    expected = {index: square.sqrt().mean(dim=1).sum() for index, square in square_RH.items()}
+    objective = OBJECTIVES["mixing"](teacher, student)
+    close(losses(objective, batch), expected)
+    assert objective.weight(batch) == len(ROWS)
+
+
+def attention_output(attention: nn.Module, u_1TD: Tensor, matrix_HTS: Tensor) -> Tensor:
+    v_THP = attention.v_proj(u_1TD)[0].unflatten(-1, (-1, attention.head_dim))
+    v_HTP = v_THP.repeat_interleave(len(matrix_HTS) // v_THP.shape[1], dim=1).transpose(0, 1)
+    return attention.o_proj((matrix_HTS @ v_HTP).transpose(0, 1).flatten(1))[None]
+
+
+def rest_of_block(layer: nn.Module, residual: Tensor) -> Tensor:
+    return residual + layer.mlp(layer.post_attention_layernorm(residual))
+
+
+@pytest.mark.parametrize("target", ["mixer", "block"])
+def test_hidden_is_the_distance_to_what_the_teachers_layer_makes(student, teacher, eager, batch, target):
+    mixers = mixers_of(student)
+    expected = dict.fromkeys(mixers, torch.zeros(()))
+    for _, ids in documents(batch):
+        seen = eager(ids, output_attentions=True, output_hidden_states=True)
+        for index, mixer in mixers.items():
+            theirs, ours, h = eager.model.layers[index], student.model.layers[index], seen.hidden_states[index]
+            u = theirs.input_layernorm(h)
+            wanted = attention_output(theirs.self_attn, u, seen.attentions[index][0])
+            if target == "mixer":
+                got, _ = mixer(u)
+            else:
+                got = rest_of_block(ours, h + mixer(ours.input_layernorm(h))[0])
+                wanted = rest_of_block(theirs, h + wanted)
+            expected[index] = expected[index] + (got - wanted).norm(dim=-1).sum()
+    objective = HiddenObjective(teacher, student, HiddenStage(**SETTINGS, target=target))
+    close(losses(objective, batch), expected)
+    assert objective.weight(batch) == sum(map(sum, ROWS))
+
+
+def divergence(name: str, p: Tensor, q: Tensor) -> Tensor:
+    if name == "jsd":
+        return (divergence("forward_kl", p, (p + q) / 2) + divergence("forward_kl", q, (p + q) / 2)) / 2
+    p, q = (q, p) if name == "reverse_kl" else (p, q)
+    return (p * (p / q).log()).sum()
+
+
+@pytest.mark.parametrize(
+    ("name", "tau", "w"),
+    [("forward_kl", 1.0, 0.0), ("forward_kl", 2.0, 0.3), ("reverse_kl", 1.0, 0.0), ("jsd", 3.0, 0.0)],
+)
+def test_logits_is_the_divergence_at_every_scored_token(student, teacher, batch, name, tau, w):
+    expected, scored = torch.zeros((), dtype=torch.float64), 0
+    for _, ids in documents(batch):
+        theirs, ours = (model(ids).logits[0].double() for model in (teacher, student))
+        for t in range(ids.shape[1] - 1):
+            p, q = (F.softmax(logits[t] / tau, dim=0) for logits in (theirs, ours))
+            cross_entropy = -F.softmax(ours[t], dim=0)[ids[0, t + 1]].log()
+            expected = expected + (1 - w) * tau**2 * divergence(name, p, q) + w * cross_entropy
+            scored += 1
+    settings = LogitsStage(**SETTINGS, divergence=name, temperature=tau, ce_weight=w)
+    objective = LogitObjective(teacher, student, settings)
+    torch.testing.assert_close(losses(objective, batch), {"logits": expected.float()})
+    assert objective.weight(batch) == scored
+
+
+@pytest.mark.parametrize("stage", OBJECTIVES)
+def test_what_stands_at_padding_changes_nothing(student, teacher, batch, stage):
+    objective = OBJECTIVES[stage](teacher, student)
+    before = losses(objective, batch)
+    other = batch | {"input_ids": torch.where(batch["valid"], batch["input_ids"], 96 - batch["input_ids"])}
+    assert not torch.equal(other["input_ids"], batch["input_ids"])
+    assert losses(objective, other) == before
+
+
+@pytest.mark.parametrize("stage", OBJECTIVES)
+def test_the_step_of_a_part_reaches_its_own_layer_alone(student, teacher, batch, stage):
+    teacher.requires_grad_(True)
+    reach = {"mixing": "{}.self_attn.", "hidden": "{}.self_attn.", "hidden block": "{}.", "logits": ""}[stage]
+    for name, loss_sum in OBJECTIVES[stage](teacher, student).parts(batch):
+        student.zero_grad()
+        loss_sum.backward()
+        touched = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
+        assert touched
+        assert all(reach.format(name) in parameter for parameter in touched)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    if stage == "logits":
+        assert len(touched) == len(list(student.parameters()))
+
+
+def shaping(mixer: nn.Module) -> dict[str, Tensor]:
+    """For each parameter of a mixer, True where it has a say in the mixing matrix: not in values, gate and output."""
+    said = {name: torch.ones_like(parameter, dtype=torch.bool) for name, parameter in mixer.named_parameters()}
+    for name in said.keys() & {"z_bias", "norm.weight", "out_proj.weight"}:
+        said[name][:] = False
+    for part in ("x", "z"):
+        said["in_proj.weight"][mixer.in_rows()[part]] = False
+    for name in ("conv1d.weight", "conv1d.bias"):
+        said[name][: mixer.inner] = False  # the channels of x stand first
+    return said
+
+
+def test_mixing_leaves_values_gate_and_output_alone(student, teacher, batch):
+    for _, loss_sum in OBJECTIVES["mixing"](teacher, student).parts(batch):
+        loss_sum.backward()
+    for mixer in mixers_of(student).values():
+        for name, says in shaping(mixer).items():
+            gradient = mixer.get_parameter(name).grad
+            assert (gradient is None and not says.any()) or not gradient[~says].any(), name
+            assert gradient is None or gradient[says].any() == says.any(), name
+
+
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
+def test_mixing_changes_not_a_bit_of_what_it_does_not_shape(recipe, mixer):
+    """Weight decay on a fused projection would shrink the rows that get no gradient."""
+    run = open_run(recipe, [f"student.mixer={mixer}"])
+    convert_stage(run)
+    mixing.main(run)
+    before, after = (load_file(run.folder(stage) / "model.safetensors") for stage in ("convert", "mixing"))
+    model = convert(run.teacher, mixer=mixer, keep_attention=run.facts.kept)
+    says = {
+        f"model.layers.{index}.self_attn.{name}": mask
+        for index, mixer in mixers_of(model).items()
+        for name, mask in shaping(mixer).items()
+    }
+    assert says.keys() < before.keys()
+    for name, weight in before.items():
+        changed = weight != after[name]
+        assert torch.equal(changed, changed & says.get(name, torch.tensor(False))), name
+        assert changed.any() == (name in says and says[name].any()), name
+
+
+def all_attention(family: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    teacher = random_teacher(family)
+    return teacher, convert(teacher, keep_attention=range(3))
+
+
+def test_without_a_mixer_there_is_nothing_to_align(family, batch):
+    for stage in ("mixing", "hidden", "hidden block"):
+        assert losses(OBJECTIVES[stage](*all_attention(family)), batch) == {}
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(family, batch):
+    teacher, student = all_attention(family)
+    loss_sum = losses(OBJECTIVES["logits"](teacher, student), batch)["logits"]
+    assert loss_sum == 0
+    loss_sum.backward()
+    assert max(parameter.grad.abs().max() for parameter in student.parameters()) < 1e-6
