@@ -18,14 +18,13 @@ from transformers.initialization import no_init_weights
 from distill.attention import AttentionView, family_of, view
 from distill.calibration import calibrate
 from distill.errors import UserError
-from distill.layout import layer_kinds, resolve
+from distill.layout import layer_kinds, mixer_layers, resolve
 from distill.mixers import MIXERS
 from distill.roles import ROLES, roles
 from distill.seeding import Seeded, seed_mixer
 from distill.student import (
     STUDENTS,
     load_with_account,
-    mixer_layers,
     mixers_of,
     refuse_missing,
     state_bytes,

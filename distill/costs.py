@@ -38,9 +38,9 @@ import torch
 from transformers import PreTrainedModel
 
 from distill import activations
+from distill.layout import mixer_layers
 from distill.recipe import HiddenStage, LogitsStage, MixingStage, Recipe, Stage
 from distill.ssd.chunked import CHUNK
-from distill.student import mixer_layers
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # The logit loss turns this many logits into fp32 at a time, in about this many copies.

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from transformers import PreTrainedConfig
+
 from distill.errors import UserError
 
 ATTENTION = "attention"
@@ -56,6 +58,11 @@ def evenly_spaced(count: int, n_layers: int) -> list[int]:
 def layer_kinds(n_layers: int, kept: Sequence[int], mixer: str) -> list[str]:
     """One name a layer, ``"attention"`` or the mixer's: what a student's config stores."""
     return [ATTENTION if index in set(kept) else mixer for index in range(n_layers)]
+
+
+def mixer_layers(config: PreTrainedConfig) -> list[int]:
+    """Indices of the layers whose attention a mixer replaced."""
+    return [index for index, kind in enumerate(config.distill["layers"]) if kind != ATTENTION]
 
 
 def _checked(layers: Sequence[int], n_layers: int) -> list[int]:

@@ -7,6 +7,7 @@ allowed, before anything is loaded. What depends on files and devices is checked
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
@@ -97,7 +98,7 @@ class Section(BaseModel):
 class Teacher(Section):
     """The pretrained Transformer to distil."""
 
-    path: Text
+    path: Annotated[Text, AfterValidator(os.path.expanduser)]
     """A local Hugging Face folder, or the id of a model on the Hub (org/name)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The precision the frozen teacher runs in."""

@@ -5,7 +5,8 @@ from typing import Literal, get_args
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill.student import is_student, mixer_layers
+from distill.layout import mixer_layers
+from distill.student import is_student
 
 Role = Literal["mixer", "attention", "norms", "mlp", "embeddings", "head"]
 ROLES: tuple[Role, ...] = get_args(Role)

@@ -2,27 +2,22 @@
 
 Importing this module (``import distill`` does) registers the classes, so that ``AutoModelForCausalLM`` loads a
 student's folder. The folder also carries the code it needs (``distill.standalone``), for environments without this
-package. What a student adds to its teacher's class is one hook before the decoder runs: it reads the padding mask and
-the positions, which layers below only see after they were turned into an attention mask, and makes room in the cache.
+package.
 """
 
 import copy
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
 
 from distill.attention import FAMILIES, Family
-from distill.cache import adopt
-from distill.documents import document_starts, positions_from_index
+from distill.decoder_inputs import prepare_sequence
 from distill.errors import UserError
-from distill.layout import ATTENTION
+from distill.layout import mixer_layers
 from distill.mixers import MIXERS, Mixer
 
 
@@ -71,87 +66,6 @@ def install_mixers(model: PreTrainedModel, layout: dict[str, Any]) -> None:
         layer.self_attn = mixer.to(dtype=model.dtype)
     # Also where all attention is kept: whether packed documents stay apart must not depend on the layout.
     decoder.register_forward_pre_hook(prepare_sequence, with_kwargs=True)
-
-
-def mixer_layers(config: PreTrainedConfig) -> list[int]:
-    """Indices of the layers whose attention a mixer replaced."""
-    return [index for index, kind in enumerate(config.distill["layers"]) if kind != ATTENTION]
-
-
-def prepare_sequence(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-    """Before the decoder runs: find padding and document borders for the mixers, and make room in the cache.
-
-    Raises:
-        ValueError: for inputs that some layer would silently mix up: a 4-D mask, padding between tokens, packed
-            documents together with a cache or with a padding mask.
-    """
-    names = list(inspect.signature(decoder.forward).parameters)
-    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-    tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
-    length = tokens.shape[1]
-
-    valid_BT = _valid_positions(kwargs.get("attention_mask"), length)
-    if (seq_idx_BT := kwargs.pop("seq_idx", None)) is not None and kwargs.get("position_ids") is None:
-        kwargs["position_ids"] = positions_from_index(seq_idx_BT)
-    position_ids = kwargs.get("position_ids")
-    resets_BT = None if position_ids is None else document_starts(position_ids, valid_BT)
-    if resets_BT is not None:
-        _isolate_documents(kwargs, valid_BT)
-        resets_BT = resets_BT.expand(tokens.shape[0], -1)
-    _prepare_cache(decoder, kwargs)
-    return (), {**kwargs, "valid_BT": valid_BT, "resets_BT": resets_BT}
-
-
-def _valid_positions(attention_mask: Any, length: int) -> Tensor | None:
-    """The last ``length`` columns of a padding mask as booleans; None where nothing is padded."""
-    if attention_mask is None:
-        return None
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-        raise ValueError(
-            "attention_mask must be 2-D (batch, tokens) with 1 for tokens and 0 for padding: a mixer cannot follow "
-            "an arbitrary 4-D mask. Packed documents are kept apart by position_ids."
-        )
-    if bool(attention_mask.all()):
-        return None
-    _refuse_gaps(attention_mask.bool())
-    return attention_mask[:, -length:].bool()
-
-
-def _refuse_gaps(mask_BT: Tensor) -> None:
-    """A convolution that skips padding would need to look past it; padding may stand before or behind the tokens."""
-    starts_B = F.pad(mask_BT, (1, 0)).int().diff(dim=1).eq(1).sum(dim=1)
-    if bool((starts_B > 1).any()):
-        raise ValueError(
-            "attention_mask has padding between tokens of one sequence; a mixer's convolution cannot skip it. Pad on "
-            "the left (or on the right), or run the sequences one by one."
-        )
-
-
-def _isolate_documents(kwargs: dict[str, Any], valid_BT: Tensor | None) -> None:
-    """Attention layers keep packed documents apart only without mask and cache; make it so or say why not."""
-    if kwargs.get("past_key_values") is not None:
-        raise ValueError(
-            "position_ids say that several documents are packed into a row, and a cache was passed: attention layers "
-            "would see across documents. Call without past_key_values, or give one document a row."
-        )
-    if valid_BT is not None:
-        raise ValueError(
-            "position_ids say that several documents are packed into a row, and attention_mask has padding: attention "
-            "layers would see across documents. Leave attention_mask out (let padding restart the positions instead)."
-        )
-    kwargs["attention_mask"] = None
-    kwargs["use_cache"] = False
-
-
-def _prepare_cache(decoder: Any, kwargs: dict[str, Any]) -> None:
-    cache = kwargs.get("past_key_values")
-    use_cache = kwargs.get("use_cache")
-    if use_cache is None:
-        use_cache = decoder.config.use_cache
-    if cache is None and use_cache and not (decoder.training and decoder.gradient_checkpointing):
-        cache = DynamicCache(config=decoder.config)
-    if isinstance(cache, Cache):
-        kwargs["past_key_values"] = adopt(cache, mixer_layers(decoder.config))
 
 
 def student_class(family: Family) -> type[PreTrainedModel]:

@@ -79,7 +79,8 @@ def prepare(
         _move_into_place(temporary, folder)
     except OSError as error:
         raise UserError(
-            f"{folder}: the prepared data cannot be written ({error.strerror}); free some space, or choose another folder"
+            f"{folder}: the prepared data cannot be written ({error.strerror}); "
+            "free some space, or choose another folder"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -10,9 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from distill import activations
 from distill.conversion import convert_with_report, empty_model, plan, report
 from distill.costs import Sizes, flops_per_token, kept_for_backward, memory, sizes_of
+from distill.layout import mixer_layers
 from distill.plan import measure
 from distill.recipe import HiddenStage, LogitsStage, MixingStage, Recipe
-from distill.student import mixer_layers
 from distill.units import count, duration, size
 
 BLOCK, BATCH = 128, 2

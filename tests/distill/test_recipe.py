@@ -85,6 +85,11 @@ def test_wrong_token_counts(small: Path, written: str) -> None:
     assert "override: stages.logits.tokens: must be" in message(small, f"stages.logits.tokens={written}")
 
 
+def test_a_path_may_begin_at_home(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert load_recipe(small, ["teacher.path=~/models/tiny"]).teacher.path == "/home/ada/models/tiny"
+
+
 @pytest.mark.parametrize("written", ["1e-4", "1E-4", "0.0001", "1.0e-4", "+1e-4"])
 def test_floats_may_be_written_as_people_write_them(small: Path, written: str) -> None:
     logits = load_recipe(small, [f"stages.logits.lr={written}"]).stages.logits

@@ -1,5 +1,6 @@
 """The stage programs as a user runs them: whole, one by one, again, after kills, and on what they must refuse."""
 
+import itertools
 import json
 import os
 import random
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.stages.conftest import STEPS
+from tests.stages.conftest import STEPS, write_recipe
 from tests.stages.program import Program, fresh, require_refused, run
 from tests.stages.run_folder import STAGES, contents, flip_a_byte, metrics, require_same_run
 
@@ -21,12 +22,10 @@ def test_a_whole_run(whole):
     folder, ended = whole
     others = {"teacher", "training", "data", "recipe.yaml", "report.html", "report.json"}
     assert {path.name for path in folder.iterdir()} == {*STAGES, *others}
-    before = None
-    for stage in STAGES:
+    for before, stage in itertools.pairwise(["teacher", *STAGES]):
         record = json.loads((folder / stage / "stage.json").read_text())
-        assert (record["stage"], record["parent"] and record["parent"]["stage"]) == (stage, before)
-        assert record["steps"] == (STEPS if before else 0)
-        before = stage
+        assert (record["stage"], record["parent"]["stage"]) == (stage, before)
+        assert record["steps"] == (0 if stage == "convert" else STEPS)
     rows = json.loads((folder / "report.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["teacher", *STAGES]
     for row in rows:
@@ -110,10 +109,30 @@ def test_a_changed_recipe_is_refused(finished, recipe):
     assert contents(finished) == before
 
 
-def test_what_changes_no_result_is_not_refused(finished, recipe):
-    before = contents(finished)
+def test_what_changes_no_result_is_not_refused(finished, recipe, whole):
     assert run("stages.run", recipe, "stages.logits.checkpoint_every=5", "name=other").code == 0
-    assert contents(finished) == before
+    require_same_run(finished, whole[0])
+    assert "name: other" in (finished / "recipe.yaml").read_text()
+
+
+def test_another_evaluation_is_made_without_training(finished, recipe, whole):
+    ended = run("stages.run", recipe, "evaluation.tokens=256")
+    assert ended.code == 0, ended.err
+    assert "running" not in ended.out
+    assert json.loads((finished / "report.json").read_text())["scored_tokens"] == 248
+    assert run("stages.run", recipe).code == 0
+    require_same_run(finished, whole[0])
+
+
+def test_a_teacher_that_changed_on_the_way_is_noticed(tmp_path, saved_teacher, text):
+    teacher = Path(shutil.copytree(saved_teacher, tmp_path / "teacher"))
+    recipe = write_recipe(tmp_path, teacher, text)
+    assert run("stages.convert", recipe).code == 0
+    flip_a_byte(teacher / "model.safetensors")
+    before = contents(tmp_path)
+    for program in ("stages.mixing", "stages.run"):
+        require_refused(run(program, recipe), "convert started from teacher (", "not from teacher (")
+    assert contents(tmp_path) == before
 
 
 def test_a_stage_that_the_recipe_lacks_is_named(finished, recipe):
