@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable
 from itertools import takewhile
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from distill.run import CONVERT, Run, convert_stage
+from distill.units import count
 from eval.report import make_report, report_numbers
 from eval.run_record import read_run
 from eval.stage import TEACHER, evaluate_stage, evaluate_teacher
@@ -54,20 +56,21 @@ def main(run: Run) -> None:
 
 
 def summary(numbers: dict) -> Table:
-    """One row a model: teacher, after conversion, after each stage."""
-    table = Table(title=f"{numbers['name']}: held-out text, {numbers['scored_tokens']:,} tokens", title_justify="left")
-    for column in ("", "loss", "perplexity", "× teacher", "KL", "top-1 agreement", "recovered", "tokens", "seconds"):
-        table.add_column(column, justify="left" if not column else "right")
+    """One row a model: teacher, after conversion, after each stage; fits 80 columns."""
+    title = f"{numbers['name']}: {numbers['scored_tokens']:,} held-out tokens"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    for column in ("", "loss", "ppl", "× ppl", "KL", "top-1", "recovered", "tokens", "s"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for row in numbers["rows"]:
         table.add_row(
             row["heading"],
             _shown(row["loss"], ".4f"),
-            _shown(row["perplexity"], ".3f"),
+            _shown(row["perplexity"], ".2f"),
             _shown(row["perplexity_ratio"], ".3f"),
             _shown(row["kl"], ".4f"),
             _shown(row["agreement"], ".1%"),
             _shown(row["recovered"], ".1%"),
-            _shown(row["tokens"], ",d"),
+            "" if row["tokens"] is None else count(row["tokens"]),
             _shown(row["seconds"], ".0f"),
         )
     return table
