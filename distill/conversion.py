@@ -24,9 +24,8 @@ from distill.roles import ROLES, roles
 from distill.seeding import Seeded, seed_mixer
 from distill.student import (
     STUDENTS,
-    load_with_account,
+    load_model,
     mixers_of,
-    refuse_missing,
     state_bytes,
     student_config,
 )
@@ -180,10 +179,11 @@ def load_teacher(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreT
         UserError: if the folder is missing or cannot be read as a model.
     """
     try:
-        model, loading = load_with_account(folder, dtype=dtype)
+        model = load_model(folder, dtype=dtype)
+    except UserError:
+        raise
     except Exception as error:  # transformers raises OSError, ValueError, SafetensorError, KeyError, … here
         raise UserError(f"cannot load the teacher {str(folder)!r}: {error}") from error
-    refuse_missing(folder, loading)
     return model.eval().requires_grad_(False)
 
 

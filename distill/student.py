@@ -119,30 +119,25 @@ def load_student(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     Raises:
         UserError: weights are missing, or the folder holds another model.
     """
-    student, loading = load_with_account(folder, **kwargs)
-    refuse_missing(folder, loading)
+    student = load_model(folder, **kwargs)
     if not is_student(student):
         raise UserError(f"{folder} holds a {type(student).__name__}, not a student; convert it first")
     return student
 
 
-def load_with_account(folder: str | Path, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """``AutoModelForCausalLM.from_pretrained``, and which weights it found, missed or could not use."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
-    model, loading = loaded
-    return model, loading
-
-
-def refuse_missing(folder: str | Path, loading: dict[str, Any]) -> None:
-    """Transformers fills weights that a folder lacks at random, with a warning; here that is an error.
+def load_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a student or a stock model. Transformers fills weights that a folder lacks at random; here that is an error.
 
     Raises:
         UserError: naming what is missing or of another shape.
     """
-    lacking = sorted(str(name) for key in ("missing_keys", "mismatched_keys") for name in loading.get(key) or ())
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
+    model, account = loaded
+    lacking = sorted(str(name) for key in ("missing_keys", "mismatched_keys") for name in account.get(key) or ())
     if lacking:
         shown = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
         raise UserError(f"{folder} lacks weights of its model, or has them in another shape: {shown}")
+    return model
 
 
 def is_student(model: PreTrainedModel) -> bool:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from distill import student
 from distill.data import Blocks, Document, evaluation_batches, prepare, read_documents
 from distill.errors import UserError
-from distill.student import load_student
 
 # No tokenizer makes tokens this long on average, so this many characters a token are always enough text.
 CHARACTERS_A_TOKEN = 32
@@ -44,7 +44,7 @@ def load_model(path: str, device: str) -> PreTrainedModel:
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     _require_folder(path)
     try:
-        return load_student(path, dtype="auto", device_map=place)
+        return student.load_model(path, dtype="auto", device_map=place)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: is no causal language model that can be loaded ({_first_line(error)})") from error
 

@@ -32,7 +32,8 @@ PROGRAMS: dict[str, Callable[[Run], object]] = {
 
 
 def main(run: Run) -> None:
-    console = Console(highlight=False)
+    # Paths and prompts stand as they are, in one piece, so that a command can be copied from a log.
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     started = time.perf_counter()
     _announce(run, console)
     # Before anything is written: a finished stage that is not this recipe's is refused here.

@@ -14,7 +14,7 @@ from distill.mixers import MIXERS
 from distill.objectives import attention_matrix
 from distill.roles import roles
 from distill.student import mixers_of, state_bytes
-from tests.conftest import tiny
+from tests.conftest import SHAPE, tiny
 
 MIXER_NAMES = sorted(MIXERS)
 
@@ -233,3 +233,38 @@ def test_packed_positions_agree_with_transformers_own_rule():
     theirs = find_packed_sequence_indices(positions)
     assert torch.equal(document_index(positions), theirs)
     assert torch.equal(positions_from_index(theirs), positions)
+
+
+@pytest.mark.parametrize("mixer", MIXER_NAMES)
+@pytest.mark.parametrize("projection", ["q_proj", "k_proj"])
+def test_a_head_of_zeros_gives_a_finite_student(mixer, projection):
+    teacher = tiny("llama")
+    with torch.no_grad():
+        getattr(teacher.get_decoder().layers[1].self_attn, projection).weight[:8].zero_()
+    student = convert(teacher, mixer=mixer)
+    assert all(torch.isfinite(parameter).all() for parameter in student.parameters())
+    assert torch.isfinite(student(tokens(97, 1, 20)).logits).all()
+
+
+@pytest.mark.parametrize("mixer", MIXER_NAMES)
+def test_an_output_bias_is_kept(mixer):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    teacher = LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True)).eval()
+    bias = teacher.get_decoder().layers[0].self_attn.o_proj.bias
+    torch.nn.init.normal_(bias)
+    student = convert(teacher, mixer=mixer)
+    assert torch.equal(mixers_of(student)[0].out_proj.bias, bias)
+
+
+def test_a_teacher_folder_that_lacks_weights_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tiny("llama").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.1.self_attn.v_proj.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.v_proj"):
+        convert(tmp_path)

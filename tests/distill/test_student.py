@@ -246,3 +246,45 @@ def test_real_prompts_of_eight_lengths_in_one_batch(stories_teacher):
     for words, row in zip(prompts, together, strict=True):
         ids = tokenizer(words, return_tensors="pt").input_ids
         assert torch.equal(student.generate(ids, **GREEDY)[0, ids.shape[1] :], row)
+
+
+def test_missing_weights_are_an_error_not_noise(hybrid, tmp_path):
+    """Transformers would fill them from uninitialised memory, with a warning."""
+    from safetensors.torch import load_file, save_file
+
+    hybrid.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.0.self_attn.A_log"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks weights of its model.*layers\.0\.self_attn\.A_log"):
+        load_student(tmp_path)
+
+
+def test_a_teacher_is_not_loaded_as_a_student(stories_teacher):
+    with pytest.raises(ValueError, match="holds a LlamaForCausalLM, not a student"):
+        load_student(stories_teacher)
+
+
+def test_padding_between_tokens_is_refused(hybrid):
+    mask = torch.tensor([[1, 1, 0, 0, 1, 1]])
+    with pytest.raises(ValueError, match="padding between tokens"):
+        hybrid(prompt(1, 6), attention_mask=mask)
+
+
+def test_packed_documents_stay_apart_in_an_all_attention_student_too():
+    student = convert(tiny("llama"), keep_attention=range(3))
+    ids = prompt(1, 20)
+    positions = torch.cat([torch.arange(8), torch.arange(12)])[None]
+    together = student(ids, position_ids=positions).logits
+    close(together[:, 8:], student(ids[:, 8:]).logits)
+
+
+def test_weights_left_on_disk_are_fetched_where_they_are_used(hybrid, tmp_path):
+    """Offloading fetches a module's weights when the module is called, so the convolution must be called."""
+    ids = prompt(1, 12)
+    expected = hybrid(ids).logits
+    from accelerate import cpu_offload
+
+    cpu_offload(hybrid, execution_device=torch.device("cpu"))
+    assert torch.equal(hybrid(ids).logits, expected)

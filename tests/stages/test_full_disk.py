@@ -107,6 +107,16 @@ def test_in_the_hand_over(disk, arguments, whole, converted):
     require_same_stage(disk.run / "mixing", whole[0] / "mixing")
 
 
+def test_in_an_evaluation(disk, arguments, converted):
+    recipe, run_dir = arguments
+    assert run("eval.stage", recipe, "teacher", run_dir).code == 0
+    disk.leave(8_192)
+    require_full(run("eval.stage", recipe, "convert", run_dir), disk.run / "convert/matrices.npz")
+    assert contents(disk.run / "convert") == converted
+    disk.free()
+    assert run("eval.stage", recipe, "convert", run_dir).code == 0
+
+
 @pytest.mark.parametrize("program", ["stages.run", "stages.mixing", "eval.stage"])
 def test_with_no_byte_left(disk, arguments, converted, program):
     disk.leave(0)

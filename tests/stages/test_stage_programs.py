@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 
 from tests.stages.conftest import STEPS, write_recipe
-from tests.stages.program import Program, fresh, require_refused, run
+from tests.stages.program import Ended, Program, fresh, require_refused, run
 from tests.stages.run_folder import STAGES, contents, flip_a_byte, metrics, require_same_run
 
 pytestmark = pytest.mark.slow
+
+
+def table_row(ended: Ended, heading: str) -> str:
+    return next(line for line in ended.out.splitlines() if line.strip(" │").startswith(f"{heading} "))
 
 
 def test_a_whole_run(whole):
@@ -31,7 +35,8 @@ def test_a_whole_run(whole):
     for row in rows:
         measured = json.loads((folder / row["name"] / "evaluation.json").read_text())["metrics"]
         assert (row["loss"], row["kl"]) == (measured["loss"], measured["kl"])
-        line = next(line for line in ended.out.splitlines() if f"│ {row['heading']}" in line)
+        line = table_row(ended, row["heading"])
+        assert len(line) <= 80
         assert f"{row['loss']:.4f}" in line
         assert f"{row['agreement']:.1%}" in line
     assert "<html" in (folder / "report.html").read_text()
@@ -42,13 +47,18 @@ def test_a_whole_run(whole):
 
 def test_a_second_run_skips_what_is_done_and_changes_nothing(whole):
     folder, _ = whole
-    before = contents(folder)
+    before, written = contents(folder), times(folder)
     ended = run("stages.run", folder.with_name("tiny.yaml"))
     assert ended.code == 0, ended.err
     assert [line for line in ended.out.splitlines() if "already done" in line] == [f"{s}: already done" for s in STAGES]
-    assert "│ after logits" in ended.out
-    assert "step" not in ended.err
+    assert table_row(ended, "after logits")
     assert contents(folder) == before
+    assert times(folder) == written  # nor was anything measured, and written down, again
+
+
+def times(folder: Path) -> dict[str, int]:
+    """When each file of a stage was written."""
+    return {str(path): path.stat().st_mtime_ns for stage in ("teacher", *STAGES) for path in (folder / stage).iterdir()}
 
 
 def test_only_what_is_missing_is_made_again(whole):
