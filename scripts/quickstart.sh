@@ -6,4 +6,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" ""
 
-exec accelerate launch --config_file recipes/launch/one_process.yaml -m stages.run recipes/quickstart.yaml "$@"
+# Not through `accelerate launch`, which for one process would set OMP_NUM_THREADS=1 and hide the exit code.
+exec python -m stages.run recipes/quickstart.yaml "$@"

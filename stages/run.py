@@ -1,6 +1,6 @@
 """Run a recipe: convert, every stage in order, and after each an evaluation; then the report.
 
-    accelerate launch -m stages.run recipes/quickstart.yaml
+    python -m stages.run recipes/quickstart.yaml
     python -m stages.run recipes/quickstart.yaml stages.logits.tokens=3M
 
 What is finished is checked and skipped, and a stage that was interrupted goes on where it stopped, so running the same
