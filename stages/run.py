@@ -7,9 +7,12 @@ What is finished is checked and skipped, and a stage that was interrupted goes o
 command again is always right.
 """
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from itertools import takewhile
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -53,7 +56,7 @@ def main(run: Run) -> None:
     console.print(
         f"{time.perf_counter() - started:.0f} s in all.  report: {page}  student: {run.folder(run.stages[-1])}"
     )
-    console.print(f"talk to it:  distill generate {run.folder(run.stages[-1])} {_example_prompt(run)!r}")
+    console.print(f"talk to it:  {_command()} generate {run.folder(run.stages[-1])} {_example_prompt(run)!r}")
 
 
 def summary(numbers: dict) -> Table:
@@ -83,6 +86,11 @@ def _announce(run: Run, console: Console) -> None:
         f"{run.recipe.name}: {run.recipe.teacher.path} → {run.recipe.student.mixer} in {run.facts.n_layers} layers, "
         f"attention kept in: {kept}; everything goes to {run.recipe.run_dir}"
     )
+
+
+def _command() -> str:
+    """How to call the ``distill`` command of this very environment, activated or not."""
+    return os.path.relpath(Path(sys.executable).with_name("distill"))
 
 
 def _example_prompt(run: Run) -> str:
