@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
+from distill.atomic import whole_folder
 from distill.checks import check_weights, read_config, read_tokenizer, teacher_folder
 from distill.conversion import Report, convert_with_report, load_teacher, plan
 from distill.errors import UserError
 from distill.layout import resolve
-from distill.training.atomic import whole_folder
 from distill.weight_files import stored_tensors
 
 

@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distill.atomic import replace_file
 from distill.errors import UserError
 from distill.evaluation import Metrics
-from distill.training.atomic import replace_file
 
 EVALUATION = "evaluation.json"
 MATRICES = "matrices.npz"

@@ -15,8 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from distill.atomic import settle, sha256_of, whole_folder
 from distill.errors import UserError
-from distill.training.atomic import settle, sha256_of, whole_folder
 
 RECORD = "stage.json"
 WEIGHTS = ".safetensors"

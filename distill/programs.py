@@ -27,7 +27,7 @@ def report_user_errors() -> Iterator[None]:
     except UserError as error:
         _end(str(error))
     except Exception as error:
-        from distill.training.atomic import is_disk_full
+        from distill.atomic import is_disk_full
 
         if not is_disk_full(error):
             raise

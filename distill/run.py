@@ -26,6 +26,7 @@ from accelerate.utils import set_seed
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill import handover
+from distill.atomic import replace_file
 from distill.capture import Batch
 from distill.checks import RecipeFacts, check
 from distill.conversion import convert_with_report, load_teacher
@@ -38,7 +39,6 @@ from distill.recipe import Recipe, Stage, StageName, Step, load_recipe
 from distill.roles import roles
 from distill.student import load_student
 from distill.training import Objective, TrainResult, parameter_groups, schedule, train
-from distill.training.atomic import replace_file
 
 CONVERT: Literal["convert"] = "convert"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

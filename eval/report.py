@@ -13,10 +13,10 @@ from typing import Annotated, Any
 
 import typer
 
+from distill.atomic import replace_file
 from distill.evaluation import Metrics, perplexity, perplexity_ratio
 from distill.evaluation_record import json_numbers
 from distill.programs import report_user_errors
-from distill.training.atomic import replace_file
 from eval.page import render
 from eval.run_record import RunRecord, Stage, read_run
 

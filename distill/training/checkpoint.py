@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill.training.atomic import settle_all, sha256_of, whole_folder
+from distill.atomic import settle_all, sha256_of, whole_folder
 
 MANIFEST = "manifest.json"
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from distill.atomic import explained_full_disk, flush_to_disk
 from distill.errors import UserError
-from distill.training.atomic import explained_full_disk, flush_to_disk
 
 TRACKERS = ("tensorboard",)
 

@@ -24,7 +24,7 @@ PATIENCE = 300.0
 """Seconds after which a process is given up."""
 
 # One thread: sums over several would differ from run to run. No GPU: every machine computes the same here.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "80", "PYTHONWARNINGS": "default"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "80"}
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["distill.run", "eval.stage", "eval.report", "stages.command"])

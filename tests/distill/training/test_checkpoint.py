@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
+from distill.atomic import is_disk_full, whole_folder
 from distill.errors import UserError
 from distill.training import checkpoint
-from distill.training.atomic import is_disk_full, whole_folder
 
 
 def state(value: float, size: int = 8) -> dict:

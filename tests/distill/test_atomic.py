@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.training.atomic import settle, settle_all, whole_folder
+from distill.atomic import settle, settle_all, whole_folder
 
 
 def names(folder: Path) -> list[str]:
