@@ -15,8 +15,8 @@ def causal_convolution(
 ) -> Tensor:
     """y_t = bias + Σ_k weight_k · x_{t−K+1+k}, each channel on its own.
 
-    A sum of K shifted products rather than ``nn.Conv1d``, whose depthwise backward is several times slower on CPU
-    (scripts/bench_convolution.py) and cannot stop at a document border.
+    A sum of K shifted products rather than ``nn.Conv1d``, which cannot stop at a document border. On CPU, forward and
+    backward, the two are equally fast at training shapes (scripts/bench_convolution.py, docs/experiments.md).
 
     Args:
         x_BTC: inputs; zero at padding.
