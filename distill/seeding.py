@@ -58,11 +58,16 @@ def _copy_projections(mixer: Mamba2Mixer | DiscreteMamba2Mixer, attention: Atten
     for name, (projection, scale) in sources.items():
         width = mixer.head_dim if name == "x" else mixer.state_dim
         place = rows[name]
-        mixer.in_proj.weight[place] = scale * _heads(projection.weight, attention, width)
+        made = mixer.in_proj.weight[place]
+        # Columns of a state wider than the head: C starts at zero, so that they have no influence, but B at random,
+        # since the gradient of each is a multiple of the other.
+        beyond = torch.zeros_like(made) if name == "C" else made
+        mixer.in_proj.weight[place] = _heads(scale * projection.weight, attention, beyond, width)
         if projection.bias is not None:
             inside = slice(place.start - first, place.stop - first)
             assert mixer.conv1d.bias is not None
-            mixer.conv1d.bias[inside] = scale * _heads(projection.bias[:, None], attention, width)[:, 0]
+            bias_I1, beyond = scale * projection.bias[:, None], torch.zeros_like(made[:, :1])
+            mixer.conv1d.bias[inside] = _heads(bias_I1, attention, beyond, width)[:, 0]
     mixer.out_proj.weight.copy_(attention.o.weight)
     if attention.o.bias is not None:
         mixer.out_proj.bias.copy_(attention.o.bias)
@@ -80,12 +85,12 @@ def _copy_projections(mixer: Mamba2Mixer | DiscreteMamba2Mixer, attention: Atten
     ]
 
 
-def _heads(weight: Tensor, attention: AttentionView, width: int) -> Tensor:
-    """(heads·P, D) to (H·width, D): repeated to the query heads; columns of a wider state start at zero."""
+def _heads(weight: Tensor, attention: AttentionView, beyond: Tensor, width: int) -> Tensor:
+    """(heads·P, D) to (H·width, D): repeated to the query heads; rows past a head's P are those of ``beyond``."""
     by_head = weight.unflatten(0, (-1, attention.head_dim))
     if by_head.shape[0] != attention.n_heads:
         by_head = attention.per_query_head(by_head, dim=0)
-    out = by_head.new_zeros(attention.n_heads, width, weight.shape[1])
+    out = beyond.unflatten(0, (attention.n_heads, width)).clone()
     used = min(width, attention.head_dim)
     out[:, :used] = by_head[:, :used]
     return out.flatten(0, 1)

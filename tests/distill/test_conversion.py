@@ -122,6 +122,10 @@ def test_a_wider_state_starts_as_the_narrow_one():
     narrow = convert(teacher, mixer="discrete_mamba2")
     wide = convert(teacher, mixer="discrete_mamba2", state_dim=20)
     torch.testing.assert_close(wide(ids).logits, narrow(ids).logits, rtol=1e-4, atol=1e-5)
+    wide(ids, labels=ids).loss.backward()
+    mixer = mixers_of(wide)[0]
+    new_reads = mixer.in_proj.weight.grad[mixer.in_rows()["C"]].unflatten(0, (4, 20))[:, 8:]
+    assert (new_reads.abs().amax(dim=-1) > 0).all()  # every new column can be learned
 
 
 def test_the_open_gate_of_mamba2_does_nothing_on_real_input(stories_teacher, stories_text):
