@@ -189,9 +189,8 @@ def load_teacher(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreT
 
 def report(teacher: PreTrainedModel, student: PreTrainedModel, seeded: dict[int, list[Seeded]] | None = None) -> Report:
     """Count what changed; works on models without weights too."""
-    text = student.config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kv_bytes = 2 * text.num_key_value_heads * head_dim * teacher.dtype.itemsize
+    attention = view(teacher.get_decoder().layers[0].self_attn, family_of(teacher.config))
+    kv_bytes = 2 * attention.n_kv_heads * attention.head_dim * teacher.dtype.itemsize
     kinds = student.config.distill["layers"]
     return Report(
         layers=kinds,

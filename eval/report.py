@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from distill.atomic import replace_file
+from distill.conversion import CONTEXTS
 from distill.evaluation import Metrics, perplexity, perplexity_ratio
 from distill.evaluation_record import json_numbers
 from distill.programs import report_user_errors
@@ -21,7 +22,6 @@ from eval.page import render
 from eval.run_record import RunRecord, Stage, read_run
 
 VERSION = 1
-CONTEXTS = (1024, 4096, 32768, 131072)
 
 
 def make_report(folder: str | Path) -> Path:

@@ -18,14 +18,13 @@ from distill.attention import family_of, view
 from distill.capture import layer_traces, sequence_arguments
 from distill.errors import UserError
 from distill.evaluation import completions, evaluate, layer_distances
-from distill.evaluation_record import Evaluation, MatrixPair, Sample, read_evaluation, write_evaluation
+from distill.evaluation_record import MATRIX_TOKENS, Evaluation, MatrixPair, Sample, read_evaluation, write_evaluation
 from distill.objectives import attention_matrix
 from distill.programs import quiet_unless_watched, report_user_errors
 from distill.run import Run, open_run
 from distill.student import load_student, mixers_of
 
 TEACHER = "teacher"
-MATRIX_TOKENS = 64
 LAYERS_SHOWN = 4
 HEADS_SHOWN = 2
 
