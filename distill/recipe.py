@@ -8,20 +8,15 @@ allowed, before anything is loaded. What depends on files and devices is checked
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
-from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
-    PlainSerializer,
-    Strict,
     ValidationInfo,
     field_validator,
     model_serializer,
@@ -29,6 +24,21 @@ from pydantic import (
 )
 
 from distill import marked_yaml
+from distill.recipe_fields import (
+    Beta,
+    Count,
+    Distinct,
+    Flag,
+    Fraction,
+    Integer,
+    NotNegative,
+    Number,
+    Positive,
+    Some,
+    Sources,
+    Text,
+    Tokens,
+)
 from distill.recipe_file import read_recipe_file
 
 Role = Literal["mixer", "attention", "norms", "mlp", "embeddings", "head"]
@@ -37,52 +47,6 @@ Step = Literal["convert"] | StageName
 ROLES: tuple[Role, ...] = get_args(Role)
 STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
 
-
-def _token_count(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB])", value)
-    tokens = Decimal(match[1]) * {"K": 10**3, "M": 10**6, "B": 10**9}[match[2]] if match else None
-    if tokens is None or tokens != int(tokens):
-        raise ValueError("must be a whole number of tokens such as 5000, 100K, 1.5M or 2B")
-    return int(tokens)
-
-
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-def _one_as_text(values: tuple[str, ...]) -> str | list[str]:
-    return values[0] if len(values) == 1 else list(values)
-
-
-def _distinct(values: tuple) -> tuple:
-    if len(set(values)) < len(values):
-        raise ValueError("must not name anything twice")
-    return values
-
-
-def _some(values: tuple) -> tuple:
-    # Not Field(min_length=1): pydantic would also count items that are wrong as absent.
-    if not values:
-        raise ValueError("must name at least one")
-    return _distinct(values)
-
-
-# No silent coercion: true is not 1, "3" is not 3, 1.0 is not 1.
-Flag = Annotated[bool, Strict()]
-Text = Annotated[str, Strict(), Field(min_length=1)]
-Integer = Annotated[int, Strict()]
-Count = Annotated[Integer, Field(ge=1)]
-Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
-Positive = Annotated[Number, Field(gt=0)]
-NotNegative = Annotated[Number, Field(ge=0)]
-Fraction = Annotated[Number, Field(ge=0, le=1)]
-Beta = Annotated[Number, Field(ge=0, lt=1)]
-Tokens = Annotated[Count, BeforeValidator(_token_count)]
-Distinct = AfterValidator(_distinct)
-Some = AfterValidator(_some)
-Sources = Annotated[tuple[Text, ...], BeforeValidator(_as_list), Some, PlainSerializer(_one_as_text)]
 
 # What never changes a result: labels and places of a recipe, and how often a stage looks and saves.
 _LABELS = ("name", "run_dir", "device", "trackers")
