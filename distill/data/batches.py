@@ -44,16 +44,34 @@ def evaluation_batches(blocks: Blocks, batch_size: int, max_tokens: int | None =
         yield blocks.batch(range(first, min(first + batch_size, n)))
 
 
-def steps_for(tokens: int, batch_size: int, block: int, accumulate: int = 1, *, ranks: int = 1) -> int:
+def steps_for(tokens: int, batch_size: int, block: int) -> int:
     """Optimizer steps that ``tokens`` pay for, rounded down; raises UserError if that is none."""
-    tokens_per_step = batch_size * block * accumulate * ranks
-    steps = tokens // tokens_per_step
+    steps = tokens // (batch_size * block)
     if steps < 1:
         raise UserError(
-            f"{tokens} tokens are less than one step of {tokens_per_step} (batch_size {batch_size} × block "
-            f"{block} × accumulate {accumulate} × {ranks} processes); raise tokens or lower batch_size"
+            f"{tokens} tokens are less than one step of {batch_size * block} (batch_size {batch_size} × block"
+            f" {block}); raise tokens or lower batch_size"
         )
     return steps
+
+
+def micro_batches(batch_size: int, at_most: int | None, ranks: int) -> tuple[int, int]:
+    """How a step's sequences are cut up: (sequences a forward pass on a process, forward passes a step).
+
+    Args:
+        batch_size: sequences a step, over all processes.
+        at_most: sequences a forward pass may take; None for all that fall to a process.
+        ranks: processes that share the step.
+
+    Raises:
+        UserError: the processes cannot share it evenly.
+    """
+    share, rest = divmod(batch_size, ranks)
+    if rest or not share:
+        near = max(ranks, round(batch_size / ranks) * ranks)
+        raise UserError(f"batch_size is {batch_size}, which {ranks} processes cannot share evenly; {near} they can")
+    size = next(size for size in range(min(share, at_most or share), 0, -1) if share % size == 0)
+    return size, share // size
 
 
 @lru_cache(maxsize=4)

@@ -18,7 +18,7 @@ from torch import Tensor
 from distill.errors import UserError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 IGNORED = -100  # the label of a token that is not predicted, as in torch's cross entropy
 
 
@@ -35,9 +35,18 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared folder holds. ``fingerprint`` covers the documents, the tokenizer and the options."""
+    """What a prepared folder holds.
+
+    Attributes:
+        fingerprint: Of the documents, the tokenizer and the options: it changes when the tokens may.
+        request: Of what was asked for, sources as they are listed: what tells, unread, whether this is it.
+        dtype: Of a token in the files.
+        bos: Whether the tokenizer's BOS stands before each document.
+        eos: Whether its EOS stands after each.
+    """
 
     fingerprint: str
+    request: str
     dtype: str
     bos: bool
     eos: bool
@@ -94,7 +103,7 @@ class Blocks:
         self.utf8_bytes = facts.utf8_bytes
         self.fingerprint = manifest.fingerprint
         self._tokens = np.memmap(folder / f"{split}.tokens", dtype, mode="r", shape=(facts.tokens,))
-        self._starts = np.fromfile(folder / f"{split}.starts", "<i8")
+        self._starts = np.memmap(folder / f"{split}.starts", "<i8", mode="r", shape=(facts.documents,))
 
     def __len__(self) -> int:
         return -(-self.n_tokens // self.block)

@@ -1,23 +1,20 @@
-"""Read text from wherever it lies as named documents, and split them into training and held-out text."""
+"""Find the shards of a source, and read them one after another as documents."""
 
 import glob
-import hashlib
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
-from distill.data.readers import (
-    ROW_SUFFIXES,
-    Document,
-    is_saved_dataset,
-    read_file,
-    read_hub_dataset,
-    read_saved_dataset,
-)
+from distill.data.dataset_rows import is_saved_dataset
+from distill.data.readers import ROW_SUFFIXES, Document, require_whole
+from distill.data.shards import FileShard, HubDataset, HubStream, Place, SavedDataset, Shard
 from distill.errors import UserError
 
-__all__ = ["DATASET_PREFIX", "PYTHON_STDLIB", "Document", "read_documents", "split_documents"]
+__all__ = ["DATASET_PREFIX", "PYTHON_STDLIB", "Document", "find_shards", "read_documents", "read_shards"]
+
+Position = tuple[int, Place]
+"""How far a source has been read: behind a document in a shard of that index."""
 
 PYTHON_STDLIB = "python-stdlib"
 DATASET_PREFIX = "dataset:"
@@ -36,9 +33,13 @@ STDLIB_LEFT_OUT = frozenset(
 
 
 def read_documents(
-    source: str | Path | Sequence[str | Path], *, text_key: str = "text", separator: str | None = None
+    source: str | Path | Sequence[str | Path],
+    *,
+    text_key: str = "text",
+    separator: str | None = None,
+    streaming: bool = False,
 ) -> Iterator[Document]:
-    """Read every document of a source, in an order that depends on the source alone.
+    """Read every document of a source, in an order that depends on the source alone, without holding more than one.
 
     Args:
         source: ``"python-stdlib"`` (the standard library of the running Python); a text, ``.jsonl`` or
@@ -46,6 +47,7 @@ def read_documents(
             ``"dataset:ORG/NAME[:CONFIG[:SPLIT]]"``, which ``datasets`` loads; or a list of these.
         text_key: The key of the text in rows (``.jsonl``, ``.parquet``, datasets).
         separator: Cuts text files into documents, such as ``"\\n\\n"``; ``None`` makes a file one document.
+        streaming: Fetch the rows of a ``dataset:`` as they are read, instead of downloading it first.
 
     Yields:
         Documents that hold more than white space.
@@ -53,94 +55,85 @@ def read_documents(
     Raises:
         UserError: The source does not exist, or holds no text, or something in it is not text.
     """
+    shards = find_shards(source, text_key=text_key, separator=separator, streaming=streaming)
+    return (document for _, document in read_shards(shards))
+
+
+def find_shards(
+    source: str | Path | Sequence[str | Path],
+    *,
+    text_key: str = "text",
+    separator: str | None = None,
+    streaming: bool = False,
+) -> list[Shard]:
+    """The shards of a source (see ``read_documents``), in the order they are read; no text is read yet.
+
+    Raises:
+        UserError: The source does not exist, or a Parquet file among it is cut short.
+    """
     if separator == "":
         raise UserError("data.separator is empty; give the text between two documents, or null for none")
     entries = [source] if isinstance(source, str | Path) else list(source)
     if not entries:
         raise UserError("data.source is an empty list; give at least one file, folder or glob")
-    for entry in entries:
-        found = False
-        for document in _read_entry(str(entry), text_key, separator):
-            found = True
-            yield document
-        if not found:
-            raise UserError(f"data.source {str(entry)!r} holds no text at all; give a source with text in it")
+    return [shard for entry in map(str, entries) for shard in _shards_of(entry, text_key, separator, streaming)]
 
 
-def split_documents(
-    documents: Iterable[Document], *, fraction: float, by: str = "hash"
-) -> tuple[list[Document], list[Document]]:
-    """Split documents into (training, held out).
-
-    ``by="hash"`` holds out the documents whose name hashes below ``fraction``: adding or removing documents
-    never moves another one, on any machine or Python. ``by="tail"`` holds out the end of the text: about the
-    last ``fraction`` of all characters, cut at the nearest border between two documents.
+def read_shards(shards: Sequence[Shard], position: Position | None = None) -> Iterator[tuple[Position, Document]]:
+    """The documents after ``position`` (None: all), each with the position after it.
 
     Raises:
-        UserError: ``fraction`` is not between 0 and 1, ``by`` is unknown, or one side would be empty.
+        UserError: An entry of the source holds no text, or something in it is not text.
     """
-    documents = list(documents)
-    if not 0 < fraction < 1:
-        raise UserError(f"data.held_out.fraction is {fraction}; allowed: more than 0 and less than 1")
-    if by == "hash":
-        held = [_unit_hash(document.name) < fraction for document in documents]
-    elif by == "tail":
-        border = _tail_border([len(document.text) for document in documents], fraction)
-        held = [index >= border for index in range(len(documents))]
+    first, place = position or (0, None)
+    for entry, group in groupby(list(enumerate(shards))[first:], key=lambda numbered: numbered[1].entry):
+        found = place is not None  # a position stands behind a document
+        for index, shard in group:
+            for after, document in shard.read(place):
+                found = True
+                yield (index, after), document
+            place = None
+        if not found:
+            raise UserError(f"data.source {entry!r} holds no text at all; give a source with text in it")
+
+
+def _shards_of(entry: str, text_key: str, separator: str | None, streaming: bool) -> list[Shard]:
+    """The shards of one entry of ``data.source``."""
+    path = Path(entry).expanduser()
+    if entry.startswith(DATASET_PREFIX):
+        kind = HubStream if streaming else HubDataset
+        return [kind(entry, entry.removeprefix(DATASET_PREFIX), text_key)]
+    is_named = False
+    if entry == PYTHON_STDLIB:
+        root, paths = _stdlib()
+        separator = None
+    elif path.is_dir() and is_saved_dataset(path):
+        return [SavedDataset(entry, path, text_key)]
+    elif path.is_dir():
+        root, paths = path, _files_in(path)
+    elif path.exists():
+        root, paths, is_named = path.parent, [path], True
     else:
-        raise UserError(f"data.held_out.by is {by!r}; allowed: 'hash', 'tail'")
-    train = [document for document, out in zip(documents, held, strict=True) if not out]
-    held_out = [document for document, out in zip(documents, held, strict=True) if out]
-    if not train or not held_out:
-        raise UserError(
-            f"splitting {len(documents)} document(s) by {by} at {fraction} leaves nothing "
-            f"{'to train on' if held_out else 'held out'}; give more documents, set data.separator so that "
-            "text files are cut into documents, or change data.held_out"
-        )
-    return train, held_out
+        root, paths = _fixed_part(path), _files_like(path)
+    for parquet in paths:
+        if parquet.suffix.lower() == ".parquet":
+            require_whole(parquet)
+    return [
+        FileShard(entry, path, path.relative_to(root).as_posix(), text_key, separator, may_be_empty=not is_named)
+        for path in paths
+    ]
 
 
-def _unit_hash(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone (``hash()`` would differ from run to run)."""
-    return int.from_bytes(hashlib.sha256(name.encode(errors="replace")).digest()[:6]) / 2**48
-
-
-def _tail_border(lengths: Sequence[int], fraction: float) -> int:
-    """Index of the first held-out document: of the inner borders, the nearest to the wanted character."""
-    ends = list(accumulate(lengths))
-    if len(ends) < 2:
-        return len(ends)
-    wanted = (1 - fraction) * ends[-1]
-    return 1 + min(range(len(ends) - 1), key=lambda i: abs(ends[i] - wanted))
-
-
-def _read_entry(source: str, text_key: str, separator: str | None) -> Iterator[Document]:
-    """Documents of one entry of ``data.source``."""
-    path = Path(source).expanduser()
-    if source == PYTHON_STDLIB:
-        return _read_stdlib()
-    if source.startswith(DATASET_PREFIX):
-        return read_hub_dataset(source.removeprefix(DATASET_PREFIX), text_key)
-    if path.is_dir():
-        if is_saved_dataset(path):
-            return read_saved_dataset(path, text_key)
-        return _read_folder(path, text_key, separator)
-    if path.exists():
-        return read_file(path, path.name, text_key, separator)
-    return _read_glob(path, text_key, separator)
-
-
-def _read_stdlib() -> Iterator[Document]:
+def _stdlib() -> tuple[Path, list[Path]]:
     root = Path(sysconfig.get_path("stdlib"))
 
     def belongs(path: Path) -> bool:
         return path.suffix == ".py" and STDLIB_LEFT_OUT.isdisjoint(path.relative_to(root).parts)
 
-    for path in _walk(root, belongs):
-        yield from read_file(path, path.relative_to(root).as_posix(), may_be_empty=True)
+    return root, _walk(root, belongs)
 
 
-def _read_folder(folder: Path, text_key: str, separator: str | None) -> Iterator[Document]:
+def _files_in(folder: Path) -> list[Path]:
     wanted = TEXT_SUFFIXES | ROW_SUFFIXES
 
     def belongs(path: Path) -> bool:
@@ -153,12 +146,10 @@ def _read_folder(folder: Path, text_key: str, separator: str | None) -> Iterator
             f"{folder}: the folder holds no file that ends in one of {' '.join(sorted(wanted))}; "
             f"for other endings give a glob, such as '{folder}/**/*.log'"
         )
-    for path in paths:
-        yield from read_file(path, path.relative_to(folder).as_posix(), text_key, separator, may_be_empty=True)
+    return paths
 
 
-def _read_glob(pattern: Path, text_key: str, separator: str | None) -> Iterator[Document]:
-    root = _fixed_part(pattern)
+def _files_like(pattern: Path) -> list[Path]:
     paths = sorted(path for path in map(Path, glob.glob(str(pattern), recursive=True)) if path.is_file())
     if not paths:
         raise UserError(
@@ -166,8 +157,7 @@ def _read_glob(pattern: Path, text_key: str, separator: str | None) -> Iterator[
             f"'{PYTHON_STDLIB}', a file, a folder, a glob, '{DATASET_PREFIX}ORG/NAME[:CONFIG[:SPLIT]]', "
             "or a list of these"
         )
-    for path in paths:
-        yield from read_file(path, path.relative_to(root).as_posix(), text_key, separator, may_be_empty=True)
+    return paths
 
 
 def _walk(root: Path, belongs: Callable[[Path], bool]) -> list[Path]:

@@ -1,27 +1,37 @@
-"""Tokenise documents once, into the memory-mapped token files of a prepared folder (see ``blocks``)."""
+"""Tokenise documents once, into the memory-mapped token files of a prepared folder (see ``blocks``).
+
+Documents are read one after another, tokenised by the chunk, and added to the files part by part (see ``parts``). What
+is in memory is a few chunks and one part. Neither chunks nor parts nor workers leave a trace in the result.
+"""
 
 import hashlib
 import json
-import os
-import shutil
-import socket
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import asdict
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from distill.data.blocks import FORMAT, MANIFEST, Blocks, Manifest, Split, read_manifest
-from distill.data.corpus import Document
+from distill.atomic import explained_full_disk, settle, sha256_of
+from distill.data.blocks import FORMAT, MANIFEST, Blocks, Manifest, read_manifest
+from distill.data.parts import MadeFrom, Parts, discard_parts, open_parts
+from distill.data.progress import progress, say
+from distill.data.readers import Document
+from distill.data.source import DocumentsAtHand, Item, Source
+from distill.data.splits import HELD_OUT, TRAIN, require_both_sides
+from distill.data.tokenising import Encoded, Tokenising
+from distill.data.workers import Encode, encoder
 from distill.errors import UserError
 
-__all__ = ["MANIFEST", "Blocks", "prepare", "tokenizer_hash"]
+__all__ = ["MANIFEST", "Blocks", "prepare", "prepare_source", "tokenizer_hash"]
 
-# Characters tokenised at a time: enough to keep the tokenizer's threads busy, little enough to forget.
-CHUNK_CHARACTERS = 4_000_000
+# Characters tokenised at a time: enough to make the way to a worker and back worth it.
+CHUNK_CHARACTERS = 1_000_000
+# Characters of a part, the most that is done again after a kill: seconds to a minute or two.
+PART_CHARACTERS = 64_000_000
 
 
 def prepare(
@@ -33,60 +43,75 @@ def prepare(
     block: int,
     bos: bool = True,
     eos: bool = False,
+    workers: int = 1,
 ) -> Manifest:
-    """Tokenise both splits into ``folder``, or keep what is there when it was made from the same things.
+    """Prepare two lists of documents: ``prepare_source`` for text that is in memory anyway."""
+    source = DocumentsAtHand(train, held_out)
+    return prepare_source(source, tokenizer, folder, block=block, bos=bos, eos=eos, workers=workers)
 
-    The folder appears whole or not at all, whenever the process is killed. What is there already is used
-    again if its fingerprint matches and its files are intact, and is replaced otherwise.
+
+def prepare_source(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    block: int,
+    bos: bool = True,
+    eos: bool = False,
+    limit: int | None = None,
+    workers: int = 1,
+) -> Manifest:
+    """Tokenise a source into ``folder``, or keep what is there when it was made from the same things.
+
+    The folder appears whole or not at all, whenever the process is killed, and the same call goes on from the last
+    whole part. What is there already is used again if it was made from the same source and settings and its files are
+    intact, and is replaced otherwise. One process prepares a folder at a time.
 
     Args:
-        train: Documents to train on.
-        held_out: Documents to evaluate on.
+        source: The documents.
         tokenizer: Called without special tokens; ``bos`` and ``eos`` add its own to each document.
         folder: Where to write; it must be new, empty, or prepared data.
         block: Tokens a sequence; only checked here, each split must fill at least one.
         bos: Put the tokenizer's BOS before each document.
         eos: Put the tokenizer's EOS after each document.
+        limit: Training tokens that are enough: the document that reaches them is the last. None for all there are.
+        workers: Processes that tokenise, which never changes the result; 1 is this one.
 
     Raises:
-        UserError: The tokenizer lacks a token that is asked for, a split is shorter than one block, the
-            folder holds something else, or the disk is full.
+        UserError: The source cannot be read, the tokenizer lacks a token that is asked for, a split is shorter than
+            one block, the folder holds something else or is being prepared by another process, or the disk is full.
     """
     folder = Path(folder)
-    before = _special(tokenizer, "bos") if bos else []
-    after = _special(tokenizer, "eos") if eos else []
-    splits = {"train": train, "held_out": held_out}
-    fingerprint = _fingerprint(splits, tokenizer, before, after)
+    tokenising = _tokenising(tokenizer, bos, eos)
+    settings = [FORMAT, tokenizer_hash(tokenizer), *tokenising[1:], limit]
+    request = _digest([settings, source.request()])
 
-    manifest = _intact(folder, fingerprint)
+    settle(folder)
+    manifest = _intact(folder, request)
     if manifest is not None:
-        _check_lengths(manifest, block)
+        discard_parts(folder)
+        _require_block({name: split.tokens for name, split in manifest.splits.items()}, block)
         return manifest
     _refuse_foreign(folder)
-    _sweep(folder)
-    temporary = folder.with_name(f"{_temporary_stem(folder)}{os.getpid()}.tmp")
-    made = [above for above in folder.parents if not above.exists()]
-    dtype = np.dtype("<u2" if _largest_id(tokenizer) <= np.iinfo(np.uint16).max else "<u4")
-    try:
-        temporary.mkdir(parents=True)
-        written = {
-            name: _write_split(temporary, name, documents, tokenizer, before, after, dtype)
-            for name, documents in splits.items()
-        }
-        manifest = Manifest(fingerprint, dtype.str, bos, eos, written)
-        _check_lengths(manifest, block)
-        _write_synced(temporary / MANIFEST, json.dumps(asdict(manifest), indent=2).encode())
-        _move_into_place(temporary, folder)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: the prepared data cannot be written ({error.strerror}); "
-            "free some space, or choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for above in made:  # the innermost first; after a failure they are empty
-            with suppress(OSError):
-                above.rmdir()
+    options, shards = source.made_from()
+    made_from = MadeFrom(_digest([settings, options]), shards)
+    with _explained(folder), open_parts(folder, made_from, np.dtype(tokenising[3]).itemsize) as parts:
+        with encoder(tokenising, workers) as encode:
+            _read_on(parts, source, encode, limit, folder)
+        train, held_out = parts.splits[TRAIN], parts.splits[HELD_OUT]
+        require_both_sides(train.documents, held_out.documents, source.split())
+        _require_block({name: split.n_tokens for name, split in parts.splits.items()}, block)
+        parts.seal()
+        chains = {name: split.chain for name, split in parts.splits.items()}
+        manifest = Manifest(
+            fingerprint=_digest([settings[:-1], chains]),
+            request=request,
+            dtype=tokenising[3],
+            bos=bos,
+            eos=eos,
+            splits={name: split.facts() for name, split in parts.splits.items()},
+        )
+        parts.finish(manifest, folder)
     return manifest
 
 
@@ -102,6 +127,58 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
+def _read_on(parts: Parts, source: Source, encode: Encode, limit: int | None, folder: Path) -> None:
+    """Add to the parts what the source holds behind them, until its end or the limit."""
+    train = parts.splits[TRAIN]
+    if parts.count:
+        say(f"preparing {folder}: going on from {train.n_tokens:,} training tokens in {parts.count} part(s)")
+    if limit is not None and train.n_tokens >= limit:
+        return
+    encoded = _encoded(source.read(parts.position, parts.extent), encode)
+    with closing(encoded), progress(f"preparing {folder}", "training tokens", train.n_tokens, limit) as show:
+        for item, tokens in encoded:
+            parts.add(item.split, item.document, tokens, item.position)
+            if parts.pending >= PART_CHARACTERS:
+                parts.seal()
+            show(train.n_tokens)
+            if limit is not None and train.n_tokens >= limit:
+                return
+
+
+def _encoded(items: Iterable[Item], encode: Encode) -> Generator[tuple[Item, Encoded], None, None]:
+    """Each item with its tokens."""
+    under_way: deque[list[Item]] = deque()
+
+    def texts() -> Iterator[list[str]]:
+        for chunk in _chunks(items):
+            under_way.append(chunk)
+            yield [item.document.text for item in chunk]
+
+    for encoded in encode(texts()):
+        yield from zip(under_way.popleft(), encoded, strict=True)
+
+
+def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
+    chunk: list[Item] = []
+    characters = 0
+    for item in items:
+        chunk.append(item)
+        characters += len(item.document.text)
+        if characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _tokenising(tokenizer: PreTrainedTokenizerBase, bos: bool, eos: bool) -> Tokenising:
+    before = _special(tokenizer, "bos") if bos else []
+    after = _special(tokenizer, "eos") if eos else []
+    # Not the vocabulary's size: ids may have gaps.
+    largest = max(tokenizer.get_vocab().values())
+    return tokenizer, before, after, "<u2" if largest <= np.iinfo(np.uint16).max else "<u4"
+
+
 def _special(tokenizer: PreTrainedTokenizerBase, which: str) -> list[int]:
     token_id = getattr(tokenizer, f"{which}_token_id")
     if token_id is None:
@@ -111,97 +188,27 @@ def _special(tokenizer: PreTrainedTokenizerBase, which: str) -> list[int]:
     return [token_id]
 
 
-def _largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    # Not the vocabulary's size: ids may have gaps.
-    return max(tokenizer.get_vocab().values())
+def _digest(told: Any) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-def _fingerprint(
-    splits: dict[str, Sequence[Document]],
-    tokenizer: PreTrainedTokenizerBase,
-    before: list[int],
-    after: list[int],
-) -> str:
-    total = hashlib.sha256(json.dumps([FORMAT, tokenizer_hash(tokenizer), before, after]).encode())
-    for name, documents in splits.items():
-        total.update(f"\n{name} {len(documents)}\n".encode())
-        for document in documents:
-            text = _utf8(document)
-            total.update(json.dumps([document.name, len(text)]).encode())
-            total.update(hashlib.sha256(text).digest())
-    return total.hexdigest()
-
-
-def _write_split(
-    folder: Path,
-    name: str,
-    documents: Sequence[Document],
-    tokenizer: PreTrainedTokenizerBase,
-    before: list[int],
-    after: list[int],
-    dtype: np.dtype,
-) -> Split:
-    starts: list[int] = []
-    n_tokens = 0
-    with (folder / f"{name}.tokens").open("wb") as file:
-        for chunk in _chunks(documents):
-            encoded = tokenizer(
-                [document.text for document in chunk],
-                add_special_tokens=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )
-            for ids in encoded["input_ids"]:
-                starts.append(n_tokens)
-                n_tokens += file.write(np.array([*before, *ids, *after], dtype).tobytes()) // dtype.itemsize
-        file.flush()
-        os.fsync(file.fileno())
-    _write_synced(folder / f"{name}.starts", np.array(starts, "<i8").tobytes())
-    return Split(
-        documents=len(documents),
-        characters=sum(len(document.text) for document in documents),
-        utf8_bytes=sum(len(_utf8(document)) for document in documents),
-        tokens=n_tokens,
-        sha256={file: _sha256(folder / file) for file in (f"{name}.tokens", f"{name}.starts")},
-    )
-
-
-def _utf8(document: Document) -> bytes:
-    # JSON may hold lone surrogates, which no encoding takes.
-    return document.text.encode(errors="replace")
-
-
-def _chunks(documents: Sequence[Document]) -> Iterator[list[Document]]:
-    chunk: list[Document] = []
-    characters = 0
-    for document in documents:
-        chunk.append(document)
-        characters += len(document.text)
-        if characters >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
-
-
-def _check_lengths(manifest: Manifest, block: int) -> None:
-    for name, split in manifest.splits.items():
-        if split.tokens < block:
+def _require_block(tokens: dict[str, int], block: int) -> None:
+    for name, n_tokens in tokens.items():
+        if n_tokens < block:
             raise UserError(
-                f"the {name.replace('_', '-')} text has {split.tokens} tokens, less than one block of {block};"
+                f"the {name.replace('_', '-')} text has {n_tokens} tokens, less than one block of {block};"
                 " give more text, lower data.block, or change data.held_out"
             )
 
 
-def _intact(folder: Path, fingerprint: str) -> Manifest | None:
+def _intact(folder: Path, request: str) -> Manifest | None:
     """The manifest of a folder that can be used as it is, else None."""
     try:
         manifest = read_manifest(folder)
-        if manifest.fingerprint != fingerprint:
+        if manifest.request != request:
             return None
         wanted = {file: sha for split in manifest.splits.values() for file, sha in split.sha256.items()}
-        return manifest if all(_sha256(folder / file) == sha for file, sha in wanted.items()) else None
+        return manifest if all(sha256_of(folder / file) == sha for file, sha in wanted.items()) else None
     except (UserError, OSError):
         return None
 
@@ -214,45 +221,13 @@ def _refuse_foreign(folder: Path) -> None:
         raise UserError(f"{folder}: holds something other than prepared data; give a new or empty folder")
 
 
-def _temporary_stem(folder: Path) -> str:
-    return f".{folder.name}.{socket.gethostname()}-"
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed processes of this machine left beside ``folder``."""
-    stem = _temporary_stem(folder)
-    for leftover in folder.parent.glob(".*"):
-        pid = leftover.name.removeprefix(stem).partition(".")[0]
-        if pid.isdigit() and (int(pid) == os.getpid() or not _is_running(int(pid))):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _move_into_place(temporary: Path, folder: Path) -> None:
-    """Rename the finished folder to its name; an older one steps aside first, then goes."""
-    old = temporary.with_suffix(".old")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        with explained_full_disk(folder):
+            yield
+    except OSError as error:
+        raise UserError(
+            f"{folder}: the prepared data cannot be written ({error.strerror}); make room for it, or choose another"
+            " folder"
+        ) from error

@@ -1,5 +1,6 @@
-"""Read one file, or one dataset, of each kind as documents."""
+"""Read one file of any kind as documents, one after another and from any place on."""
 
+import codecs
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,10 @@ from typing import Any
 from distill.errors import UserError
 
 ROW_SUFFIXES = frozenset({".jsonl", ".parquet"})
+
+# Read at a time: bytes of a text file, rows of a Parquet file. Memory holds this much, or one document.
+BLOCK_BYTES = 1 << 20
+BATCH_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +37,11 @@ def read_file(
     separator: str | None = None,
     *,
     may_be_empty: bool = False,
-) -> Iterator[Document]:
-    """Documents of a ``.jsonl``, ``.parquet`` or (whatever else it ends in) text file.
+    skip: int = 0,
+) -> Iterator[tuple[int, Document]]:
+    """Documents of a ``.jsonl``, ``.parquet`` or (whatever else it ends in) text file, each with its place.
+
+    The place is the number of the row, line or piece it is, counted from 1.
 
     Args:
         path: The file.
@@ -42,126 +50,68 @@ def read_file(
         separator: What separates the documents of a text file; None makes it one document.
         may_be_empty: Let an empty text file pass without a document, as an ``__init__.py`` that was found in
             a folder; a file that was asked for by name is expected to hold something.
+        skip: The place after which to begin.
 
     Raises:
         UserError: The file is missing, empty, binary, not UTF-8, or not what its ending says.
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        yield from _read_parquet(path, name, text_key)
+        yield from _read_parquet(path, name, text_key, skip)
         return
-    text = _text_of(path)
-    if not text.strip():
-        if may_be_empty and suffix not in ROW_SUFFIXES:
-            return
-        raise UserError(f"{path}: the file is empty; give a file with text in it")
+    blocks = _text_blocks(path)
     if suffix == ".jsonl":
-        yield from _read_jsonl(path, name, text, text_key)
-    elif separator is None:
-        yield Document(name, text)
+        # Not str.splitlines: it also cuts at U+2028 and the like, which JSON strings may hold as they are.
+        pieces = _pieces(blocks, "\n")
     else:
-        yield from (_part(name, piece) for piece in text.split(separator) if piece.strip())
+        pieces = iter(["".join(blocks)]) if separator is None else _pieces(blocks, separator)
+    is_blank = True
+    for place, piece in enumerate(pieces, start=1):
+        if not piece.strip():
+            continue
+        is_blank = False
+        if place <= skip:
+            continue
+        if suffix == ".jsonl":
+            document = _json_line(piece, name, text_key, f"{path}:{place}")
+        else:
+            document = Document(name, piece) if separator is None else _part(name, piece)
+        if document:
+            yield place, document
+    if is_blank and (suffix == ".jsonl" or not may_be_empty):
+        raise UserError(f"{path}: the file is empty; give a file with text in it")
 
 
-def is_saved_dataset(folder: Path) -> bool:
-    """Whether ``save_to_disk`` of ``datasets`` wrote this folder."""
-    saved = (folder / "state.json").exists() and (folder / "dataset_info.json").exists()
-    return saved or (folder / "dataset_dict.json").exists()
+def require_whole(path: Path) -> None:
+    """Look whether a Parquet file begins and ends as one: cheap enough to ask of every shard before the first is read.
 
-
-def read_saved_dataset(folder: Path, text_key: str) -> Iterator[Document]:
-    """Rows of a folder that ``save_to_disk`` wrote; of several splits, those of ``train``."""
-    import datasets
-
+    Raises:
+        UserError: It does not, as when its download or copy was cut short.
+    """
     try:
-        loaded = datasets.load_from_disk(str(folder))
-    except Exception as error:  # datasets lets through whatever its file formats raise
-        raise UserError(f"{folder}: datasets cannot load this folder ({_first_line(error)})") from error
-    if isinstance(loaded, datasets.DatasetDict):
-        if "train" not in loaded:
-            raise UserError(
-                f"{folder}: holds the splits {', '.join(loaded)} and no 'train'; give the folder of one split"
-            )
-        loaded = loaded["train"]
-    yield from _dataset_rows(loaded, text_key, str(folder), folder.name)
-
-
-def read_hub_dataset(reference: str, text_key: str) -> Iterator[Document]:
-    """Rows of ``ORG/NAME[:CONFIG[:SPLIT]]``, loaded by ``datasets``; the split is ``train`` unless given."""
-    import datasets
-
-    allowed = "allowed: dataset:ORG/NAME[:CONFIG[:SPLIT]], where the split is 'train' unless given"
-    path, *rest = reference.split(":")
-    if not path or len(rest) > 2:
-        raise UserError(f"data.source 'dataset:{reference}'; {allowed}")
-    config, split = [*rest, "", ""][:2]
-    try:
-        loaded = datasets.load_dataset(path, config or None, split=split or "train")
-    except Exception as error:  # the hub, its cache and a dozen formats, each with exceptions of its own
-        raise UserError(
-            f"data.source 'dataset:{reference}': datasets cannot load it ({_first_line(error)}); {allowed}"
-        ) from error
-    yield from _dataset_rows(loaded, text_key, f"dataset:{reference}", path)
-
-
-def _text_of(path: Path) -> str:
-    """The file as UTF-8 text, its line ends untouched."""
-    try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            head = file.read(4)
+            file.seek(-min(4, path.stat().st_size), 2)
+            tail = file.read(4)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a readable file") from error
-    if b"\0" in data:
-        raise UserError(f"{path}: is a binary file (zero byte at offset {data.index(0)}); give text files")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
+    if head != b"PAR1" or tail != b"PAR1":
+        raise _no_parquet(path, "its beginning or its end is missing")
+
+
+def text_document(text: Any, text_key: str, where: str, name: str) -> Document | None:
+    """The document of one row; none where its text is null or blank."""
+    if text is None:
+        return None
+    if not isinstance(text, str):
         raise UserError(
-            f"{path}: is not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start}); "
-            "if it is text, convert it, for example with iconv -t utf-8"
-        ) from error
+            f"{where}: {text_key!r} holds a {type(text).__name__}, not text; set data.text_key to the key with the text"
+        )
+    return _part(name, text) if text.strip() else None
 
 
-def _read_jsonl(path: Path, name: str, text: str, text_key: str) -> Iterator[Document]:
-    # Not str.splitlines: it also cuts at U+2028 and the like, which JSON strings may hold as they are.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{where}: is not JSON ({error.msg}, column {error.colno}); each line must be a JSON object"
-            ) from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: holds a {type(row).__name__}; each line must be a JSON object")
-        _check_key(list(row), text_key, where)
-        yield from _row(row[text_key], text_key, where, name)
-
-
-def _read_parquet(path: Path, name: str, text_key: str) -> Iterator[Document]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        _check_key(table.schema_arrow.names, text_key, str(path))
-        for batch in table.iter_batches(columns=[text_key]):
-            for text in batch.column(0).to_pylist():
-                yield from _row(text, text_key, f"{path}, row {number}", name)
-                number += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({_first_line(error)}); is the file whole?") from error
-
-
-def _dataset_rows(dataset: Any, text_key: str, where: str, name: str) -> Iterator[Document]:
-    _check_key(dataset.column_names, text_key, where)
-    for number, row in enumerate(dataset.select_columns([text_key])):
-        yield from _row(row[text_key], text_key, f"{where}, row {number}", name)
-
-
-def _check_key(keys: Sequence[str], text_key: str, where: str) -> None:
+def check_key(keys: Sequence[str], text_key: str, where: str) -> None:
+    """Raises UserError, which lists the keys, if the one with the text is not among them."""
     if text_key not in keys:
         raise UserError(
             f"{where}: no key {text_key!r}; the keys are {', '.join(map(str, keys)) or '(none)'}; "
@@ -169,21 +119,84 @@ def _check_key(keys: Sequence[str], text_key: str, where: str) -> None:
         )
 
 
-def _row(text: Any, text_key: str, where: str, name: str) -> Iterator[Document]:
-    """The document of one row; none where its text is null or blank."""
-    if text is None:
-        return
-    if not isinstance(text, str):
+def _text_blocks(path: Path) -> Iterator[str]:
+    """A file as UTF-8 text, its line ends untouched, block by block."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = unfinished = 0
+    is_first = True
+    try:
+        with path.open("rb") as file:
+            while block := file.read(BLOCK_BYTES):
+                if b"\0" in block:
+                    zero = offset + block.index(0)
+                    raise UserError(f"{path}: is a binary file (zero byte at offset {zero}); give text files")
+                unfinished = len(decoder.getstate()[0])
+                text = decoder.decode(block)
+                yield text.removeprefix("\ufeff") if is_first else text
+                is_first = is_first and not text
+                offset += len(block)
+            unfinished = len(decoder.getstate()[0])
+            decoder.decode(b"", final=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a readable file") from error
+    except UnicodeDecodeError as error:
         raise UserError(
-            f"{where}: {text_key!r} holds a {type(text).__name__}, not text; set data.text_key to the key with the text"
-        )
-    if text.strip():
-        yield _part(name, text)
+            f"{path}: is not UTF-8 text (byte 0x{error.object[error.start]:02x} at offset "
+            f"{offset - unfinished + error.start}); if it is text, convert it, for example with iconv -t utf-8"
+        ) from error
+
+
+def _pieces(blocks: Iterator[str], separator: str) -> Iterator[str]:
+    """What ``"".join(blocks).split(separator)`` holds, without joining more than a piece and a few blocks."""
+    rest = new = ""
+    for block in blocks:
+        new += block
+        if len(new) >= len(rest):  # so that a long piece is not searched again with every block
+            *pieces, rest = (rest + new).split(separator)
+            new = ""
+            yield from pieces
+    yield from (rest + new).split(separator)
+
+
+def _json_line(line: str, name: str, text_key: str, where: str) -> Document | None:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where}: is not JSON ({error.msg}, column {error.colno}); each line must be a JSON object"
+        ) from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: holds a {type(row).__name__}; each line must be a JSON object")
+    check_key(list(row), text_key, where)
+    return text_document(row[text_key], text_key, where, name)
+
+
+def _read_parquet(path: Path, name: str, text_key: str, skip: int) -> Iterator[tuple[int, Document]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    place = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            check_key(file.schema_arrow.names, text_key, str(path))
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if place + rows <= skip:
+                    place += rows
+                    continue
+                for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[text_key]):
+                    for text in batch.column(0).to_pylist():
+                        place += 1
+                        document = text_document(text, text_key, f"{path}, row {place - 1}", name)
+                        if document and place > skip:
+                            yield place, document
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _no_parquet(path, str(error).strip().partition("\n")[0]) from error
+
+
+def _no_parquet(path: Path, why: str) -> UserError:
+    return UserError(f"{path}: cannot be read as Parquet ({why}); is the file whole? Fetch it again, or leave it out")
 
 
 def _part(name: str, text: str) -> Document:
     return Document(f"{name}#{hashlib.sha256(text.encode(errors='replace')).hexdigest()[:16]}", text)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -78,7 +78,7 @@ def test_evaluation_stops_at_its_budget(blocks, max_tokens, rows):
 def test_steps_that_tokens_pay_for():
     assert steps_for(1_500_000, 16, 256) == 366
     assert steps_for(4096, 16, 256) == 1
-    assert steps_for(100_000, 4, 256, 2, ranks=3) == 16
+    assert steps_for(100_000, 24, 256) == 16
     with pytest.raises(UserError, match="4095 tokens are less than one step of 4096"):
         steps_for(4095, 16, 256)
 

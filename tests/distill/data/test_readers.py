@@ -1,5 +1,7 @@
 import json
 import os
+import random
+import tracemalloc
 from pathlib import Path
 
 import datasets
@@ -7,7 +9,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from distill.data import read_documents
+from distill.data import read_documents, readers
+from distill.data.corpus import find_shards, read_shards
+from distill.data.readers import read_file
 from distill.errors import UserError
 
 
@@ -163,3 +167,124 @@ def test_an_unreadable_file_is_named(tmp_path):
     path.chmod(0)
     with pytest.raises(UserError, match="cannot be read"):
         texts(path)
+
+
+TEXT = "naïve — 日本語 \U0001f600 text\n\n\nwith\n\n\n\nlines\r\n and\n\n"
+
+
+@pytest.mark.parametrize("separator", ["\n\n", "\n", "語", "aa", TEXT])
+def test_pieces_are_those_of_the_whole_text_however_it_is_read(separator, tmp_path, monkeypatch):
+    rng = random.Random(separator)
+    for size in (1, 2, 3, 5, 64):
+        monkeypatch.setattr(readers, "BLOCK_BYTES", size)
+        text = "".join(rng.choice([TEXT, "a", "aa", "\n", "é語"]) for _ in range(60))
+        (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert texts(tmp_path / "a.txt", separator=separator) == [t for t in text.split(separator) if t.strip()]
+        assert texts(tmp_path / "a.txt") == [text]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64])
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("日本語".encode() + b"\xff", "byte 0xff at offset 9"),
+        ("日本語".encode()[:-1], "byte 0xe8 at offset 6"),
+        ("日本".encode() + b"\xe8a", "byte 0xe8 at offset 6"),
+    ],
+)
+def test_bytes_that_are_no_text_are_found_where_they_are(data, said, size, tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "BLOCK_BYTES", size)
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(UserError, match=said):
+        texts(tmp_path / "a.txt")
+
+
+@pytest.fixture
+def written(tmp_path):
+    """The same rows as a file of each kind, some of them blank."""
+    rows = [" " if number % 7 == 0 else f"row {number}\nof a file" for number in range(50)]
+    (tmp_path / "rows.txt").write_text("|".join(rows))
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": row} for row in rows])
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "rows.parquet", row_group_size=12)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_a_file_is_read_on_from_any_place(kind, written):
+    path = written / f"rows.{kind}"
+    every = list(read_file(path, path.name, separator="|"))
+    assert len(every) == 42
+    for number, (place, _) in enumerate(every, start=1):
+        assert list(read_file(path, path.name, separator="|", skip=place)) == every[number:]
+
+
+def test_row_groups_before_the_place_are_not_read(written):
+    path = written / "rows.parquet"
+    every = list(read_file(path, path.name))
+    first = pyarrow.parquet.ParquetFile(path).metadata.row_group(0).column(0)
+    data = bytearray(path.read_bytes())
+    data[4 : 4 + first.total_compressed_size] = bytes(first.total_compressed_size)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="cannot be read as Parquet"):
+        list(read_file(path, path.name))
+    assert list(read_file(path, path.name, skip=12)) == [(place, row) for place, row in every if place > 12]
+
+
+def test_no_file_of_rows_is_held_in_memory(tmp_path):
+    """The most that Python holds on the way through 24 MB."""
+    line = json.dumps({"text": "words " * 1000}) + "\n"
+    (tmp_path / "a.jsonl").write_text(line * 4000)
+    (tmp_path / "a.txt").write_text(("words " * 1000 + "|") * 4000)
+    for name in ("a.jsonl", "a.txt"):
+        tracemalloc.start()
+        assert sum(1 for _ in read_documents(tmp_path / name, separator="|")) == 4000
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 8_000_000, name
+
+
+def test_no_parquet_file_is_held_in_memory(tmp_path):
+    words = random.Random(0)
+    rows = [words.randbytes(3000).hex() for _ in range(2000)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet", row_group_size=100)
+    size = (tmp_path / "a.parquet").stat().st_size
+    assert size > 6_000_000
+    del rows
+    before, peak = pyarrow.total_allocated_bytes(), 0
+    for _ in read_documents(tmp_path / "a.parquet"):
+        peak = max(peak, pyarrow.total_allocated_bytes() - before)
+    assert 0 < peak < size / 4
+
+
+def test_a_parquet_file_that_is_cut_short_is_named_before_any_is_read(tmp_path):
+    for name in ("a.parquet", "b.parquet"):
+        datasets.Dataset.from_dict({"text": ["a" * 1000] * 100}).to_parquet(tmp_path / name)
+    data = (tmp_path / "b.parquet").read_bytes()
+    for damaged in (data[:-1], data[1:], data[:3], b""):
+        (tmp_path / "b.parquet").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"b\.parquet: cannot be read as Parquet"):
+            read_documents(tmp_path / "*.parquet")
+
+
+def test_a_stream_is_read_on_from_any_place(stories, tmp_path, monkeypatch):
+    data = tmp_path / "org" / "stories"
+    data.mkdir(parents=True)
+    rows = [" ", *stories, None]
+    for shard in range(3):
+        table = pyarrow.table({"text": rows[shard::3], "n": [0] * len(rows[shard::3])})
+        pyarrow.parquet.write_table(table, data / f"train-{shard}.parquet", row_group_size=5)
+    monkeypatch.chdir(tmp_path)
+
+    def read_on(position: object = None) -> list:
+        """A new stream each time, and a position as a journal holds it."""
+        return list(read_shards(find_shards("dataset:org/stories", streaming=True), json.loads(json.dumps(position))))
+
+    every = read_on()
+    expected = [document for _, document in every]
+    assert sorted(document.text for document in expected) == sorted(stories)
+    for number, (position, _) in enumerate(every, start=1):
+        rest = read_on(position)
+        assert [document for _, document in rest] == expected[number:]
+        for again in (0, 1, 7):  # interrupted once more
+            if again < len(rest):
+                assert [document for _, document in read_on(rest[again][0])] == expected[number + again + 1 :]
