@@ -6,7 +6,7 @@ fake tensors counts what autograd really keeps, for any width and length, in mil
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from distill.objectives.mixing import mixing_distance
 
 
-def of_layer(layer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> int:
-    """Bytes a sequence of one whole decoder layer, whether it has a mixer or attention.
+class Saved(NamedTuple):
+    """Bytes kept for backward.
+
+    Attributes:
+        a_sequence: what each sequence of the batch adds.
+        once: what is kept whatever the batch: under autocast the bfloat16 copies of the weights.
+    """
+
+    a_sequence: int
+    once: int
+
+
+def of_layer(layer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> Saved:
+    """What one whole decoder layer keeps, whether it has a mixer or attention.
 
     Args:
         layer: a layer of a student, on the meta device or with weights; it is not touched.
@@ -29,16 +41,16 @@ def of_layer(layer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> i
         cos_BTP = torch.empty(1, block, layer.self_attn.head_dim)
         layer(hidden_BTD, position_embeddings=(cos_BTP, cos_BTP), attention_mask=None)
 
-    return _kept(layer, run, hidden, block, dtype)
+    return _saved(layer, run, hidden, block, dtype)
 
 
-def of_mixer(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> int:
-    """Bytes a sequence of one mixer alone; arguments as `of_layer`."""
-    return _kept(mixer, lambda mixer, hidden_BTD: mixer(hidden_BTD), hidden, block, dtype)
+def of_mixer(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> Saved:
+    """What one mixer alone keeps; arguments as `of_layer`."""
+    return _saved(mixer, lambda mixer, hidden_BTD: mixer(hidden_BTD), hidden, block, dtype)
 
 
-def of_matrix(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> int:
-    """Bytes a sequence of one mixer's matrix up to its distance from the teacher's, that one included."""
+def of_matrix(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> Saved:
+    """What one mixer's matrix keeps up to its distance from the teacher's, that one included."""
 
     def run(mixer: Any, hidden_BTD: Tensor) -> None:
         matrix_BHTT = mixer.mixing_matrix(hidden_BTD)
@@ -46,12 +58,21 @@ def of_matrix(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> 
 
     heads = int(mixer.n_heads)  # type: ignore[arg-type]
     teacher = 2 * heads * block**2 * 4  # the scores and their softmax, fp32
-    return teacher + _kept(mixer, run, hidden, block, dtype)
+    saved = _saved(mixer, run, hidden, block, dtype)
+    return Saved(teacher + saved.a_sequence, saved.once)
 
 
-def _kept(module: nn.Module, run: Callable[[Any, Tensor], None], hidden: int, block: int, dtype: torch.dtype) -> int:
-    """Bytes of all storages that autograd saves in ``run(module, hidden_BTD)``, parameters apart."""
+def _saved(module: nn.Module, run: Callable[[Any, Tensor], None], hidden: int, block: int, dtype: torch.dtype) -> Saved:
+    """From a batch of one and a batch of two: what the second sequence adds, and what it does not."""
     module = copy.deepcopy(module).to("meta")
+    one, two = (_kept(module, run, (batch, block, hidden), dtype) for batch in (1, 2))
+    return Saved(a_sequence=two - one, once=2 * one - two)
+
+
+def _kept(
+    module: nn.Module, run: Callable[[Any, Tensor], None], shape_BTD: tuple[int, int, int], dtype: torch.dtype
+) -> int:
+    """Bytes of all storages that autograd saves in ``run(module, hidden_BTD)``, parameters apart."""
     saved: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -61,7 +82,7 @@ def _kept(module: nn.Module, run: Callable[[Any, Tensor], None], hidden: int, bl
 
     with FakeTensorMode():
         _on_fake_cpu(module)
-        hidden_BTD = torch.empty(1, block, hidden, requires_grad=True)
+        hidden_BTD = torch.empty(shape_BTD, requires_grad=True)
         autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
         with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             run(module, hidden_BTD)

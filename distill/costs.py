@@ -1,4 +1,4 @@
-"""What a stage costs: floating-point operations, by formula, and memory.
+"""What a stage costs wherever it runs: floating-point operations, by formula, and what it keeps for backward.
 
 ========  =============================================================================
 symbol    meaning
@@ -28,7 +28,9 @@ Backward costs twice the forward, and n weights that are frozen save 2 n of it. 
     logits      teacher + head             +  3 (2 (n_mixer + n_attention + n_mlp) + (L − K) scan
                                                  + K attention + head)
 
-The first two stages never run the head. Evaluation, checkpoints and the conversion come on top.
+The first two stages never run the head, and a last stage with an offline teacher no teacher. Evaluation, checkpoints
+and the conversion come on top. Which weights, gradients and moments a process holds depends on the engine:
+`distill.memory`.
 """
 
 from dataclasses import dataclass
@@ -38,33 +40,29 @@ import torch
 from transformers import PreTrainedModel
 
 from distill import activations
+from distill.data.batches import micro_batches
 from distill.layout import mixer_layers
 from distill.recipe import HiddenStage, LogitsStage, MixingStage, Recipe, Stage
 from distill.ssd.chunked import CHUNK
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # The logit loss turns this many logits into fp32 at a time, in about this many copies.
 _LOSS_CHUNK, _LOSS_COPIES = 2**25, 6
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on each process, without sharding."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-
 class Kept(NamedTuple):
-    """Bytes that a micro-batch keeps for backward: at the worst moment, and in all, one layer after the other."""
+    """Bytes that a micro-batch keeps for its backward pass.
 
-    at_once: int
+    Attributes:
+        graph: what autograd keeps at the worst moment: of all layers in the last stage, of one in the first two.
+        traces: what the teacher read and wrote in the converted layers, in the first two stages.
+        weights: bfloat16 copies of the fp32 weights that the graph holds, made by autocast.
+        in_all: all that is kept, one layer after the other, as often as it is written.
+    """
+
+    graph: int
+    traces: int
+    weights: int
     in_all: int
 
 
@@ -107,77 +105,118 @@ def sizes_of(student: PreTrainedModel, block: int, teacher_roles: dict[str, int]
 
 def flops_per_token(sizes: Sizes, stage: Stage) -> float:
     """Floating-point operations that training costs a token, teacher and student together."""
+    return teacher_flops_per_token(sizes, stage) + student_flops_per_token(sizes, stage)
+
+
+def cut(stage: Stage, ranks: int) -> tuple[int, int]:
+    """How a step is cut up: (sequences a forward pass on a process, forward passes a step).
+
+    Args:
+        ranks: processes that share the data.
+    """
+    return micro_batches(stage.batch_size, stage.micro_batch_size, ranks)
+
+
+def runs_teacher(stage: Stage) -> bool:
+    """Whether the teacher computes beside the student, or its predictions were written to disk before."""
+    return not (isinstance(stage, LogitsStage) and stage.offline_teacher)
+
+
+def teacher_flops_per_token(sizes: Sizes, stage: Stage) -> float:
+    """The teacher's forward, as far as a stage runs it."""
+    if not runs_teacher(stage):
+        return 0
+    s = sizes
+    layers = 2 * (s.teacher["attention"] + s.teacher["mlp"]) + s.n_layers * _attention(s)
+    if isinstance(stage, MixingStage):
+        return layers + s.n_changed * 2 * s.block * s.heads * s.head_dim
+    return layers if isinstance(stage, HiddenStage) else layers + _head(s)
+
+
+def student_flops_per_token(sizes: Sizes, stage: Stage) -> float:
+    """Forward and backward of what a stage runs of the student."""
     s, n = sizes, sizes.student
     chunk = min(CHUNK, s.block)
-    attention = 4 * s.block * s.heads * s.head_dim
     scan = s.heads * (2 * chunk * (s.state_dim + s.head_dim) + 4 * s.head_dim * s.state_dim)
-    head = 2 * s.hidden * s.vocabulary
-    teacher = 2 * (s.teacher["attention"] + s.teacher["mlp"]) + s.n_layers * attention
     if isinstance(stage, MixingStage):
-        teacher += s.n_changed * 2 * s.block * s.heads * s.head_dim
-        return teacher + 3 * (2 * n["mixer"] + s.n_changed * 2 * s.block * s.heads * s.state_dim)
+        return 3 * (2 * n["mixer"] + s.n_changed * 2 * s.block * s.heads * s.state_dim)
     if isinstance(stage, HiddenStage):
-        student = 2 * n["mixer"] + s.n_changed * scan
         mlp = n["mlp"] * s.n_changed / s.n_layers if stage.target == "block" else 0
-        return teacher + 3 * (student + 2 * mlp) - (0 if "mlp" in stage.train else 2 * mlp)
-    layers = 2 * (n["mixer"] + n["attention"] + n["mlp"]) + s.n_changed * scan + s.n_kept * attention
+        return 3 * (2 * n["mixer"] + s.n_changed * scan + 2 * mlp) - (0 if "mlp" in stage.train else 2 * mlp)
+    layers = 2 * (n["mixer"] + n["attention"] + n["mlp"]) + s.n_changed * scan + s.n_kept * _attention(s)
     frozen = sum(2 * n[role] for role in ("mixer", "attention", "mlp") if role not in stage.train)
-    return teacher + head + 3 * (layers + head) - frozen
+    return 3 * (layers + _head(s)) - frozen
 
 
-def memory(recipe: Recipe, stage: Stage, sizes: Sizes, kept: Kept) -> Memory:
-    """What one process holds at the worst moment of a step: both models, the optimizer, one micro-batch.
-
-    Student weights, gradients and AdamW's two moments are fp32.
-    """
-    trained = sum(sizes.student[role] for role in stage.train)
-    teacher = _DTYPES[recipe.teacher.dtype].itemsize * sum(sizes.teacher.values())
-    return Memory(
-        weights=teacher + 4 * sum(sizes.student.values()),
-        gradients=4 * trained,
-        optimizer=8 * trained,
-        activations=kept.at_once,
-    )
+def _attention(sizes: Sizes) -> int:
+    return 4 * sizes.block * sizes.heads * sizes.head_dim
 
 
-def kept_for_backward(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrainedModel) -> Kept:
+def _head(sizes: Sizes) -> int:
+    return 2 * sizes.hidden * sizes.vocabulary
+
+
+def kept_for_backward(
+    recipe: Recipe,
+    stage: Stage,
+    sizes: Sizes,
+    student: PreTrainedModel,
+    sequences: int,
+    *,
+    checkpointing: bool = False,
+) -> Kept:
     """What a micro-batch keeps for its backward pass, at the precision of the recipe.
 
     Args:
         student: may be without weights, on the meta device.
+        sequences: of the micro-batch.
+        checkpointing: keep only the input of every layer, and one layer's inside while it is computed anew; the
+            first two stages, which have one layer's graph at a time anyway, gain nothing from it.
     """
-    in_logits = isinstance(stage, LogitsStage)
-    return (_kept_by_logits if in_logits else _kept_by_layers)(recipe, stage, sizes, student)
+    if isinstance(stage, LogitsStage):
+        return _kept_by_logits(recipe, stage, sizes, student, sequences, checkpointing)
+    return _kept_by_layers(recipe, stage, sizes, student, sequences)
 
 
-def _kept_by_logits(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrainedModel) -> Kept:
+def _kept_by_logits(
+    recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrainedModel, sequences: int, checkpointing: bool
+) -> Kept:
     """All layers, both models' logits and the gradient of the student's, and the loss of one chunk of them."""
-    dtype, tokens = _DTYPES[recipe.dtype], stage.batch_size * sizes.block
+    dtype, tokens = DTYPES[recipe.dtype], sequences * sizes.block
     layers, kinds = student.get_decoder().layers, student.config.distill["layers"]
     saved = {
         kind: activations.of_layer(layers[kinds.index(kind)], sizes.hidden, sizes.block, dtype) for kind in set(kinds)
     }
-    logits = sizes.vocabulary * (_DTYPES[recipe.teacher.dtype].itemsize + 2 * dtype.itemsize)
-    in_all = stage.batch_size * sum(saved[kind] for kind in kinds) + tokens * logits
+    every = [saved[kind] for kind in kinds]
+    of_layers, copies = sequences * sum(one.a_sequence for one in every), sum(one.once for one in every)
+    if checkpointing:
+        inputs = 4 * tokens * sizes.hidden * len(kinds)  # the hidden state stays in fp32 under autocast
+        of_layers = inputs + sequences * max(one.a_sequence for one in every)
+        copies = max(one.once for one in every)
     elements = tokens * sizes.vocabulary
+    of_teacher = DTYPES[recipe.teacher.dtype].itemsize if runs_teacher(stage) else 0
+    logits = elements * (of_teacher + 2 * dtype.itemsize)
+    copied_head = sizes.hidden * sizes.vocabulary * dtype.itemsize if dtype != torch.float32 else 0
     return Kept(
-        at_once=in_all + min(elements, _LOSS_CHUNK) * 4 * _LOSS_COPIES, in_all=in_all + elements * 4 * _LOSS_COPIES
+        graph=of_layers + logits + min(elements, _LOSS_CHUNK) * 4 * _LOSS_COPIES,
+        traces=0,
+        weights=copies + copied_head,
+        in_all=of_layers + logits + elements * 4 * _LOSS_COPIES,
     )
 
 
-def _kept_by_layers(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrainedModel) -> Kept:
+def _kept_by_layers(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrainedModel, sequences: int) -> Kept:
     """A layer at a time, and what the teacher read and wrote in each, which stays until the last has trained."""
     if not sizes.n_changed:
-        return Kept(0, 0)
+        return Kept(0, 0, 0, 0)
     layer = student.get_decoder().layers[mixer_layers(student.config)[0]]
-    shape = (sizes.hidden, sizes.block, _DTYPES[recipe.dtype])
+    shape = (sizes.hidden, sizes.block, DTYPES[recipe.dtype])
     if isinstance(stage, MixingStage):
         saved = activations.of_matrix(layer.self_attn, *shape)
     elif isinstance(stage, HiddenStage) and stage.target == "block":
         saved = activations.of_layer(layer, *shape)
     else:
         saved = activations.of_mixer(layer.self_attn, *shape)
-    traces = sizes.block * 3 * sizes.n_changed * sizes.hidden * _DTYPES[recipe.teacher.dtype].itemsize
-    return Kept(
-        at_once=stage.batch_size * (saved + traces), in_all=stage.batch_size * (sizes.n_changed * saved + traces)
-    )
+    graph = sequences * saved.a_sequence
+    traces = sequences * sizes.block * 3 * sizes.n_changed * sizes.hidden * DTYPES[recipe.teacher.dtype].itemsize
+    return Kept(graph=graph, traces=traces, weights=saved.once, in_all=sizes.n_changed * graph + traces)

@@ -1,37 +1,71 @@
-"""A recipe's run before it runs: which layers change, how large everything is, what each stage takes."""
+"""A recipe's run before it runs: which layers change, how large everything is, where it fits, what each stage takes.
 
-import time
+Time is a bound, not a simulation. A device computes at its rate of operations and, for what is elementwise, at the
+rate of its memory; it sends what its engine sends (`distill.memory`) at its bandwidth; computing and sending are
+taken to overlap, so that the longer of the two counts. Evaluation, checkpoints, data preparation and start-up come on
+top. Devices beyond the first are otherwise taken to scale linearly.
+"""
+
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
+from transformers import PreTrainedModel
 
 from distill.checks import RecipeFacts
 from distill.conversion import CONTEXTS, Report, empty_model, report
 from distill.conversion import plan as plan_student
-from distill.costs import Memory, flops_per_token, kept_for_backward, memory, sizes_of
+from distill.costs import (
+    DTYPES,
+    Kept,
+    Sizes,
+    cut,
+    flops_per_token,
+    kept_for_backward,
+    sizes_of,
+    student_flops_per_token,
+    teacher_flops_per_token,
+)
+from distill.data.batches import steps_for
 from distill.data.pack import MANIFEST, Blocks
-from distill.recipe import Recipe, StageName
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
+from distill.machine import FITS, Machine, Wanted, machine
+from distill.memory import MODES, Memory, bytes_sent, memory, modes_for, numbers
+from distill.recipe import LogitsStage, Recipe, Stage, StageName
+from distill.remedies import Remedy, remedies
 
 # How often what backward needs is moved: written in the forward, read in the backward, its gradient written.
 _PASSES = 3
+# In the first two stages all engines of many processes run every layer's forward twice (`distill.engines.joint`).
+_RECOMPUTED = 4 / 3
 
 
 @dataclass(frozen=True)
-class Rates:
-    """How fast a machine is.
+class Placed:
+    """A stage under one engine.
 
     Attributes:
-        flops: floating-point operations a second in matrix products.
-        bytes: bytes a second written by elementwise operations into new tensors.
+        mode: a key of `distill.memory.MODES`.
+        tokens: what its steps really take, the recipe's tokens rounded down to whole steps.
+        memory: of a device.
+        on_host: bytes of the host's memory for each device.
+        seconds: for all steps.
     """
 
-    flops: float
-    bytes: float
+    mode: str
+    steps: int
+    tokens: int
+    memory: Memory
+    on_host: int
+    fits: bool
+    seconds: float
+
+    @property
+    def tokens_a_day(self) -> float:
+        return self.tokens / self.seconds * 86400
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "memory": _with_total(self.memory), "tokens_a_day": self.tokens_a_day}
 
 
 @dataclass(frozen=True)
@@ -39,20 +73,41 @@ class StagePlan:
     """One stage, as far as it is known beforehand.
 
     Attributes:
-        tokens: what its steps really take, the recipe's tokens rounded down to whole steps.
         epochs: passes over the training text; None while the text is not prepared.
         flops: floating-point operations, teacher and student.
-        seconds: the operations at the measured rate, and the memory traffic at its own; evaluation and start-up
-            come on top.
+        modes: every engine that it can run under, the least communication first.
+        fits: whether any of them fits.
+        best: the first that fits, otherwise the one that takes least memory.
+        remedies: what would make it fit, if nothing does.
     """
 
     name: StageName
-    tokens: int
-    steps: int
     epochs: float | None
     flops: float
-    seconds: float
-    memory: Memory
+    modes: list[Placed]
+    remedies: list[Remedy]
+
+    @property
+    def fits(self) -> bool:
+        return any(placed.fits for placed in self.modes)
+
+    @property
+    def best(self) -> Placed:
+        smallest = min(self.modes, key=lambda placed: placed.memory.total)
+        return next((placed for placed in self.modes if placed.fits), smallest)
+
+    def to_json(self) -> dict[str, Any]:
+        best = self.best.to_json()
+        return {
+            "name": self.name,
+            **{key: best[key] for key in ("tokens", "steps", "seconds", "memory", "tokens_a_day")},
+            "epochs": self.epochs,
+            "flops": self.flops,
+            "fits": self.fits,
+            "mode": best["mode"],
+            "modes": [placed.to_json() for placed in self.modes],
+            "remedies": [asdict(remedy) for remedy in self.remedies],
+        }
 
 
 @dataclass(frozen=True)
@@ -61,19 +116,33 @@ class Plan:
 
     Attributes:
         conversion: layers, parameters by role, state and cache bytes.
-        rates: what this machine was measured at, or what was given.
+        machine: what it is planned for.
+        simple: whether that is one process on this machine, whatever it is.
+        weights_found: whether the teacher has weights, or only a config.
     """
 
     recipe: Recipe
     conversion: Report
     stages: list[StagePlan]
-    rates: Rates
-    device: str
+    machine: Machine
+    simple: bool
+    weights_found: bool
+
+    def modes_for_all(self) -> list[str]:
+        """The engines under which every stage fits, the least communication first."""
+        fitting = [[placed.mode for placed in stage.modes if placed.fits] for stage in self.stages]
+        return [mode for mode in fitting[0] if all(mode in modes for modes in fitting[1:])]
+
+    def cost(self, stage: StagePlan) -> float | None:
+        """In the currency of the price, or None without a price."""
+        hours = stage.best.seconds / 3600 * self.machine.devices
+        return None if self.machine.price is None else hours * self.machine.price
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; sizes in bytes, times in seconds."""
         return {
             "recipe": self.recipe.model_dump(mode="json"),
+            "weights_found": self.weights_found,
             "layers": self.conversion.layers,
             "parameters": {"teacher": self.conversion.parameters_before, "student": self.conversion.parameters_after},
             "state_bytes": self.conversion.state_bytes,
@@ -81,9 +150,10 @@ class Plan:
                 tokens: dict(zip(("student", "teacher"), self.conversion.cache_bytes(tokens), strict=True))
                 for tokens in CONTEXTS
             },
-            "stages": [{**asdict(stage), "memory": _with_total(stage.memory)} for stage in self.stages],
-            "rates": asdict(self.rates),
-            "device": self.device,
+            "stages": [{**stage.to_json(), "cost": self.cost(stage)} for stage in self.stages],
+            "rates": asdict(self.machine.rates),
+            "device": self.machine.name,
+            "machine": {**asdict(self.machine), "fills_at_most": FITS},
         }
 
 
@@ -92,18 +162,22 @@ def make_plan(
     facts: RecipeFacts,
     *,
     training_tokens: int | None = None,
-    rates: Rates | None = None,
+    wanted: Wanted | None = None,
 ) -> Plan:
     """Computes the plan of a checked recipe; both models are built without weights.
 
     Args:
         recipe: the recipe.
-        facts: what `distill.checks.check` found.
+        facts: what `distill.checks.check` found, for as many ranks as the machine has devices.
         training_tokens: tokens of the training text, if it is prepared.
-        rates: of this machine; measured for about a second if None.
+        wanted: the machine; one process on this one, measured for about a second, if None.
+
+    Raises:
+        UserError: the accelerator is not known.
     """
+    wanted = wanted or Wanted()
     teacher = empty_model(facts.config)
-    teacher.to(_DTYPES[recipe.teacher.dtype])  # type: ignore[arg-type]  # transformers hides nn.Module's signature
+    teacher.to(DTYPES[recipe.teacher.dtype])  # type: ignore[arg-type]  # transformers hides nn.Module's signature
     student = empty_model(
         plan_student(
             facts.config,
@@ -114,29 +188,10 @@ def make_plan(
         )
     )
     conversion = report(teacher, student)
-    block = recipe.data.block
-    sizes = sizes_of(student, block, conversion.parameters_before, conversion.parameters_after)
-    device = "cuda" if recipe.device != "cpu" and torch.cuda.is_available() else "cpu"
-    rates = rates or measure(device, _DTYPES[recipe.dtype], sizes.hidden)
-    stages = []
-    for name, stage in recipe.stages.named().items():
-        steps = facts.steps[name]
-        tokens = steps * stage.batch_size * stage.accumulate * block
-        flops = tokens * flops_per_token(sizes, stage)
-        kept = kept_for_backward(recipe, stage, sizes, student)
-        traffic = _PASSES * kept.in_all * steps * stage.accumulate
-        stages.append(
-            StagePlan(
-                name=name,
-                tokens=tokens,
-                steps=steps,
-                epochs=tokens / training_tokens if training_tokens else None,
-                flops=flops,
-                seconds=flops / rates.flops + traffic / rates.bytes,
-                memory=memory(recipe, stage, sizes, kept),
-            )
-        )
-    return Plan(recipe, conversion, stages, rates, device)
+    sizes = sizes_of(student, recipe.data.block, conversion.parameters_before, conversion.parameters_after)
+    devices = machine(wanted, recipe.dtype, sizes.hidden, cpu=recipe.device == "cpu")
+    stages = [_plan_stage(recipe, name, sizes, student, devices, training_tokens) for name in recipe.stages.named()]
+    return Plan(recipe, conversion, stages, devices, wanted.nothing, facts.weights_found)
 
 
 def prepared_tokens(recipe: Recipe) -> int | None:
@@ -145,33 +200,58 @@ def prepared_tokens(recipe: Recipe) -> int | None:
     return Blocks(folder, "train", recipe.data.block).n_tokens if (folder / MANIFEST).is_file() else None
 
 
-def measure(device: str, dtype: torch.dtype, hidden: int, seconds: float = 1.0) -> Rates:
-    """The rates of (2048, D) × (D, 4 D) products, which are a layer's largest, and of 64 MiB elementwise ones."""
-    x = torch.randn(2048, hidden, device=device, dtype=dtype)
-    w = torch.randn(hidden, 4 * hidden, device=device, dtype=dtype)
-    long = torch.randn(2**24, device=device)
-    return Rates(
-        flops=2 * x.numel() * w.shape[1] * _per_second(lambda: x @ w, device, seconds / 2),
-        bytes=long.nbytes * _per_second(lambda: long * long, device, seconds / 2),
+def _plan_stage(
+    recipe: Recipe,
+    name: StageName,
+    sizes: Sizes,
+    student: PreTrainedModel,
+    machine: Machine,
+    training_tokens: int | None,
+) -> StagePlan:
+    stage = recipe.stages.named()[name]
+    kept = functools.cache(functools.partial(kept_for_backward, recipe, stage, sizes, student))
+    modes = [_place(recipe, stage, mode, sizes, kept, machine) for mode in modes_for(stage, machine.devices)]
+    fits, tokens = any(placed.fits for placed in modes), modes[0].tokens
+    return StagePlan(
+        name=name,
+        epochs=tokens / training_tokens if training_tokens else None,
+        flops=tokens * flops_per_token(sizes, stage),
+        modes=modes,
+        remedies=[] if fits else list(remedies(recipe, name, sizes, student, machine)),
     )
 
 
-def _per_second(call: Callable[[], object], device: str, seconds: float) -> float:
-    for _ in range(3):  # the first ones pay for start-up
-        call()
-    _wait(device)
-    calls, start = 0, time.perf_counter()
-    while (passed := time.perf_counter() - start) < seconds or not calls:
-        for _ in range(5):
-            call()
-        calls += 5
-        _wait(device)
-    return calls / passed
+def _place(
+    recipe: Recipe, stage: Stage, mode: str, sizes: Sizes, kept_by: Callable[[int], Kept], machine: Machine
+) -> Placed:
+    """Memory and time of a stage under one engine."""
+    block = recipe.data.block
+    # By layer, all processes read the same batches, and each trains its share of the layers.
+    ranks = 1 if mode == "layers" else machine.devices
+    sequences, passes = cut(stage, ranks)
+    kept = kept_by(sequences)
+    k = numbers(recipe, stage, sizes, kept, passes=passes, processes=machine.devices)
+    steps = steps_for(stage.tokens, stage.batch_size, block)
+    share = k.s if mode == "layers" else 1.0
+    share *= _RECOMPUTED if _recomputes(stage, mode) else 1.0
+    flops = teacher_flops_per_token(sizes, stage) + share * student_flops_per_token(sizes, stage)
+    traffic = share * _PASSES * kept.in_all
+    tokens = sequences * block
+    computing = passes * (tokens * flops / machine.rates.flops + traffic / machine.rates.bytes)
+    needed = memory(mode, k)
+    return Placed(
+        mode=mode,
+        steps=steps,
+        tokens=steps * stage.batch_size * block,
+        memory=needed,
+        on_host=round(MODES[mode].on_host(k)),
+        fits=machine.fits(needed.total),
+        seconds=steps * max(computing, bytes_sent(mode, k) / machine.bandwidth),
+    )
 
 
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def _recomputes(stage: Stage, mode: str) -> bool:
+    return mode not in ("one", "layers") and not isinstance(stage, LogitsStage)
 
 
 def _with_total(memory: Memory) -> dict[str, int]:

@@ -9,11 +9,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from distill import activations
 from distill.conversion import convert_with_report, empty_model, plan, report
-from distill.costs import Sizes, flops_per_token, kept_for_backward, memory, sizes_of
+from distill.costs import Sizes, flops_per_token, kept_for_backward, sizes_of
 from distill.layout import mixer_layers
-from distill.plan import measure
+from distill.machine import measure
+from distill.memory import memory, numbers
 from distill.recipe import HiddenStage, LogitsStage, MixingStage, Recipe
-from distill.units import count, duration, size
+from distill.units import count, duration, read_count, read_size, size
 
 BLOCK, BATCH = 128, 2
 
@@ -144,14 +145,23 @@ def test_activations_are_those_of_a_real_layer(mixer: str) -> None:
     config = plan(tiny_config(num_hidden_layers=2, attn_implementation="sdpa"), mixer=mixer, keep_attention=[1])
     mixing, attending = empty_model(config).get_decoder().layers
     for layer, real in ((mixing, kept(2, (1,)) - kept(1, (0,))), (attending, kept(2, (1,)) - kept(1, ()))):
-        planned = BATCH * activations.of_layer(layer, 64, BLOCK, torch.float32)
+        planned = BATCH * activations.of_layer(layer, 64, BLOCK, torch.float32).a_sequence
         assert planned == pytest.approx(real, rel=0.05)
-    assert activations.of_mixer(mixing.self_attn, 64, BLOCK, torch.float32) < planned_layer(mixing)
-    assert activations.of_layer(mixing, 64, BLOCK, torch.bfloat16) < planned_layer(mixing)
+    layer = activations.of_layer(mixing, 64, BLOCK, torch.float32)
+    assert activations.of_mixer(mixing.self_attn, 64, BLOCK, torch.float32).a_sequence < layer.a_sequence
+    assert activations.of_layer(mixing, 64, BLOCK, torch.bfloat16).a_sequence < layer.a_sequence
 
 
-def planned_layer(layer: torch.nn.Module) -> int:
-    return activations.of_layer(layer, 64, BLOCK, torch.float32)
+@pytest.mark.parametrize("index", [0, 1])
+def test_autocast_keeps_a_copy_of_every_matrix(index: int) -> None:
+    layer = empty_model(plan(tiny_config(), keep_attention=[1])).get_decoder().layers[index]
+    matrices = sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim > 1)
+    positions = BLOCK * 16 * 4
+    in_bfloat16, in_float32 = (
+        activations.of_layer(layer, 64, BLOCK, dtype).once for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert 2 * matrices <= in_bfloat16 <= 2 * matrices + positions
+    assert in_float32 <= positions
 
 
 def test_activations_leave_the_model_as_it_is() -> None:
@@ -182,15 +192,22 @@ def test_memory_grows_with_what_a_stage_trains_and_reads() -> None:
             }
         )
         (only,) = recipe.stages.named().values()
-        kept = kept_for_backward(recipe, only, sizes, student)
+        kept = kept_for_backward(recipe, only, sizes, student, batch_size)
         assert kept.in_all > 0
-        return memory(recipe, only, sizes, kept).total
+        return memory("one", numbers(recipe, only, sizes, kept, passes=1, processes=1)).total
 
     assert needed(hidden={}) < needed(hidden={"target": "block"}) < needed(logits={})
     assert needed(hidden={"target": "block"}) < needed(hidden={"target": "block", "train": ["mixer", "mlp"]})
     assert needed(logits={}, dtype="bfloat16") < needed(logits={})
     once, twice, thrice = (needed(batch_size, logits={}) for batch_size in (4, 8, 12))
     assert thrice - twice == twice - once > 0
+
+
+def test_an_offline_teacher_costs_nothing() -> None:
+    _, _, sizes = models("mamba2", ())
+    beside, from_disk = LogitsStage(tokens=1), LogitsStage(tokens=1, offline_teacher={"top_k": 8})
+    teacher = 2 * (sizes.teacher["attention"] + sizes.teacher["mlp"]) + 3 * 4 * BLOCK * 4 * 16 + 2 * 64 * 96
+    assert flops_per_token(sizes, beside) - flops_per_token(sizes, from_disk) == teacher
 
 
 def test_measured_rates_are_those_that_a_machine_can_have() -> None:
@@ -207,7 +224,8 @@ def test_measured_rates_are_those_that_a_machine_can_have() -> None:
         (count(1000), "1K"),
         (count(1234567), "1.23M"),
         (count(999_600), "1M"),
-        (count(2.5e22), "2.5e+04E"),
+        (count(2.5e22), "25Z"),
+        (count(2.5e25), "2.5e+04Z"),
         (size(0), "0 B"),
         (size(1023), "1023 B"),
         (size(1536), "1.5 KiB"),
@@ -222,3 +240,14 @@ def test_measured_rates_are_those_that_a_machine_can_have() -> None:
 )
 def test_units(text: str, expected: str) -> None:
     assert text == expected
+
+
+def test_units_are_read_back() -> None:
+    assert (read_count("400T"), read_count("1.5e2"), read_count("2.5B")) == (4e14, 150, 2.5e9)
+    assert (read_size("80GB"), read_size("79.5 GiB"), read_size("512MiB")) == (8e10, 79.5 * 2**30, 2**29)
+    for wrong in ("T", "0T", "-1T", "400TB", "4 0T", "nan"):
+        with pytest.raises(ValueError, match=wrong):
+            read_count(wrong)
+    for wrong in ("80", "80G", "80gb", "0GB", "GB"):
+        with pytest.raises(ValueError, match=wrong):
+            read_size(wrong)

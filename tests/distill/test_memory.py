@@ -1,0 +1,168 @@
+"""The table of what each engine holds and sends, by numbers worked out by hand, and beside what a real step holds."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from distill.conversion import convert_with_report
+from distill.costs import kept_for_backward, sizes_of
+from distill.memory import BUCKET, LIVE, MODES, Memory, Numbers, bytes_sent, memory, modes_for, numbers
+from distill.recipe import HiddenStage, LogitsStage, MixingStage, Recipe, Stage
+from distill.roles import roles
+
+# Four processes; a student of 100 numbers, 60 trained, and a teacher of 80 in two bytes each.
+SMALL = Numbers(
+    R=4, n=100, t=60, m=80, b=2, u=90, u_t=70, l=10, l_t=8, e=20, e_t=16, f=15, w=5, g=1000, q=200, K=6, a=3
+)
+
+
+@pytest.mark.parametrize(
+    ("mode", "teacher", "student", "gradients", "optimizer", "working"),
+    [
+        ("one", 160, 400, 240, 480, 5),
+        ("ddp", 160, 400, 240, 480, 5),
+        ("zero1", 160, 400, 240, 180, 5 + 240),
+        ("zero2", 160, 400, 60, 180, 5 + 240),
+        ("fsdp2", 40, 100, 60, 120, 80 + 5 + 160 + 60),
+        ("zero3", 40, 100, 60, 180, 5 + 360 + 140 + 240),
+        ("zero3_offload", 0, 0, 0, 0, 5 + 360 + 140 + 240),
+        ("layers", 160, 400, 80, 160, 5),  # two of six layers, a third of what is trained
+    ],
+)
+def test_what_each_process_holds(
+    mode: str, teacher: int, student: int, gradients: int, optimizer: int, working: int
+) -> None:
+    found = memory(mode, SMALL)
+    assert found == Memory(teacher, student, gradients, optimizer, activations=1200, working=working)
+    assert found.total == teacher + student + gradients + optimizer + 1200 + working
+
+
+@pytest.mark.parametrize(
+    ("mode", "sent"),
+    [
+        ("one", 0),
+        ("ddp", 8 * 60 * 3 / 4),
+        ("zero1", 8 * 60 * 3 / 4),
+        ("zero2", (3 * 240 + 240) * 3 / 4),
+        ("fsdp2", 3 * (720 + 140 + 240) * 3 / 4),
+        ("zero3", 3 * (720 + 140 + 240) * 3 / 4),
+        ("zero3_offload", 3 * (720 + 140 + 240) * 3 / 4),
+        ("layers", 0),
+    ],
+)
+def test_what_each_process_sends(mode: str, sent: float) -> None:
+    assert bytes_sent(mode, SMALL) == sent
+    assert bytes_sent(mode, dataclasses.replace(SMALL, R=1)) == 0
+
+
+def test_offload_moves_all_shards_to_the_host() -> None:
+    assert MODES["zero3_offload"].on_host(SMALL) == (160 + 400 + 16 * 60) / 4
+    assert all(row.on_host(SMALL) == 0 for mode, row in MODES.items() if mode != "zero3_offload")
+
+
+def test_a_large_teacher_outweighs_the_students_layers_under_fsdp2() -> None:
+    wide = dataclasses.replace(SMALL, l_t=1000)
+    assert memory("fsdp2", wide).working == 4 * 20 + 2 * (2 * 1000 + 16)
+
+
+def test_deepspeed_gathers_and_reduces_no_more_than_its_limits() -> None:
+    large = dataclasses.replace(SMALL, t=10**10, u=10**10, u_t=10**10)
+    assert memory("zero2", large).working == 5 + 4 * BUCKET
+    assert memory("zero3", large).working == 5 + 4 * LIVE + 2 * LIVE + 4 * BUCKET
+
+
+@pytest.mark.parametrize(("layers", "processes", "share"), [(6, 4, 1 / 3), (6, 6, 1 / 6), (6, 7, 1 / 6), (5, 2, 3 / 5)])
+def test_the_busiest_process_takes_whole_layers(layers: int, processes: int, share: float) -> None:
+    assert dataclasses.replace(SMALL, K=layers, R=processes).s == pytest.approx(share)
+
+
+def test_modes_by_communication() -> None:
+    logits, hidden = LogitsStage(tokens=1), HiddenStage(tokens=1)
+    assert modes_for(logits, 1) == modes_for(hidden, 1) == ["one"]
+    assert modes_for(logits, 2) == ["ddp", "zero1", "zero2", "fsdp2", "zero3"]
+    assert modes_for(hidden, 2) == [*modes_for(logits, 2), "layers"]
+
+
+def real_numbers(stage: Stage, processes: int = 1) -> tuple[Numbers, LlamaForCausalLM, LlamaForCausalLM]:
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    teacher = LlamaForCausalLM(config).bfloat16().requires_grad_(False)
+    student, made = convert_with_report(LlamaForCausalLM(config), keep_attention=[1])
+    sizes = sizes_of(student, 32, made.parameters_before, made.parameters_after)
+    name = {MixingStage: "mixing", HiddenStage: "hidden", LogitsStage: "logits"}[type(stage)]
+    recipe = Recipe(
+        name="x",
+        teacher={"path": "t", "dtype": "bfloat16"},
+        data={"source": "s", "block": 32},
+        stages={name: stage.model_dump(exclude_unset=True)},
+    )
+    kept = kept_for_backward(recipe, stage, sizes, student, 2)
+    return numbers(recipe, stage, sizes, kept, passes=4, processes=processes), teacher, student
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        LogitsStage(tokens=1),
+        LogitsStage(tokens=1, train=("mixer", "norms")),
+        HiddenStage(tokens=1, target="block", train=("mixer", "mlp")),
+        MixingStage(tokens=1),
+    ],
+    ids=["logits", "some roles", "hidden", "mixing"],
+)
+def test_one_process_holds_what_a_step_of_adamw_leaves_behind(stage: Stage) -> None:
+    k, teacher, student = real_numbers(stage)
+    by_name = roles(student)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(by_name[name] in stage.train)
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    sum(parameter.sum() for parameter in trained).backward()
+    optimizer = torch.optim.AdamW(trained)
+    optimizer.step()
+    moments = [tensor for state in optimizer.state.values() for name, tensor in state.items() if name != "step"]
+    planned = memory("one", k)
+    assert planned.teacher == sum(parameter.nbytes for parameter in teacher.parameters())
+    assert planned.student == sum(parameter.nbytes for parameter in student.parameters())
+    assert planned.gradients == sum(parameter.grad.nbytes for parameter in trained if parameter.grad is not None)
+    assert planned.optimizer == sum(tensor.nbytes for tensor in moments)
+
+
+def test_numbers_of_the_last_stage_are_those_of_the_whole_models() -> None:
+    k, teacher, student = real_numbers(LogitsStage(tokens=1), processes=4)
+    layers, norms = student.get_decoder().layers, sum(p.numel() for p in student.parameters() if p.ndim == 1)
+    assert (k.R, k.K, k.a, k.b) == (4, 2, 4, 2)
+    assert k.n == k.u == k.t == sum(parameter.numel() for parameter in student.parameters())
+    assert k.m == k.u_t == sum(parameter.numel() for parameter in teacher.parameters())
+    assert k.e == k.f == k.e_t == 2 * 96 * 64
+    assert k.l == pytest.approx(sum(parameter.numel() for parameter in layers[0].parameters()), abs=norms)
+    assert k.l_t == pytest.approx(
+        sum(parameter.numel() for parameter in teacher.get_decoder().layers[0].parameters()), abs=128
+    )
+
+
+def test_numbers_of_the_first_stages_are_those_of_the_mixers() -> None:
+    mixing, _, student = real_numbers(MixingStage(tokens=1))
+    mixer = sum(parameter.numel() for parameter in student.get_decoder().layers[0].self_attn.parameters())
+    assert (mixing.t, mixing.u, mixing.l, mixing.f) == (2 * mixer, 2 * mixer, mixer, 0)
+    assert mixing.m - mixing.u_t == 96 * 64  # the head does not run
+    assert mixing.q == 2 * 32 * 3 * 2 * 64 * 2  # what two layers read and write of two sequences, in bfloat16
+    block, _, _ = real_numbers(HiddenStage(tokens=1, target="block"))
+    assert block.l == mixer + 3 * 64 * 160
+    assert block.t == 2 * mixer
+
+
+def test_a_teacher_on_disk_takes_no_memory() -> None:
+    k, _, _ = real_numbers(LogitsStage(tokens=1, offline_teacher={"top_k": 8}))
+    beside, _, _ = real_numbers(LogitsStage(tokens=1))
+    assert (k.m, k.u_t, k.l_t, k.e_t) == (0, 0, 0, 0)
+    assert beside.g - k.g == 2 * 32 * 96 * 2  # the teacher's logits, in bfloat16
+    assert memory("ddp", k).teacher == 0
