@@ -27,7 +27,7 @@ def whole_folder(folder: Path, needed: Callable[[], int] | None = None) -> Itera
     Raises:
         UserError: the disk is full. Nothing is left behind and what stood at ``folder`` is untouched.
     """
-    partial, replaced = _beside(folder, PARTIAL), _beside(folder, REPLACED)
+    partial = _beside(folder, PARTIAL)
     folder.parent.mkdir(parents=True, exist_ok=True)
     settle(folder)
     shutil.rmtree(partial, ignore_errors=True)
@@ -35,17 +35,28 @@ def whole_folder(folder: Path, needed: Callable[[], int] | None = None) -> Itera
         try:
             partial.mkdir()
             yield partial
-            for path in (*partial.rglob("*"), partial):
-                flush_to_disk(path)
-            if folder.exists():
-                folder.rename(replaced)
-            partial.rename(folder)
-            flush_to_disk(folder.parent)
-            shutil.rmtree(replaced, ignore_errors=True)
+            put_in_place(partial, folder)
         except BaseException:
             settle(folder)
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def put_in_place(whole: Path, folder: Path) -> None:
+    """Flush a finished folder to disk and rename it to ``folder``, replacing it; after a kill ``settle`` is due."""
+    for path in (*whole.rglob("*"), whole):
+        flush_to_disk(path)
+    replaced = _beside(folder, REPLACED)
+    if folder.exists():
+        folder.rename(replaced)
+    whole.rename(folder)
+    flush_to_disk(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def partial_of(folder: Path) -> Path:
+    """What ``whole_folder`` yields for ``folder``: for other processes that help to fill it."""
+    return _beside(folder, PARTIAL)
 
 
 def settle(folder: Path) -> None:
@@ -78,7 +89,7 @@ def explained_full_disk(path: Path, needed: Callable[[], int] | None = None) -> 
     Raises:
         UserError: the disk is full.
     """
-    free = shutil.disk_usage(path.parent).free
+    free = shutil.disk_usage(next(above for above in path.absolute().parents if above.exists())).free
     try:
         yield
     except Exception as error:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill.documents import document_starts
+from distill.within import within
 
 Batch = dict[str, Tensor]
 
@@ -62,7 +63,7 @@ def layer_traces(model: PreTrainedModel, batch: Batch, layers: Iterable[int]) ->
             layer.self_attn.register_forward_hook(partial(_attention_writes, trace)),
         ]
     try:
-        decoder(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+        within(model, decoder, input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

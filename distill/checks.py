@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from distill.errors import UserError
-from distill.recipe import Keep, Recipe, StageName
+from distill.recipe import Keep, LayerwiseTraining, Recipe, StageName
 from distill.weight_files import TensorFacts, stored_tensors
 
 if TYPE_CHECKING:  # imported where used: they take seconds, and most recipes fail sooner or later than here
@@ -28,7 +28,8 @@ class RecipeFacts:
         kept: the layers that keep attention, ascending.
         steps: optimizer steps of each stage.
         vocab_size: rows of the teacher's embedding.
-        tokenizer_size: tokens of its tokenizer, at most `vocab_size`.
+        tokenizer_size: tokens of its tokenizer, at most `vocab_size`; None if it was not looked at.
+        weights_found: whether the teacher has weights; it can be without them only in planning.
     """
 
     config: "PreTrainedConfig"
@@ -36,23 +37,26 @@ class RecipeFacts:
     kept: tuple[int, ...]
     steps: MappingProxyType[StageName, int]
     vocab_size: int
-    tokenizer_size: int
+    tokenizer_size: int | None
+    weights_found: bool = True
 
 
-def check(recipe: Recipe, *, ranks: int = 1) -> RecipeFacts:
+def check(recipe: Recipe, *, ranks: int = 1, planning: bool = False) -> RecipeFacts:
     """Checks everything that a run of the recipe would stumble over and that shows before weights are loaded.
 
     Args:
         recipe: as `load_recipe` returns it.
         ranks: processes that train together; each takes `batch_size` sequences.
+        planning: the teacher may be a folder with nothing but a config.json; tokenizer and text are then not asked for.
 
     Raises:
         UserError: all problems, one a line, each with its key.
     """
-    from distill.data.batches import steps_for
+    from distill.data.batches import micro_batches, steps_for
 
     found = _Problems()
     steps: dict[StageName, int] = {}
+    config_alone = planning and _is_config_alone(recipe.teacher.path)
     with found.at("device"):
         _check_device(recipe.device)
     with found.at("run_dir"):
@@ -61,26 +65,31 @@ def check(recipe: Recipe, *, ranks: int = 1) -> RecipeFacts:
         _check_trackers(recipe.trackers)
     for name, stage in recipe.stages.named().items():
         with found.at(f"stages.{name}.tokens"):
-            block = recipe.data.block
-            steps[name] = steps_for(stage.tokens, stage.batch_size, block, stage.accumulate, ranks=ranks)
+            steps[name] = steps_for(stage.tokens, stage.batch_size, recipe.data.block)
+        with found.at(f"stages.{name}.batch_size"):
+            by_layers = isinstance(stage, LayerwiseTraining) and stage.parallel == "layers"
+            micro_batches(stage.batch_size, stage.micro_batch_size, 1 if by_layers else ranks)
     with found.at("data.source"):
-        _check_source(recipe)
+        if not config_alone:
+            _check_source(recipe)
     with found.at("teacher.path"):
         folder = teacher_folder(recipe.teacher.path)
         config = read_config(folder or recipe.teacher.path)
         text = config.get_text_config()
+        tokenizer_size = None
         with found.at("teacher.path"):
-            tokenizer = read_tokenizer(folder or recipe.teacher.path)
-            tokenizer_size = _check_vocabulary(tokenizer, text.vocab_size)
-            for key, wanted in (("bos", recipe.data.bos), ("eos", recipe.data.eos)):
-                with found.at(f"data.{key}"):
-                    _check_special_token(tokenizer, key, wanted)
+            if not config_alone:
+                tokenizer = read_tokenizer(folder or recipe.teacher.path)
+                tokenizer_size = _check_vocabulary(tokenizer, text.vocab_size)
+                for key, wanted in (("bos", recipe.data.bos), ("eos", recipe.data.eos)):
+                    with found.at(f"data.{key}"):
+                        _check_special_token(tokenizer, key, wanted)
         with found.at("student.keep_attention"):
             kept = kept_layers(recipe.student.keep_attention, text.num_hidden_layers)
             _check_mixers(text.num_hidden_layers - len(kept), recipe)
         with found.at("data.block"):
             _check_block(recipe.data.block, text)
-        if folder:
+        if folder and not config_alone:
             check_weights(stored_tensors(folder), config, folder)
     if found.lines:
         raise UserError("\n".join(found.lines))
@@ -91,7 +100,15 @@ def check(recipe: Recipe, *, ranks: int = 1) -> RecipeFacts:
         steps=MappingProxyType(steps),
         vocab_size=text.vocab_size,
         tokenizer_size=tokenizer_size,
+        weights_found=not config_alone,
     )
+
+
+def _is_config_alone(path: str) -> bool:
+    """Whether it is a folder with a model's config and none of its weights, in whatever format."""
+    folder = Path(path).expanduser()
+    weights = (file for kind in ("safetensors", "bin", "pt", "gguf") for file in folder.glob(f"*.{kind}*"))
+    return (folder / "config.json").is_file() and not any(weights)
 
 
 def kept_layers(keep: Keep, n_layers: int) -> tuple[int, ...]:

@@ -1,9 +1,10 @@
-"""The `distill` command: plan, convert, generate, doctor.
+"""The `distill` command: plan, convert, generate, consolidate, doctor.
 
 Training is not here: the stages are programs of the checkout, ``python -m stages.run recipes/NAME.yaml``.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,23 +33,45 @@ def plan(
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Settings that replace those of the recipe."),
     ] = None,
+    devices: Annotated[int | None, typer.Option(min=1, help="Devices, with a process on each; 1 unless given.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="An accelerator by name: a100, h100, h200, b200, mi300x, l40s, rtx4090. Its memory is known, its speed"
+            " is taken to be 40% of the data sheet's peaks."
+        ),
+    ] = None,
+    device_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Such as 80GB or 79GiB.")] = None,
+    flops: Annotated[
+        str | None, typer.Option(metavar="COUNT", help="Operations a second that a device achieves, such as 400T.")
+    ] = None,
+    bandwidth: Annotated[
+        float, typer.Option(metavar="GB/S", help="What a device sends to its peers in a second.", min=0.001)
+    ] = 200.0,
+    price: Annotated[
+        float | None, typer.Option(metavar="AMOUNT", help="Of a device-hour, in any currency.", min=0)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check a recipe and show what its run will take, without loading a weight.
 
-    Layers, parameters, cache sizes, steps, memory and time of every stage. Times follow from rates measured for a
-    second, on one process, and leave out evaluation.
+    Layers, parameters, cache sizes, steps, memory and time of every stage, on one process of this machine, whose
+    speed is measured for a second. With devices: which engine fits, tokens a day and cost. Evaluation comes on top.
+    The teacher may be a folder with a config.json alone.
 
-    Example: `distill plan recipes/quickstart.yaml stages.logits.tokens=3M`
+    Example: `distill plan recipes/shapes/llama-3.1-8b.yaml --devices 8 --device h100 --price 2.50`
     """
     from distill.checks import check
+    from distill.machine import wanted
     from distill.plan import make_plan, prepared_tokens
-    from distill.plan_view import render
+    from distill.plan_view import WIDTH, render
     from distill.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    made = make_plan(loaded, check(loaded), training_tokens=prepared_tokens(loaded))
-    _show(made.to_json() if as_json else render(made))
+    machine = wanted(devices, device, device_memory, flops, bandwidth, price)
+    facts = check(loaded, ranks=devices or 1, planning=True)
+    made = make_plan(loaded, facts, training_tokens=prepared_tokens(loaded), wanted=machine)
+    _show(made.to_json() if as_json else render(made), WIDTH)
 
 
 @app.command()
@@ -116,6 +139,23 @@ def generate(
 
 
 @app.command()
+def consolidate(
+    checkpoint: Annotated[Path, typer.Argument(help="run_dir/training/STAGE/checkpoints/step-N.")],
+    folder: Annotated[Path, typer.Argument(help="Where the student's folder shall stand; new or empty.")],
+) -> None:
+    """Make one Hugging Face folder of a checkpoint, in however many shards some engine wrote it.
+
+    A stage that ends well does this by itself; it is for a student from the middle of a stage, such as the best one.
+    """
+    with report_user_errors():
+        from distill.consolidation import consolidate as write
+
+        quiet_unless_watched()
+        write(checkpoint, folder)
+        print(f"{folder}: the student at {checkpoint}")
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Show versions, devices, the scan that will run, what can be installed, and free disk space.
 
@@ -127,11 +167,12 @@ def doctor(as_json: AsJson = False) -> None:
     _show(facts if as_json else render(facts))
 
 
-def _show(result: RenderableType | dict[str, Any]) -> None:
+def _show(result: RenderableType | dict[str, Any], width: int | None = None) -> None:
+    """Prints it; ``width`` is the number of columns where there is no terminal to ask."""
     if isinstance(result, dict):
         typer.echo(json.dumps(result, indent=1))
     else:
-        Console(soft_wrap=False).print(result)
+        Console(soft_wrap=False, width=None if sys.stdout.isatty() else width).print(result)
 
 
 def main() -> None:

@@ -164,9 +164,23 @@ def plan(
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A teacher or student without weights (on the meta device): for counting parameters and bytes."""
+    with torch.device("meta"):
+        return _without_weights(config)
+
+
+def unset_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A teacher or student in CPU memory whose weights are still to be filled in; its buffers are right.
+
+    Memory that nothing was written to is not taken from the machine, so the model costs nothing yet.
+    """
+    with _default_dtype(dtype):
+        return _without_weights(config)
+
+
+def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
     layout = getattr(config, "distill", None)
     model_class = STUDENTS[layout["teacher"]] if layout else family_of(config).causal_lm
-    with torch.device("meta"), no_init_weights():
+    with no_init_weights():
         model = model_class(copy.deepcopy(config))
     model.tie_weights()  # skipped above, together with the initialisation
     return model

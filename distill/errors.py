@@ -1,9 +1,13 @@
-"""The one exception for the user's mistakes; programs print its text on one screen and exit with code 2."""
+"""The one exception for mistakes a user can mend."""
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used.
+    """What was given, what is allowed, what to do.
 
-    The message says what was given, what is allowed and what to do. Programs turn it into exit code 2;
-    library callers may catch it as the ``ValueError`` it is.
+    Programs print it on one screen and exit with 2; everything else is a bug and keeps its traceback.
+
+    Attributes:
+        everyones: all processes of a run raise this same error, so that one of them is enough to print it.
     """
+
+    everyones = False

@@ -19,6 +19,7 @@ from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.errors import UserError
+from distill.within import within
 
 IGNORED = -100
 # A forward takes as many rows of a batch as keep its logits (or its layers' outputs) under FORWARD
@@ -252,7 +253,7 @@ def _layer_outputs(model: PreTrainedModel, rows: Batch) -> list[Tensor]:
     decoder = model.get_decoder()
     hooks = [layer.register_forward_hook(keep) for layer in decoder.layers]
     try:
-        decoder(input_ids=rows["input_ids"], position_ids=rows["position_ids"], use_cache=False)
+        within(model, decoder, input_ids=rows["input_ids"], position_ids=rows["position_ids"], use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -43,7 +43,7 @@ class StageRecord:
     Attributes:
         stage: "mixing", "hidden", "logits", …
         parent: what the stage started from, the teacher included.
-        loss_start: loss of its first step.
+        loss_start: loss of its first step; None where nobody measured it.
         loss_end: loss of its last step.
         steps: optimizer steps.
         tokens: tokens they took.
@@ -56,8 +56,8 @@ class StageRecord:
 
     stage: str
     parent: Parent | None
-    loss_start: float
-    loss_end: float
+    loss_start: float | None
+    loss_end: float | None
     steps: int
     tokens: int
     seconds: float

@@ -1,6 +1,6 @@
 """What a stage gives to the loop: a weight per batch, and a loss in parts."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -10,19 +10,24 @@ Batch = dict[str, Tensor]
 
 
 class Part(NamedTuple):
-    """One summand of a batch's loss, with its graph.
+    """One summand of a batch's loss.
 
     Attributes:
         name: what it belongs to, for example "layers.3"; shown when the loss stops being finite.
-        loss_sum: fp32 scalar, the *sum* over the batch (over scored tokens, or over sequences).
+        loss_sum: computes the *sum* over the batch (over scored tokens, or over sequences), an fp32 scalar with its
+            graph. It may be called twice, so it must give the same both times. Of the student it calls submodules,
+            or ``student.forward``: engines call it ``within`` the student.
     """
 
     name: str
-    loss_sum: Tensor
+    loss_sum: Callable[[], Tensor]
 
 
 class Objective(Protocol):
-    """The loss of a step is Σ parts' loss_sum / Σ weight, summed over all its micro-batches and ranks."""
+    """The loss of a step is Σ parts' loss_sum / Σ weight, summed over all its micro-batches and processes."""
+
+    layerwise: bool
+    """Whether parts are layers that share nothing, so that each can train by itself."""
 
     def weight(self, batch: Batch) -> float:
         """How many units (scored tokens, sequences) the loss of ``batch`` is a mean over; no forward needed."""
@@ -30,6 +35,6 @@ class Objective(Protocol):
     def parts(self, batch: Batch) -> Iterator[Part]:
         """The loss of ``batch``, part by part.
 
-        Each part is sent backward, and its graph freed, before the next is asked for: yield a layer at a time
-        and one layer's activations are all that is alive. No two parts may share a graph.
+        In one process each part is sent backward, and its graph freed, before the next is asked for: so one layer's
+        activations are all that is alive. No two parts may share a graph.
         """

@@ -3,6 +3,7 @@
 A user's mistake, or a full disk, ends it with one screen of text and exit code 2. Nothing moves in a log file.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ def report_user_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _end(str(error))
+        _end(str(error) if _is_to_say(error) else "")
     except Exception as error:
         from distill.atomic import is_disk_full
 
@@ -35,16 +36,32 @@ def report_user_errors() -> Iterator[None]:
 
 
 def quiet_unless_watched() -> None:
-    """No progress bars of transformers in files and pipes."""
+    """No progress bars of transformers in files and pipes, and no remarks of DeepSpeed, if installed, on its machine."""
+    import torch
     from transformers.utils import logging
 
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
 
 
 def _end(message: str) -> NoReturn:
-    print(_screen(message), file=sys.stderr)
+    if message:
+        print(_screen(message), file=sys.stderr)
     sys.exit(USER_ERROR)
+
+
+def _is_to_say(error: UserError) -> bool:
+    """Whether this process prints it: of several that were launched together, one does if all have the same to say.
+
+    Before they have joined, all do the same.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        return True
+    from torch import distributed
+
+    return distributed.is_initialized() and not error.everyones
 
 
 def _screen(text: str) -> str:

@@ -48,8 +48,9 @@ ROLES: tuple[Role, ...] = get_args(Role)
 STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
 
 
-# What never changes a result: labels and places of a recipe, and how often a stage looks and saves.
+# What never changes a result: labels and places of a recipe, how a step is cut up, how often a stage looks and saves.
 _LABELS = ("name", "run_dir", "device", "trackers")
+_CUT = ("micro_batch_size", "parallel", "gradient_checkpointing")
 _CADENCE = ("eval_every", "checkpoint_every", "keep_checkpoints")
 
 
@@ -141,6 +142,24 @@ class Data(Section):
     """Put the tokenizer's end-of-sequence token after every document."""
     held_out: HeldOut = HeldOut()
     """The split kept for evaluation."""
+    streaming: Flag = False
+    """Fetch the rows of dataset: sources while they are read, instead of downloading all first."""
+    limit: Tokens | None = None
+    """Training tokens that are enough, such as 10B; null for all that the source holds."""
+    workers: Count = 1
+    """Processes that tokenise; more are faster, and the result is the same."""
+
+    @model_validator(mode="after")
+    def _known_beforehand(self) -> "Data":
+        if self.limit is not None and self.limit < self.block:
+            raise ValueError(f"limit: {self.limit} tokens are less than one block of {self.block}")
+        if self.held_out.by == "tail" and self.limit is not None:
+            raise ValueError("limit stops before the tail is reached; use it with held_out: {by: hash}")
+        if self.held_out.by == "tail" and self.streaming:
+            raise ValueError(
+                "streaming: the length of a stream is not known, so it has no tail; use held_out: {by: hash}"
+            )
+        return self
 
 
 class Training(Section):
@@ -149,9 +168,9 @@ class Training(Section):
     tokens: Tokens
     """Tokens to train on, as a number or such as 100K, 1.5M, 2B."""
     batch_size: Count = 16
-    """Sequences a forward pass, on each process."""
-    accumulate: Count = 1
-    """Forward passes a step."""
+    """Sequences a step, over all processes: the result does not depend on how many there are."""
+    micro_batch_size: Count | None = None
+    """The most sequences a forward pass takes on a process, for its memory; null for all that fall to it."""
     lr: Positive = 1e-3
     """The peak learning rate."""
     mixer_lr: Positive = Field(None, validate_default=True)
@@ -189,7 +208,14 @@ class Training(Section):
         return self
 
 
-class MixingStage(Training):
+class LayerwiseTraining(Training):
+    """What the stages say in which layers share nothing."""
+
+    parallel: Literal["data", "layers"] = "data"
+    """data: processes share a step's sequences; layers: each trains its own layers on all of them."""
+
+
+class MixingStage(LayerwiseTraining):
     """Stage 1: each mixer's matrix is matched to the attention matrix of its layer."""
 
     # Decay would shrink the rows of the fused projection that make values and gate, which this stage never trains.
@@ -199,7 +225,7 @@ class MixingStage(Training):
     """The roles that are trained; no other parameter shapes a mixing matrix."""
 
 
-class HiddenStage(Training):
+class HiddenStage(LayerwiseTraining):
     """Stage 2: each layer's output is matched to the teacher's, given the teacher's input."""
 
     target: Literal["mixer", "block"] = "mixer"
@@ -215,6 +241,13 @@ class HiddenStage(Training):
         return value
 
 
+class OfflineTeacher(Section):
+    """The teacher's predictions, read from disk where `stages.cache` wrote them."""
+
+    top_k: Annotated[Count, Field(le=255)] = 64
+    """Tokens kept at each position, the likeliest; all others are kept as one probability."""
+
+
 class LogitsStage(Training):
     """Stage 3: the whole student is matched to the teacher's next-token distribution."""
 
@@ -224,8 +257,21 @@ class LogitsStage(Training):
     """Both distributions are softened by it."""
     ce_weight: Fraction = 0.0
     """The share of the plain next-token loss."""
+    gradient_checkpointing: Flag = False
+    """Compute each layer's forward again in backward: a third more time, and one layer's activations in memory."""
+    offline_teacher: OfflineTeacher | None = None
+    """Read the teacher's predictions from disk, such as {top_k: 64}; null to run it beside the student."""
     train: Annotated[tuple[Role, ...], Some] = ROLES
     """The roles that are trained."""
+
+    @model_validator(mode="after")
+    def _tail_at_temperature_1(self) -> "LogitsStage":
+        if self.offline_teacher and self.temperature != 1:
+            raise ValueError(
+                f"offline_teacher needs temperature: 1, not {self.temperature:g}: what the kept tail weighs at another"
+                " temperature cannot be known"
+            )
+        return self
 
 
 Stage = MixingStage | HiddenStage | LogitsStage
@@ -319,8 +365,9 @@ class Recipe(Section):
         content = self._plain()
         for key in _LABELS:
             content.pop(key)
+        content["data"].pop("workers")
         content["stages"] = {
-            name: {key: value for key, value in stage.items() if key not in _CADENCE}
+            name: {key: value for key, value in stage.items() if key not in (*_CUT, *_CADENCE)}
             for name, stage in content["stages"].items()
             if name in stages
         }

@@ -8,37 +8,29 @@ run_dir/
   training/STAGE/             metrics and checkpoints of the stage that is being trained
 """
 
-import functools
 import hashlib
-import json
-import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill import handover
 from distill.atomic import replace_file
 from distill.capture import Batch
 from distill.checks import RecipeFacts, check
-from distill.conversion import convert_with_report, load_teacher
-from distill.data import Blocks, TrainingBatches, evaluation_batches, prepare, read_documents, split_documents
+from distill.data import Blocks, TrainingBatches, evaluation_batches, prepare_recipe_text
+from distill.engines import processes
+from distill.engines.launched import Launched, launched
+from distill.engines.placement import place_teacher
 from distill.errors import UserError
-from distill.evaluation import evaluate
 from distill.evaluation_record import read_evaluation
 from distill.handover import Parent, StageRecord
-from distill.recipe import Recipe, Stage, StageName, Step, load_recipe
-from distill.roles import roles
-from distill.student import load_student
-from distill.training import Objective, TrainResult, parameter_groups, schedule, train
+from distill.recipe import Recipe, StageName, Step, load_recipe
 
 CONVERT: Literal["convert"] = "convert"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -46,17 +38,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Run:
-    """A checked recipe and what its stages share. Models and data are loaded when first asked for."""
+    """A checked recipe and what its stages share. Models and data are loaded when first asked for.
+
+    On several processes each has its own, and all go through the same stages together; the main one writes.
+    """
 
     recipe: Recipe
     facts: RecipeFacts
+    device: torch.device
+    launched: Launched
 
-    @cached_property
-    def accelerator(self) -> Accelerator:
-        """The engine; the recipe's dtype and device decide, the launch config may add processes."""
-        return Accelerator(
-            cpu=self.recipe.device == "cpu", mixed_precision="bf16" if self.recipe.dtype == "bfloat16" else "no"
-        )
+    @property
+    def precision(self) -> torch.dtype:
+        """What the student computes in; its weights are fp32."""
+        return DTYPES[self.recipe.dtype]
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -64,9 +59,13 @@ class Run:
 
     @cached_property
     def teacher(self) -> PreTrainedModel:
-        """The frozen teacher, in the recipe's dtype, on the device."""
-        model = load_teacher(self.recipe.teacher.path, DTYPES[self.recipe.teacher.dtype])
-        return model.to(self.accelerator.device)
+        """The frozen teacher, in the recipe's dtype, where the engine wants it."""
+        wanted = self.recipe.teacher
+        return place_teacher(wanted.path, DTYPES[wanted.dtype], self.launched, self.device)
+
+    def forget_teacher(self) -> None:
+        """Free its memory; it is loaded anew when next asked for."""
+        vars(self).pop("teacher", None)
 
     @cached_property
     def blocks(self) -> tuple[Blocks, Blocks]:
@@ -74,12 +73,13 @@ class Run:
 
         So a text that cannot be used leaves nothing behind.
         """
-        data, folder = self.recipe.data, self.recipe.run_dir / "data"
-        documents = read_documents(list(data.source), text_key=data.text_key, separator=data.separator)
-        train_documents, held_out = split_documents(documents, fraction=data.held_out.fraction, by=data.held_out.by)
-        prepare(train_documents, held_out, self.tokenizer, folder, block=data.block, bos=data.bos, eos=data.eos)
+        processes.on_main(self._prepare)
+        folder, block = self.recipe.run_dir / "data", self.recipe.data.block
+        return Blocks(folder, "train", block), Blocks(folder, "held_out", block)
+
+    def _prepare(self) -> None:
+        prepare_recipe_text(self.recipe.data, self.tokenizer, self.recipe.run_dir / "data")
         replace_file(self.recipe.run_dir / "recipe.yaml", self.recipe.dump().encode())
-        return Blocks(folder, "train", data.block), Blocks(folder, "held_out", data.block)
 
     def held_out(self) -> Iterator[Batch]:
         """Batches of held-out text, always the same."""
@@ -93,6 +93,19 @@ class Run:
 
     def folder(self, stage: str) -> Path:
         return self.recipe.run_dir / stage
+
+    def work_folder(self, stage: StageName) -> Path:
+        """Where a stage trains: metrics and checkpoints."""
+        return self.recipe.run_dir / "training" / stage
+
+    def save_beside(self, folder: Path) -> None:
+        """Write what stands beside the weights in every stage's folder."""
+        self.tokenizer.save_pretrained(folder)
+        (folder / "recipe.yaml").write_text(self.recipe.dump())
+
+    def training_batches(self, stage: StageName, size: int) -> TrainingBatches:
+        """The stage's own order of the blocks, so that the next does not repeat the last one's beginning."""
+        return TrainingBatches(self.blocks[0], size, seed=self.recipe.seed + self.stages.index(stage))
 
     @cached_property
     def origin(self) -> Parent:
@@ -118,18 +131,25 @@ class Run:
 
     def is_done(self, stage: Step) -> bool:
         """Whether the stage's folder is there; if it is, it must be the one this recipe makes."""
-        if not handover.is_there(self.folder(stage)):
-            return False
-        self.verified(stage)
-        return True
+
+        def look() -> bool:
+            return handover.is_there(self.folder(stage)) and bool(self.verified(stage))
+
+        return processes.on_main(look)
 
     def is_evaluated(self, stage: str) -> bool:
         """Whether the stage's folder holds an evaluation of what it holds now, on this recipe's held-out text."""
-        evaluation = read_evaluation(self.folder(stage))
-        return evaluation is not None and evaluation.subject == self.evaluation_subject(stage)
+        evaluation = processes.on_main(lambda: read_evaluation(self.folder(stage)))
+        if evaluation is None:
+            return False
+        _ = self.blocks  # by every process, before the main one alone looks at the text
+        return processes.on_main(lambda: evaluation.subject == self.evaluation_subject(stage))
 
     def evaluation_subject(self, stage: str) -> str:
-        """A digest of all that an evaluation depends on: teacher, student, held-out text, and the recipe's wishes."""
+        """A digest of all that an evaluation depends on: teacher, student, held-out text, and the recipe's wishes.
+
+        The main process computes it.
+        """
         student = "" if stage == self.origin.stage else handover.read(self.folder(stage)).as_parent().sha256
         text, wishes = self.blocks[1].fingerprint, self.recipe.evaluation.model_dump_json()
         told = (self.origin.sha256, student, text, str(self.recipe.data.block), wishes)
@@ -161,154 +181,15 @@ def open_run(path: Path, overrides: Sequence[str] = ()) -> Run:
         UserError: everything the recipe says that cannot be done, or something else stands where a stage would.
     """
     recipe = load_recipe(path, overrides)
-    run = Run(recipe, check(recipe))
-    for stage in run.stages:
-        handover.require_room(run.folder(stage))
-    return run
+    device = processes.start(recipe.device)
 
+    def checked() -> Run:
+        run = Run(recipe, check(recipe, ranks=processes.world()), device, launched())
+        for stage in run.stages:
+            handover.require_room(run.folder(stage))
+        return run
 
-def convert_stage(run: Run) -> StageRecord:
-    """Turn the teacher into a student and hand it on as the stage ``convert``."""
-    started = time.perf_counter()
-    held_out = run.held_out()  # before the teacher: if the text cannot be used, that shows at once
-    student, report = convert_with_report(
-        run.teacher,
-        mixer=run.recipe.student.mixer,
-        keep_attention=run.facts.kept,
-        seed=run.recipe.seed,
-        seed_from_attention=run.recipe.student.seed_from_attention,
-        state_dim=run.recipe.student.state_dim,
-        conv_width=run.recipe.student.conv_width,
-    )
-    loss = evaluate(student, None, held_out).loss
-
-    def save(folder: Path) -> None:
-        _save(run, student, folder)
-        (folder / "conversion.json").write_text(json.dumps(report.to_json(), indent=1))
-
-    record = StageRecord(
-        stage=CONVERT,
-        parent=run.origin,
-        loss_start=loss,
-        loss_end=loss,
-        steps=0,
-        tokens=0,
-        seconds=time.perf_counter() - started,
-        settings=run.recipe.stage_digest(CONVERT),
-    )
-    return handover.write(run.folder(CONVERT), save, record)
-
-
-def train_stage(
-    run: Run, stage: StageName, make_objective: Callable[[PreTrainedModel, PreTrainedModel, Any], Objective]
-) -> StageRecord:
-    """Load what the stage before handed on, train it on the objective, and hand the result on.
-
-    Args:
-        run: the recipe's run.
-        stage: which of its stages.
-        make_objective: called with the teacher, the student and the stage's part of the recipe.
-
-    Raises:
-        UserError: the recipe has no such stage, or the stage before is missing, damaged or another's.
-    """
-    settings = run.recipe.stages.named().get(stage)
-    if settings is None:
-        raise UserError(f"the recipe has no stage {stage!r}; it has {', '.join(run.recipe.stages.named())}")
-    before = run.stages[run.stages.index(stage) - 1]
-    parent = run.verified(before).as_parent()
-    student = load_student(run.folder(before), dtype=torch.float32)
-    objective = make_objective(run.teacher, student.to(run.accelerator.device), settings)
-    result = _train(run, stage, settings, student, objective, parent)
-
-    record = StageRecord(
-        stage=stage,
-        parent=parent,
-        loss_start=result.loss_start,
-        loss_end=result.loss_end,
-        steps=result.steps,
-        tokens=result.tokens,
-        seconds=result.seconds,
-        settings=run.recipe.stage_digest(stage),
-    )
-    work = run.recipe.run_dir / "training" / stage
-
-    def save(folder: Path) -> None:
-        _save(run, student, folder)
-        shutil.copy(work / "metrics.jsonl", folder)
-
-    record = handover.write(run.folder(stage), save, record)
-    shutil.rmtree(work / "checkpoints")
-    return record
-
-
-def _train(
-    run: Run,
-    stage: StageName,
-    settings: Stage,
-    student: PreTrainedModel,
-    objective: Objective,
-    parent: Parent,
-) -> TrainResult:
-    set_seed(run.recipe.seed)
-    by_name = roles(student)
-    groups = parameter_groups(
-        student,
-        by_name.__getitem__,
-        settings.train,
-        lr=settings.lr,
-        mixer_lr=settings.mixer_lr,
-        weight_decay=settings.weight_decay,
-        betas=settings.betas,
-        asked="train" in settings.model_fields_set,
-    )
-    steps = run.facts.steps[stage]
-    rate = functools.partial(
-        schedule,
-        steps=steps,
-        name=settings.schedule,
-        warmup=settings.warmup,
-        decay=settings.decay,
-        min_ratio=settings.min_lr_ratio,
-    )
-    # Each stage reads its own order of the blocks, so that the next does not repeat the last one's beginning.
-    batches = TrainingBatches(run.blocks[0], settings.batch_size, seed=run.recipe.seed + run.stages.index(stage))
-
-    def measure() -> dict[str, float]:
-        metrics = evaluate(student, run.teacher, run.held_out())
-        assert metrics.kl is not None
-        assert metrics.agreement is not None
-        return {"loss": metrics.loss, "kl": metrics.kl, "agreement": metrics.agreement}
-
-    return train(
-        objective=objective,
-        student=student,
-        groups=groups,
-        schedule=rate,
-        batch=batches.batch,
-        steps=steps,
-        accumulate=settings.accumulate,
-        clip=settings.clip,
-        tokens_per_step=settings.batch_size * settings.accumulate * run.recipe.data.block,
-        folder=run.recipe.run_dir / "training" / stage,
-        evaluate=measure,
-        eval_every=settings.eval_every,
-        checkpoint_every=settings.checkpoint_every,
-        keep_checkpoints=settings.keep_checkpoints,
-        trackers=run.recipe.trackers,
-        accelerator=run.accelerator,
-        origin={
-            "the recipe": run.recipe.stage_digest(stage),
-            "the text": run.blocks[0].fingerprint,
-            "the stage before": parent.sha256,
-        },
-    )
-
-
-def _save(run: Run, student: PreTrainedModel, folder: Path) -> None:
-    student.save_pretrained(folder)
-    run.tokenizer.save_pretrained(folder)
-    (folder / "recipe.yaml").write_text(run.recipe.dump())
+    return processes.together(checked)
 
 
 def _flat(nested: object, prefix: str = "") -> dict[str, object]:

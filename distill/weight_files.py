@@ -39,6 +39,32 @@ def stored_tensors(folder: Path) -> dict[str, TensorFacts]:
     """
     if (folder / _SINGLE).is_file():
         return read_header(folder / _SINGLE)
+    shard_of = _shard_of(folder)
+    stored = {shard.name: read_header(shard) for shard in shards_of(folder)}
+    for name, shard in shard_of.items():
+        if name not in stored[shard]:
+            raise UserError(f"{folder / shard} lacks {name}, which {_INDEX} places there; download it again")
+    return {name: stored[shard][name] for name, shard in shard_of.items()}
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The files that hold the folder's weights.
+
+    Raises:
+        UserError: as ``stored_tensors``.
+    """
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    shards = sorted(set(_shard_of(folder).values()))
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        names = ", ".join(missing[:3]) + (" .." if len(missing) > 3 else "")
+        raise UserError(f"{folder} lacks {len(missing)} of {len(shards)} shards: {names}; download them again")
+    return [folder / shard for shard in shards]
+
+
+def _shard_of(folder: Path) -> dict[str, str]:
+    """The file of each tensor, as the index says."""
     if not (folder / _INDEX).is_file():
         others = sorted(file.name for suffix in ("bin", "pt", "gguf") for file in folder.glob(f"*.{suffix}"))
         found = f"; it has {', '.join(others[:3])}, save it as safetensors first" if others else ""
@@ -46,16 +72,7 @@ def stored_tensors(folder: Path) -> dict[str, TensorFacts]:
     shard_of = _read_json(folder / _INDEX).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise UserError(f"{folder / _INDEX} has no weight_map; download it again")
-    shards = sorted(set(shard_of.values()))
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
-    if missing:
-        names = ", ".join(missing[:3]) + (" .." if len(missing) > 3 else "")
-        raise UserError(f"{folder} lacks {len(missing)} of {len(shards)} shards: {names}; download them again")
-    stored = {shard: read_header(folder / shard) for shard in shards}
-    for name, shard in shard_of.items():
-        if name not in stored[shard]:
-            raise UserError(f"{folder / shard} lacks {name}, which {_INDEX} places there; download it again")
-    return {name: stored[shard][name] for name, shard in shard_of.items()}
+    return shard_of
 
 
 def read_header(file: Path) -> dict[str, TensorFacts]:

@@ -6,6 +6,8 @@ Writes run_dir/STAGE/evaluation.json and matrices.npz, which the report is made 
 every stage; ``teacher`` measures the teacher alone.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -16,13 +18,16 @@ from transformers import PreTrainedModel
 
 from distill.attention import family_of, view
 from distill.capture import layer_traces, sequence_arguments
+from distill.engines import processes
+from distill.engines.placement import place_student
 from distill.errors import UserError
 from distill.evaluation import completions, evaluate, layer_distances
 from distill.evaluation_record import MATRIX_TOKENS, Evaluation, MatrixPair, Sample, read_evaluation, write_evaluation
 from distill.objectives import attention_matrix
 from distill.programs import quiet_unless_watched, report_user_errors
 from distill.run import Run, open_run
-from distill.student import load_student, mixers_of
+from distill.student import mixers_of
+from distill.within import within
 
 TEACHER = "teacher"
 LAYERS_SHOWN = 4
@@ -30,20 +35,23 @@ HEADS_SHOWN = 2
 
 
 def evaluate_stage(run: Run, stage: str) -> Evaluation:
-    """Measure the stage's student against the teacher and leave the numbers in the stage's folder."""
-    student = load_student(run.folder(stage), dtype=torch.float32).to(run.accelerator.device)
-    asked = read_evaluation(run.folder(TEACHER)) if run.is_evaluated(TEACHER) else evaluate_teacher(run)
+    """Measure the stage's student against the teacher and leave the numbers in the stage's folder.
+
+    Several processes do all of it side by side, which models in shards need, and get the same; the main one writes.
+    """
+    if not run.is_evaluated(TEACHER):
+        evaluate_teacher(run)
+    asked = processes.on_main(lambda: read_evaluation(run.folder(TEACHER)))
     assert asked is not None
+    student = place_student(run.folder(stage), run.launched, run.device, frozen=True)
     teachers = [sample.student for sample in asked.samples]
     samples = zip(run.recipe.evaluation.prompts, _continuations(run, student), teachers, strict=True)
     evaluation = Evaluation(
         metrics=evaluate(student, run.teacher, run.held_out()),
         layer_distances=tuple(layer_distances(student, run.teacher, run.held_out())),
         samples=tuple(Sample(*sample) for sample in samples),
-        subject=run.evaluation_subject(stage),
     )
-    write_evaluation(run.folder(stage), evaluation, matrix_pairs(run, student))
-    return evaluation
+    return _written(run, stage, evaluation, matrix_pairs(run, student))
 
 
 def evaluate_teacher(run: Run) -> Evaluation:
@@ -51,10 +59,18 @@ def evaluate_teacher(run: Run) -> Evaluation:
     held_out = run.held_out()  # before the teacher: if the text cannot be used, that shows at once
     texts = _continuations(run, run.teacher)
     samples = tuple(Sample(*pair) for pair in zip(run.recipe.evaluation.prompts, texts, strict=True))
-    metrics = evaluate(run.teacher, run.teacher, held_out)
-    evaluation = Evaluation(metrics, samples=samples, subject=run.evaluation_subject(TEACHER))
-    write_evaluation(run.folder(TEACHER), evaluation)
-    return evaluation
+    return _written(run, TEACHER, Evaluation(evaluate(run.teacher, run.teacher, held_out), samples=samples))
+
+
+def _written(run: Run, stage: str, evaluation: Evaluation, pairs: Sequence[MatrixPair] = ()) -> Evaluation:
+    """The evaluation with its subject, once it is on disk."""
+
+    def write() -> Evaluation:
+        whole = replace(evaluation, subject=run.evaluation_subject(stage))
+        write_evaluation(run.folder(stage), whole, pairs)
+        return whole
+
+    return processes.on_main(write)
 
 
 @torch.no_grad()
@@ -66,7 +82,7 @@ def matrix_pairs(run: Run, student: PreTrainedModel) -> list[MatrixPair]:
     """
     mixers = mixers_of(student)
     shown = list(mixers)[:: -(-len(mixers) // LAYERS_SHOWN)] if mixers else []
-    device = run.accelerator.device
+    device = run.device
     batch = {name: rows[:1, :MATRIX_TOKENS].to(device) for name, rows in next(run.held_out()).items()}
     family, layers = family_of(run.teacher.config), run.teacher.get_decoder().layers
     # Over one document alone: a border would only show as an empty corner.
@@ -75,9 +91,14 @@ def matrix_pairs(run: Run, student: PreTrainedModel) -> list[MatrixPair]:
     pairs = []
     for index in shown:
         trace, attention = traces[index], view(layers[index].self_attn, family)
-        q_BHTP, k_BHTP = attention.queries_and_keys(trace.attention_input, trace.position_embeddings)
+        q_BHTP, k_BHTP = within(
+            layers[index], attention.queries_and_keys, trace.attention_input, trace.position_embeddings
+        )
         teacher_BHTT = attention_matrix(q_BHTP, k_BHTP, scaling=attention.scaling, window=attention.sliding_window)
-        student_BHTT = mixers[index].mixing_matrix(trace.attention_input.to(student.dtype), **sequence_arguments(batch))
+        mixer = mixers[index]
+        student_BHTT = within(
+            mixer, mixer.mixing_matrix, trace.attention_input.to(student.dtype), **sequence_arguments(batch)
+        )
         for head in islice(range(0, attention.n_heads, max(1, attention.n_heads // HEADS_SHOWN)), HEADS_SHOWN):
             pairs.append(MatrixPair.of(index, head, teacher_BHTT[0, head], student_BHTT[0, head]))
     return pairs
@@ -98,8 +119,9 @@ def main(
     """Measure one finished stage of a run."""
     quiet_unless_watched()
     with report_user_errors():
-        run = open_run(recipe, overrides or [])
-        print(_measure(run, stage).metrics)
+        measured = _measure(open_run(recipe, overrides or []), stage)
+        if processes.is_main():
+            print(measured.metrics)
 
 
 def _measure(run: Run, stage: str) -> Evaluation:
@@ -107,7 +129,7 @@ def _measure(run: Run, stage: str) -> Evaluation:
         return evaluate_teacher(run)
     if stage not in run.stages:
         raise UserError(f"the recipe has no stage {stage!r}; it has {', '.join((TEACHER, *run.stages))}")
-    run.verified(stage)
+    processes.on_main(lambda: run.verified(stage))
     return evaluate_stage(run, stage)
 
 

@@ -36,5 +36,10 @@ if ! python -c 'import torch' 2>/dev/null; then
         python -m pip install --quiet 'torch==2.13.0'
     fi
 fi
+if [ "$extras" = dev ]; then
+    # From source, next to the torch that is there, without compiling: ZeRO needs none of its kernels on a CPU.
+    python -m pip install --quiet setuptools wheel ninja py-cpuinfo psutil packaging
+    DS_BUILD_OPS=0 python -m pip install --quiet --no-build-isolation 'deepspeed>=0.17'
+fi
 python -m pip install --quiet --editable ".${extras:+[$extras]}"
 echo "$wanted" >"$stamp"

@@ -5,7 +5,7 @@
 Writes run_dir/convert: a Hugging Face folder that already generates, with conversion.json saying what came from where.
 """
 
-from distill.run import convert_stage
+from distill.convert_stage import convert_stage
 from stages.command import run_program
 
 if __name__ == "__main__":

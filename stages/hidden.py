@@ -8,15 +8,19 @@ one layer's graph is alive at a time. The last layer's target is what leaves the
 """
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.capture import LayerTrace, layer_traces, sequence_arguments
 from distill.handover import StageRecord
 from distill.objectives import hidden_distance
 from distill.recipe import HiddenStage
-from distill.run import Run, train_stage
+from distill.run import Run
 from distill.student import mixers_of
+from distill.train_stage import train_stage
 from distill.training import Batch, Part
 from stages.command import run_program
 
@@ -27,6 +31,8 @@ class HiddenObjective:
     ``target: mixer`` compares what mixer and attention add to the residual stream, ``target: block`` what leaves the
     decoder layer.
     """
+
+    layerwise = True
 
     def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, settings: HiddenStage) -> None:
         self.teacher, self.target, self.dtype = teacher, settings.target, student.dtype
@@ -40,20 +46,23 @@ class HiddenObjective:
     def parts(self, batch: Batch) -> Iterator[Part]:
         """One distance a layer."""
         traces = layer_traces(self.teacher, batch, self.layers)
-        sequence = sequence_arguments(batch)
         for index, layer in self.layers.items():
-            trace: LayerTrace = traces.pop(index)
-            if self.target == "mixer":
-                output_BTD, _ = layer.self_attn(trace.attention_input.to(self.dtype), **sequence)
-                target_BTD = trace.attention_output
-            else:
-                output_BTD = layer(trace.layer_input.to(self.dtype), **{**trace.layer_kwargs, **sequence})
-                target_BTD = trace.layer_output
-            yield Part(f"layers.{index}", hidden_distance(output_BTD, target_BTD, batch["valid"], reduction="sum"))
+            yield Part(f"layers.{index}", partial(self._distance, layer, traces.pop(index), batch))
+
+    def _distance(self, layer: Any, trace: LayerTrace, batch: Batch) -> Tensor:
+        """The distance of one layer, summed over tokens."""
+        sequence = sequence_arguments(batch)
+        if self.target == "mixer":
+            output_BTD, _ = layer.self_attn(trace.attention_input.to(self.dtype), **sequence)
+            target_BTD = trace.attention_output
+        else:
+            output_BTD = layer(trace.layer_input.to(self.dtype), **{**trace.layer_kwargs, **sequence})
+            target_BTD = trace.layer_output
+        return hidden_distance(output_BTD, target_BTD, batch["valid"], reduction="sum")
 
 
 def main(run: Run) -> StageRecord:
-    return train_stage(run, "hidden", HiddenObjective)
+    return train_stage(run, "hidden", partial(HiddenObjective, run.teacher))
 
 
 if __name__ == "__main__":

@@ -7,29 +7,36 @@ Every mixer reads the teacher's hidden state, so layers train alone and one laye
 """
 
 from collections.abc import Iterator
+from functools import partial
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.attention import family_of, view
-from distill.capture import layer_traces, sequence_arguments
+from distill.capture import LayerTrace, layer_traces, sequence_arguments
 from distill.documents import document_index
 from distill.handover import StageRecord
 from distill.objectives import attention_matrix, mixing_distance
 from distill.recipe import MixingStage
-from distill.run import Run, train_stage
+from distill.run import Run
 from distill.student import mixers_of
+from distill.train_stage import train_stage
 from distill.training import Batch, Part
+from distill.within import within
 from stages.command import run_program
 
 
 class MixingObjective:
     """The sum over layers of the distance between matrices; a mean over sequences and heads."""
 
+    layerwise = True
+
     def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, _settings: MixingStage) -> None:
-        self.teacher = teacher
+        self.teacher, self.dtype = teacher, student.dtype
         self.mixers = mixers_of(student)
-        family, layers = family_of(teacher.config), teacher.get_decoder().layers
-        self.attention = {index: view(layers[index].self_attn, family) for index in self.mixers}
+        family, self.layers = family_of(teacher.config), teacher.get_decoder().layers
+        self.attention = {index: view(self.layers[index].self_attn, family) for index in self.mixers}
 
     def weight(self, batch: Batch) -> float:
         """Sequences with anything in them."""
@@ -38,23 +45,30 @@ class MixingObjective:
     def parts(self, batch: Batch) -> Iterator[Part]:
         """One distance a layer."""
         traces = layer_traces(self.teacher, batch, self.mixers)
-        sequence, document_BT = sequence_arguments(batch), document_index(batch["position_ids"])
-        for index, mixer in self.mixers.items():
-            trace, attention = traces.pop(index), self.attention[index]
-            q_BHTP, k_BHTP = attention.queries_and_keys(trace.attention_input, trace.position_embeddings)
+        for index in self.mixers:
+            yield Part(f"layers.{index}", partial(self._distance, index, traces.pop(index), batch))
+
+    def _distance(self, index: int, trace: LayerTrace, batch: Batch) -> Tensor:
+        """The distance of one layer, summed over sequences."""
+        attention, mixer = self.attention[index], self.mixers[index]
+        with torch.no_grad():
+            q_BHTP, k_BHTP = within(
+                self.layers[index], attention.queries_and_keys, trace.attention_input, trace.position_embeddings
+            )
             target_BHTT = attention_matrix(
                 q_BHTP,
                 k_BHTP,
                 scaling=attention.scaling,
-                document_BT=document_BT,
+                document_BT=document_index(batch["position_ids"]),
                 window=attention.sliding_window,
             )
-            matrix_BHTT = mixer.mixing_matrix(trace.attention_input.to(mixer.in_proj.weight.dtype), **sequence)
-            yield Part(f"layers.{index}", mixing_distance(matrix_BHTT, target_BHTT, batch["valid"], reduction="sum"))
+        u_BTD = trace.attention_input.to(self.dtype)
+        matrix_BHTT = within(mixer, mixer.mixing_matrix, u_BTD, **sequence_arguments(batch))
+        return mixing_distance(matrix_BHTT, target_BHTT, batch["valid"], reduction="sum")
 
 
 def main(run: Run) -> StageRecord:
-    return train_stage(run, "mixing", MixingObjective)
+    return train_stage(run, "mixing", partial(MixingObjective, run.teacher))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from distill.run import CONVERT, Run, convert_stage
+from distill.convert_stage import convert_stage
+from distill.engines import processes
+from distill.run import CONVERT, Run
 from distill.units import count
 from eval.report import make_report, report_numbers
 from eval.run_record import read_run
@@ -36,7 +38,7 @@ PROGRAMS: dict[str, Callable[[Run], object]] = {
 
 def main(run: Run) -> None:
     # Paths and prompts stand as they are, in one piece, so that a command can be copied from a log.
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not processes.is_main())
     started = time.perf_counter()
     _announce(run, console)
     # Before anything is written: a finished stage that is not this recipe's is refused here.
@@ -51,6 +53,12 @@ def main(run: Run) -> None:
             PROGRAMS[stage](run)
         if not run.is_evaluated(stage):
             evaluate_stage(run, stage)
+    if processes.is_main():
+        _report(run, console, started)
+    processes.wait()
+
+
+def _report(run: Run, console: Console, started: float) -> None:
     page = make_report(run.recipe.run_dir)
     console.print(summary(report_numbers(read_run(run.recipe.run_dir))))
     console.print(

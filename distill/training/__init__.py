@@ -1,12 +1,13 @@
 """The one training loop that every stage shares, and what it stands on."""
 
-from distill.training.loop import TrainResult, train
+from distill.objective import Batch, Objective, Part
+from distill.training.loop import Cadence, TrainResult, train
 from distill.training.nonfinite import NonFiniteLoss
-from distill.training.objective import Batch, Objective, Part
 from distill.training.optim import parameter_groups, schedule
 
 __all__ = [
     "Batch",
+    "Cadence",
     "NonFiniteLoss",
     "Objective",
     "Part",

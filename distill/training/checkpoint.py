@@ -1,68 +1,97 @@
 """Checkpoints: one folder a step, complete or absent, checked by hash before it is believed.
 
-    checkpoints/step-00000200/  weights.pt  optimizer.pt  rng.pt  loop.pt  manifest.json
+    checkpoints/step-00000200/
+      state/           what training changes, as the engine writes it: in shards where it shards
+      rng-00000.pt     the generators of process 0, and so on
+      loop.json        how far the run was, and with which settings
+      manifest.json    size and SHA-256 of every file; written last
 
-The manifest holds the size and SHA-256 of every file and is written last.
+Every process writes and hashes its part; the folder, which all must see, gets its name when all are done.
 """
 
-import hashlib
 import json
 import random
+import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from distill.atomic import settle_all, sha256_of, whole_folder
+from distill.atomic import explained_full_disk, partial_of, settle_all, sha256_of, whole_folder
+from distill.engines import processes
 
-MANIFEST = "manifest.json"
-
-State = Mapping[str, Any]
-"""File stem -> what the file holds; tensors and plain Python values only, so that loading runs no code."""
+MANIFEST, STATE, LOOP = "manifest.json", "state", "loop.json"
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that was read and found intact."""
+    """A checkpoint that was found intact."""
 
     folder: Path
     step: int
-    state: State
+    loop: dict[str, Any]
 
 
-def save(folder: Path, step: int, state: State, keep: int) -> Path:
-    """Write the checkpoint of ``step``, then remove all but the newest ``keep``.
+def save(
+    folder: Path,
+    step: int,
+    write_state: Callable[[Path], None],
+    loop: Mapping[str, Any],
+    *,
+    keep: int,
+    best: int | None = None,
+    needed: Callable[[], int] | None = None,
+) -> Path:
+    """Write the checkpoint of ``step``; then all but the newest ``keep`` and the ``best`` go. Every process calls it.
+
+    Args:
+        folder: of all checkpoints; on storage that every process sees.
+        step: finished steps.
+        write_state: writes a process's part into the folder it is given.
+        loop: plain data.
+        keep: how many stay, this one included.
+        best: a step whose checkpoint stays however old it is.
+        needed: bytes, for the message when the disk is full.
 
     Raises:
         UserError: the disk is full; earlier checkpoints are untouched.
     """
     assert keep >= 1
     target = folder / f"step-{step:08d}"
-    with whole_folder(target, needed=lambda: sum(_size(value) for value in state.values())) as partial:
-        files = {f"{stem}.pt": _write(partial / f"{stem}.pt", value) for stem, value in state.items()}
-        (partial / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
-    listed = _listed(folder)
-    # What is newer than the step just saved was damaged, or this run would have continued from it.
-    kept = listed[: listed.index(target) + 1][-keep:]
-    for path in set(listed) - set(kept):
-        shutil.rmtree(path)
+    if processes.is_main():
+        with whole_folder(target, needed) as partial:
+            _write(partial, step, write_state, loop, needed)
+        prune(folder, keep, {best, step}, newest=step)
+    else:
+        _write(partial_of(target), step, write_state, loop, needed)
+    processes.wait()
     return target
 
 
+def prune(folder: Path, keep: int, also: Collection[int | None] = (), *, newest: int | None = None) -> None:
+    """Remove all checkpoints but the last ``keep`` and those of the steps ``also``.
+
+    What is newer than ``newest`` goes too: it was damaged, or the run would have continued from it.
+    """
+    listed = _listed(folder)
+    usable = [path for path in listed if newest is None or _step_of(path) <= newest]
+    kept = usable[max(0, len(usable) - keep) :] + [path for path in usable if _step_of(path) in also]
+    for path in set(listed) - set(kept):
+        shutil.rmtree(path)
+
+
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest intact checkpoint, on the CPU; damaged ones are named in a warning and skipped."""
-    settle_all(folder)
-    for path in reversed(_listed(folder)):
+    """The newest intact checkpoint; damaged ones are refused by name in a warning. All processes call it."""
+    processes.on_main(lambda: settle_all(folder))
+    for path in reversed(processes.on_main(lambda: _listed(folder))):
         damage = damage_of(path)
         if damage is None:
-            step, files = _manifest(path)
-            state = {Path(name).stem: torch.load(path / name, map_location="cpu", weights_only=True) for name in files}
-            return Checkpoint(path, step, state)
-        warnings.warn(f"skipped a damaged checkpoint: {damage}", stacklevel=2)
+            return Checkpoint(path, _step_of(path), json.loads((path / LOOP).read_text()))
+        if processes.is_main():
+            warnings.warn(f"refused a damaged checkpoint: {damage}; trying the one before it", stacklevel=2)
     return None
 
 
@@ -71,8 +100,16 @@ def newest_path(folder: Path) -> Path | None:
     return next(reversed(_listed(folder)), None)
 
 
+def before(checkpoint: Path) -> Path | None:
+    """The checkpoint before this one, unread."""
+    return next((path for path in reversed(_listed(checkpoint.parent)) if path.name < checkpoint.name), None)
+
+
 def damage_of(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, beginning with the path of the file concerned; None if it is intact."""
+    """What is wrong with a checkpoint, beginning with the path of the file concerned; None if it is intact.
+
+    Processes that call it together share the hashing.
+    """
     manifest = checkpoint / MANIFEST
     if not manifest.is_file():
         return f"{manifest} is missing"
@@ -82,29 +119,9 @@ def damage_of(checkpoint: Path) -> str | None:
         return f"{manifest} is not the manifest that was written"
     if checkpoint.name != f"step-{step:08d}":
         return f"{manifest} is of another step, {step}"
-    for name, expected in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{path} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
-        if sha256_of(path) != expected["sha256"]:
-            return f"{path} was changed after it was written (its SHA-256 differs)"
-    return None
-
-
-def trained_weights(student: nn.Module) -> dict[str, Tensor]:
-    """What training can change: parameters that require a gradient, and persistent buffers."""
-    frozen = {
-        name for name, parameter in student.named_parameters(remove_duplicate=False) if not parameter.requires_grad
-    }
-    return {name: tensor for name, tensor in student.state_dict().items() if name not in frozen}
-
-
-def load_weights(student: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put back what ``trained_weights`` gave; the names must be those of this student."""
-    assert weights.keys() == trained_weights(student).keys(), "a checkpoint of other weights"
-    student.load_state_dict(weights, strict=False)
+    mine = sorted(files)[processes.rank() :: processes.world()]
+    found = (damage for name in mine if (damage := _damage_of_file(checkpoint / name, files[name])))
+    return next((damage for damage in processes.gather(next(found, None)) if damage), None)
 
 
 def rng_state() -> dict[str, Any]:
@@ -127,40 +144,63 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-class _HashingFile:
-    """Just enough of a file for torch.save: hashes and counts what passes on its way to ``target``, or nowhere."""
-
-    def __init__(self, target: IO[bytes] | None = None) -> None:
-        self.sha256 = hashlib.sha256()
-        self.bytes = 0
-        self._target = target
-
-    def write(self, data: Any) -> int:
-        self.sha256.update(data)
-        self.bytes += memoryview(data).nbytes
-        return self._target.write(data) if self._target else memoryview(data).nbytes
-
-    def flush(self) -> None:
-        """torch.save may call it; the target is flushed when it is closed."""
+def restore_rng(checkpoint: Path) -> None:
+    """Put this process's generators back; a process that was not there keeps those it has."""
+    path = checkpoint / _rng_file()
+    if path.is_file():
+        set_rng_state(torch.load(path, weights_only=True))
 
 
-def _write(path: Path, value: Any) -> dict[str, Any]:
-    """Save ``value`` and return what the manifest says of it."""
-    with path.open("wb") as file:
-        hashing = _HashingFile(file)
-        torch.save(value, cast(IO[bytes], hashing))
-    return {"bytes": hashing.bytes, "sha256": hashing.sha256.hexdigest()}
+def _write(
+    partial: Path,
+    step: int,
+    write_state: Callable[[Path], None],
+    loop: Mapping[str, Any],
+    needed: Callable[[], int] | None,
+) -> None:
+    """Every process's part; the folder is made by the main one."""
+    processes.wait()
+
+    def write() -> None:
+        with explained_full_disk(partial, needed):
+            if processes.is_main():
+                (partial / LOOP).write_text(json.dumps(loop, indent=1))
+            torch.save(rng_state(), partial / _rng_file())
+            write_state(partial / STATE)
+
+    processes.together(write)
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    told = {
+        str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in files[processes.rank() :: processes.world()]
+    }
+    everyones = processes.gather(told)
+    if processes.is_main():
+        merged = {name: entry for part in everyones for name, entry in part.items()}
+        (partial / MANIFEST).write_text(json.dumps({"step": step, "files": merged}, indent=1))
 
 
-def _size(value: Any) -> int:
-    """How many bytes ``value`` takes in a file."""
-    counting = _HashingFile()
-    torch.save(value, cast(IO[bytes], counting))
-    return counting.bytes
+def _damage_of_file(path: Path, expected: Mapping[str, Any]) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    if path.stat().st_size != expected["bytes"]:
+        return f"{path} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
+    if sha256_of(path) != expected["sha256"]:
+        return f"{path} was changed after it was written (its SHA-256 differs)"
+    return None
 
 
 def _listed(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-????????"))
+
+
+def _step_of(checkpoint: Path) -> int:
+    found = re.fullmatch(r"step-(\d{8})", checkpoint.name)
+    return int(found[1]) if found else -1
+
+
+def _rng_file() -> str:
+    return f"rng-{processes.rank():05d}.pt"
 
 
 def _manifest(checkpoint: Path) -> tuple[int, dict[str, dict[str, Any]]]:

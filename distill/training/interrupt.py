@@ -1,4 +1,4 @@
-"""Stopping when asked to: SIGTERM and SIGINT are noted, and obeyed between two steps."""
+"""Stopping when asked to: SIGTERM, SIGHUP and SIGINT are noted, and obeyed between two steps."""
 
 import signal
 import threading
@@ -15,33 +15,29 @@ class Stop:
 
     signal: Signals | None = None
 
-    @property
-    def exit_code(self) -> int:
-        """128 + the signal's number, as shells count: 143 for SIGTERM, 130 for SIGINT."""
-        assert self.signal is not None
-        return 128 + self.signal
-
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Note the first SIGTERM or SIGINT; the second acts as it did before. In a thread, signals stay as they are."""
+    """Note SIGTERM, SIGHUP and SIGINT. In a thread, signals stay as they are.
+
+    SIGTERM and SIGHUP are only ever noted: launchers and schedulers send them twice, and the second must not end a
+    process that is writing its checkpoint. A second SIGINT, from a person who is done waiting, acts as it did before.
+    """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def put_back() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
 
     def note(number: int, _frame: FrameType | None) -> None:
         stop.signal = Signals(number)
-        put_back()
+        if number == signal.SIGINT:
+            signal.signal(number, before[signal.SIGINT])
 
     try:
         for number in before:
             signal.signal(number, note)
         yield stop
     finally:
-        put_back()
+        for number, handler in before.items():
+            signal.signal(number, handler)

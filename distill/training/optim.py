@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from distill.errors import UserError
+from distill.within import whole_shape
 
 SCHEDULES = ("wsd", "cosine", "constant")
 
@@ -78,7 +79,7 @@ def decays(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
     """
     *path, leaf = name.split(".")
     return (
-        parameter.ndim >= 2
+        len(whole_shape(parameter)) >= 2
         and not isinstance(module, nn.Embedding | _ConvNd)
         and leaf not in UNDECAYED
         and not leaf.endswith("bias")

@@ -8,6 +8,8 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from distill.engines import processes
+
 PLAIN_EVERY = 10.0
 """Seconds between two lines where there is no terminal."""
 
@@ -18,6 +20,9 @@ Show = Callable[[int, float, float], None]
 @contextmanager
 def progress(title: str, steps: int, done: int) -> Iterator[Show]:
     """Show the steps of ``title``, of which ``done`` were made before."""
+    if not processes.is_main():
+        yield lambda step, loss, tokens_per_second: None
+        return
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _plain(console, title, steps, done)

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -72,6 +73,19 @@ class MetricsLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+class NoLog(nullcontext):
+    """What the processes that do not write have in the place of a ``MetricsLog``."""
+
+    def __init__(self) -> None:
+        super().__init__(self)
+
+    def write(self, kind: str, step: int, tokens: int, values: Mapping[str, Any]) -> None:
+        """The main process writes."""
+
+    def flush_to_disk(self) -> None:
+        """There is nothing to flush."""
 
 
 def require_trackers(trackers: Collection[str]) -> None:

@@ -66,7 +66,7 @@ def run_check(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     Path("text.txt").write_text("some text\n")
     Path("small.yaml").write_text(
         "teacher: {path: teachers/tiny}\ndata: {source: text.txt, block: 64}\n"
-        "stages: {hidden: {tokens: 10K, batch_size: 2}, logits: {tokens: 20K, batch_size: 4, accumulate: 2}}\n"
+        "stages: {hidden: {tokens: 10K, batch_size: 2}, logits: {tokens: 20K, batch_size: 8, micro_batch_size: 4}}\n"
     )
 
     def _check(*overrides: str, ranks: int = 1) -> RecipeFacts:

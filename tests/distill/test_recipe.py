@@ -101,7 +101,7 @@ def test_unknown_key_names_line_path_nearest_and_allowed(write: Callable[[str], 
     path = write("teacher: {path: t}\ndata: {source: s}\nstages:\n  logits:\n    tokens: 1M\n\n    tokns: 2M\n")
     found = message(path)
     assert found.startswith("small.yaml:7: stages.logits.tokns: unknown key, did you mean 'tokens'? (allowed: tokens, ")
-    assert found.endswith("ce_weight, train)")
+    assert found.endswith("offline_teacher, train)")
 
 
 def test_key_of_another_section_is_pointed_to(write: Callable[[str], Path]) -> None:

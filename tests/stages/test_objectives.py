@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from distill import convert
 from distill.mixers import MIXERS
 from distill.recipe import HiddenStage, LogitsStage, MixingStage
-from distill.run import convert_stage, open_run
+from distill.convert_stage import convert_stage
+from distill.run import open_run
 from distill.student import mixers_of
 from distill.training import Objective
 from stages import mixing

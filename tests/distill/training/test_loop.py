@@ -5,34 +5,33 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from tiny_run import ACCUMULATE, STEPS, TOKENS, Student, metrics, micro_batch, run
+from tiny_run import (
+    ACCUMULATE,
+    CADENCE,
+    STEPS,
+    TOKENS,
+    Student,
+    crash,
+    groups_of,
+    metrics,
+    micro_batch,
+    run,
+    saved,
+    stop_at,
+    train_lines,
+)
 from torch import nn
 
+from distill.engines import training_state
 from distill.errors import UserError
 from distill.objectives import hidden_distance
-from distill.training import NonFiniteLoss, Part, checkpoint, parameter_groups, schedule
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    """Accelerate keeps its precision in a global; tests ask for different ones."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def train_lines(folder: Path) -> list[dict]:
-    return [line for line in metrics(folder) if line["kind"] == "train"]
-
-
-def saved(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+from distill.training import Cadence, NonFiniteLoss, Part, checkpoint, schedule
 
 
 def test_it_equals_a_few_lines_of_torch(tmp_path):
@@ -41,7 +40,7 @@ def test_it_equals_a_few_lines_of_torch(tmp_path):
     plain.load_state_dict(student.state_dict())
     run(tmp_path, student=student, noise=0.0)
 
-    optimizer = torch.optim.AdamW(parameter_groups(plain, lambda name: name.split(".")[0], ["layers"], lr=0.01))
+    optimizer = torch.optim.AdamW(groups_of(plain, lr=0.01))
     for step, line in enumerate(train_lines(tmp_path)):
         batches = [micro_batch(step * ACCUMULATE + i) for i in range(ACCUMULATE)]
         ids, valid = (torch.cat([batch[key] for batch in batches]) for key in ("input_ids", "valid"))
@@ -63,20 +62,32 @@ def test_it_equals_a_few_lines_of_torch(tmp_path):
         torch.testing.assert_close(got, expected)
 
 
+def whole(step: int) -> dict[str, torch.Tensor]:
+    """Four micro-batches of one sequence as one."""
+    batches = [micro_batch(4 * step + i, sequences=1) for i in range(4)]
+    return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+
+
+CUTS = {1: whole, 4: partial(micro_batch, sequences=1)}
+
+
+def run_cut(folder: Path, accumulate: int, **changed) -> None:
+    torch.manual_seed(0)
+    student = Student(dropout=0.0)
+    run(folder, student=student, noise=0, **{"batch": CUTS[accumulate], "accumulate": accumulate} | changed)
+
+
+def require_close(folder: Path, expected: Path) -> None:
+    for got, wanted in zip(train_lines(folder), train_lines(expected), strict=True):
+        assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+        assert got["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
+
+
 def test_how_a_batch_is_cut_up_changes_nothing(tmp_path):
     """Micro-batches have different numbers of valid tokens, so averaging their means would be seen."""
-
-    def whole(step: int) -> dict[str, torch.Tensor]:
-        batches = [micro_batch(4 * step + i, sequences=1) for i in range(4)]
-        return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
-
-    cuts = {1: whole, 4: lambda index: micro_batch(index, sequences=1)}
-    for accumulate, batch in cuts.items():
-        run(tmp_path / str(accumulate), student=Student(dropout=0.0), noise=0, batch=batch, accumulate=accumulate)
-    torch.manual_seed(0)
-    for once, cut in zip(train_lines(tmp_path / "1"), train_lines(tmp_path / "4"), strict=True):
-        assert once["loss"] == pytest.approx(cut["loss"], rel=1e-5)
-        assert once["grad_norm"] == pytest.approx(cut["grad_norm"], rel=1e-4)
+    for accumulate in CUTS:
+        run_cut(tmp_path / str(accumulate), accumulate)
+    require_close(tmp_path / "1", tmp_path / "4")
 
 
 def test_the_result_and_the_lines_agree(tmp_path):
@@ -97,22 +108,28 @@ def test_each_part_is_sent_backward_before_the_next_is_computed(tmp_path):
     student = Student()
 
     class InOrder:
+        layerwise = True
+
         def weight(self, batch):
             return 1.0
 
         def parts(self, batch):
             for index, layer in enumerate(student.layers):
                 assert torch.is_autocast_enabled("cpu")
-                output = layer(student.embed(batch["input_ids"]).detach())
-                assert output.dtype == torch.bfloat16
-                output.register_hook(lambda grad: outside.append(not torch.is_autocast_enabled("cpu")))
+                inputs = student.embed(batch["input_ids"]).detach()
                 assert layer[0].weight.grad is None
-                yield Part(f"layers.{index}", output.float().square().sum())
+                yield Part(f"layers.{index}", partial(self.loss_sum, layer, inputs))
                 assert layer[0].weight.grad is not None
 
+        def loss_sum(self, layer, inputs):
+            assert torch.is_autocast_enabled("cpu")
+            output = layer(inputs)
+            assert output.dtype == torch.bfloat16
+            output.register_hook(lambda grad: outside.append(not torch.is_autocast_enabled("cpu")))
+            return output.float().square().sum()
+
     outside: list[bool] = []
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    run(tmp_path, student=student, objective=InOrder(), accumulate=1, steps=2, accelerator=accelerator)
+    run(tmp_path, student=student, objective=InOrder(), accumulate=1, steps=2, precision=torch.bfloat16)
     assert outside == [True] * 4
     assert all(parameter.dtype == torch.float32 for parameter in student.parameters())
 
@@ -122,7 +139,7 @@ def test_frozen_weights_neither_change_nor_are_saved(tmp_path):
     before = student.embed.weight.clone()
     run(tmp_path, student=student)
     assert torch.equal(student.embed.weight, before)
-    weights = checkpoint.newest(tmp_path / "checkpoints").state["weights"]
+    weights = training_state.read_weights(checkpoint.newest(tmp_path / "checkpoints").folder / "state")
     assert weights.keys() == {name for name, _ in student.named_parameters()} - {"embed.weight"}
 
 
@@ -135,7 +152,7 @@ def test_it_evaluates_at_both_ends_and_every_so_often(tmp_path, every, expected)
         seen.append((student.layers[0].training, torch.is_grad_enabled()))
         return {"perplexity": 3.0}
 
-    run(tmp_path, student=student, evaluate=evaluate, eval_every=every)
+    run(tmp_path, student=student, evaluate=evaluate, cadence=replace(CADENCE, eval_every=every))
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines if line["kind"] == "eval"] == expected
     assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
@@ -147,21 +164,6 @@ def test_it_evaluates_at_both_ends_and_every_so_often(tmp_path, every, expected)
 def test_without_evaluation_there_are_only_train_lines(tmp_path):
     run(tmp_path, evaluate=None)
     assert len(metrics(tmp_path)) == len(train_lines(tmp_path)) == STEPS
-
-
-def stop_at(index: int, how):
-    """A batch function that does ``how`` when micro-batch ``index`` is asked for."""
-
-    def batch(asked: int) -> dict[str, torch.Tensor]:
-        if asked == index:
-            how()
-        return micro_batch(asked)
-
-    return batch
-
-
-def crash() -> None:
-    raise RuntimeError("pulled the plug")
 
 
 @pytest.mark.parametrize("step", [0, 3, 4, 11, 19])
@@ -190,7 +192,9 @@ def test_a_finished_run_is_not_run_again(tmp_path):
     [
         ({"steps": 30}, "schedule, steps changed"),
         ({"lr": 0.02}, "lr of group rest, lr of group rest, no decay changed"),
-        ({"clip": 1.0, "accumulate": 4}, "accumulate, clip changed"),
+        ({"clip": 1.0, "tokens_per_step": 99}, "settings: clip, tokens per step changed"),
+        ({"clip": 1.0, "accumulate": 4}, "settings: clip changed"),
+        ({"origin": {"the text": "abc"}}, "the text changed"),
         ({"student": Student(width=8)}, "parameters of group rest.* changed"),
     ],
 )
@@ -202,42 +206,13 @@ def test_other_settings_do_not_continue_an_old_run(tmp_path, changed, named):
     assert saved(tmp_path) == before
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_finishes_the_step_saves_and_exits(tmp_path, capsys, number, code):
-    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    run(tmp_path / "whole")
-    with pytest.raises(SystemExit) as stopped:
-        run(tmp_path / "stopped", batch=stop_at(ACCUMULATE * 6, lambda: os.kill(os.getpid(), number)))
-    assert stopped.value.code == code
-    assert f"stopped by {number.name} after step 7 of {STEPS}" in capsys.readouterr().err
-    assert saved(tmp_path / "stopped") == ["step-00000004", "step-00000007"]
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
-    run(tmp_path / "stopped")
-    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
-
-
-def test_a_second_signal_does_not_wait(tmp_path):
-    def twice() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, batch=stop_at(2, twice))
-
-
-def test_a_signal_during_the_last_evaluation_is_not_lost(tmp_path):
-    calls = []
-
-    def evaluate() -> dict[str, float]:
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return {}
-
-    with pytest.raises(SystemExit) as stopped:
-        run(tmp_path, evaluate=evaluate, eval_every=None)
-    assert stopped.value.code == 143
-    assert saved(tmp_path)[-1] == f"step-{STEPS:08d}"
+def test_a_run_goes_on_with_another_cut(tmp_path):
+    """As it would on another number of processes."""
+    run_cut(tmp_path / "whole", 1)
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        run_cut(tmp_path / "changed", 4, batch=stop_at(4 * 9, crash, CUTS[4]))
+    run_cut(tmp_path / "changed", 1)
+    require_close(tmp_path / "changed", tmp_path / "whole")
 
 
 class Poison(nn.Module):
@@ -319,11 +294,8 @@ def test_a_full_disk_stops_the_run_and_the_next_goes_on(tmp_path, monkeypatch):
     assert metrics(tmp_path / "full") == metrics(tmp_path / "whole")
 
 
-def test_bf16_weights_several_processes_and_empty_batches_are_refused(tmp_path, monkeypatch):
+def test_bf16_weights_and_empty_batches_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"torch.bfloat16: small updates would be rounded away"):
         run(tmp_path, student=Student().bfloat16())
     with pytest.raises(UserError, match="no token to learn from"):
         run(tmp_path, batch=lambda index: micro_batch(index) | {"valid": torch.zeros(3, 8, dtype=torch.bool)})
-    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
-    with pytest.raises(UserError, match="2 processes"):
-        run(tmp_path)

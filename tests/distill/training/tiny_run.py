@@ -19,13 +19,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
+from distill.engines.engine import Engine, Groups
+from distill.engines.plain import PlainEngine
 from distill.objectives import hidden_distance
-from distill.training import Part, TrainResult, parameter_groups, schedule, train
+from distill.training import Cadence, Part, TrainResult, parameter_groups, schedule, train
 
 STEPS, ACCUMULATE, TOKENS = 20, 2, 2 * 3 * 8
+CADENCE = Cadence(eval_every=6, checkpoint_every=4, keep_checkpoints=2)
 
 
 class Student(nn.Module):
@@ -42,6 +44,8 @@ class Student(nn.Module):
 class Alignment:
     """Every layer beside a fixed target; the other two generators matter as well when ``noise`` is set."""
 
+    layerwise = True
+
     def __init__(self, student: Student, noise: float) -> None:
         self.student, self.noise = student, noise
 
@@ -52,8 +56,11 @@ class Alignment:
         inputs = self.student.embed(batch["input_ids"]).detach()
         for index, layer in enumerate(self.student.layers):
             jitter = 1 + self.noise * (random.random() + np.random.rand())
-            loss = hidden_distance(layer(inputs), jitter * inputs.flip(-1), batch["valid"], reduction="sum")
-            yield Part(f"layers.{index}", loss)
+            target = jitter * inputs.flip(-1)
+            yield Part(f"layers.{index}", partial(self._distance, layer, inputs, target, batch["valid"]))
+
+    def _distance(self, layer: nn.Module, inputs: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+        return hidden_distance(layer(inputs), target, valid, reduction="sum")
 
 
 def micro_batch(index: int, sequences: int = 3) -> dict[str, Tensor]:
@@ -64,18 +71,32 @@ def micro_batch(index: int, sequences: int = 3) -> dict[str, Tensor]:
     return {"input_ids": ids, "valid": torch.arange(8) < lengths}
 
 
+def groups_of(student: Student, lr: float = 0.01) -> list[dict[str, Any]]:
+    """The layers train, the embedding does not."""
+    return parameter_groups(student, lambda name: name.split(".")[0], ["layers"], lr=lr)
+
+
 def run(
-    folder: Path, *, student: Student | None = None, seed: int = 0, noise: float = 1.0, lr: float = 0.01, **changed: Any
+    folder: Path,
+    *,
+    student: Student | None = None,
+    make_engine: Callable[[Student, Groups], Engine] = PlainEngine,
+    seed: int = 0,
+    noise: float = 1.0,
+    lr: float = 0.01,
+    **changed: Any,
 ) -> TrainResult:
     """Train a fresh student by the usual call, with any argument of ``train`` changed."""
     torch.manual_seed(0)
     student = student or Student()
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
     steps = changed.get("steps", STEPS)
+    groups = groups_of(student, lr)
     arguments: dict[str, Any] = {
         "objective": Alignment(student, noise),
         "student": student,
-        "groups": parameter_groups(student, lambda name: name.split(".")[0], ["layers"], lr=lr),
+        "engine": make_engine(student, groups),
+        "groups": groups,
         "schedule": partial(schedule, steps=steps, warmup=0.2, decay=0.2),
         "batch": micro_batch,
         "steps": STEPS,
@@ -84,11 +105,9 @@ def run(
         "tokens_per_step": TOKENS,
         "folder": folder,
         "evaluate": lambda: {"draw": float(torch.rand(())), "norm": float(student.layers[0][0].weight.norm())},
-        "eval_every": 6,
-        "checkpoint_every": 4,
-        "keep_checkpoints": 2,
+        "cadence": CADENCE,
         "trackers": [],
-        "accelerator": Accelerator(cpu=True),
+        "device": torch.device("cpu"),
     }
     return train(**arguments | changed)
 
@@ -101,6 +120,32 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def train_lines(folder: Path) -> list[dict[str, Any]]:
+    return [line for line in metrics(folder) if line["kind"] == "train"]
+
+
+def saved(folder: Path) -> list[str]:
+    """The checkpoints' names, and whatever else lies beside them."""
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def stop_at(
+    index: int, how: Callable[[], object], make: Callable[[int], dict[str, Tensor]] = micro_batch
+) -> Callable[[int], dict[str, Tensor]]:
+    """A batch function that does ``how`` when micro-batch ``index`` is asked for."""
+
+    def batch(asked: int) -> dict[str, Tensor]:
+        if asked == index:
+            how()
+        return make(asked)
+
+    return batch
+
+
+def crash() -> None:
+    raise RuntimeError("pulled the plug")
+
+
 def start(folder: Path, how: str) -> int:
     """Run once in a process of its own, and return its wait status.
 
@@ -110,6 +155,7 @@ def start(folder: Path, how: str) -> int:
     after:S       it is killed S seconds after its start
     partial:N     it is killed when the Nth half-written checkpoint appears
     term:N        it sends itself SIGTERM in the middle of its Nth step
+    terms:N       the same, and again at every fsync from then on
     """
     kind, _, number = how.partition(":")
     child = os.fork()
@@ -148,7 +194,7 @@ def _run_until(folder: Path, kind: str, number: int) -> None:
     def batch(index: int) -> dict[str, Tensor]:
         nonlocal asked
         asked += 1
-        if kind in ("step", "term") and asked == number * ACCUMULATE:
+        if kind in ("step", "term", "terms") and asked == number * ACCUMULATE:
             os.kill(os.getpid(), signal.SIGKILL if kind == "step" else signal.SIGTERM)
         return micro_batch(index)
 
@@ -157,6 +203,8 @@ def _run_until(folder: Path, kind: str, number: int) -> None:
         synced += 1
         if kind == "fsync" and synced == number:
             os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "terms" and asked >= number * ACCUMULATE:
+            os.kill(os.getpid(), signal.SIGTERM)
         fsync(handle)
 
     os.fsync = counted_fsync

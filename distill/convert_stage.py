@@ -1,0 +1,58 @@
+"""The first stage of every run: teacher in, student out, handed on like any other stage's."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from distill import handover
+from distill.capture import Batch
+from distill.conversion import convert_with_report, load_teacher
+from distill.engines import processes
+from distill.evaluation import evaluate
+from distill.handover import StageRecord
+from distill.run import CONVERT, DTYPES, Run
+
+
+def convert_stage(run: Run) -> StageRecord:
+    """Turn the teacher into a student and hand it on as the stage ``convert``; the main process does it."""
+    held_out = run.held_out()  # before the teacher: if the text cannot be used, that shows at once
+    if not run.launched.shards_weights:
+        _ = run.teacher  # by every process at once: they need it anyway
+    return processes.on_main(lambda: _convert(run, held_out))
+
+
+def _convert(run: Run, held_out: Iterator[Batch]) -> StageRecord:
+    started = time.perf_counter()
+    if run.launched.shards_weights:  # a process has a part of the common one only
+        teacher = load_teacher(run.recipe.teacher.path, DTYPES[run.recipe.teacher.dtype])
+    else:
+        teacher = run.teacher
+    student, report = convert_with_report(
+        teacher,
+        mixer=run.recipe.student.mixer,
+        keep_attention=run.facts.kept,
+        seed=run.recipe.seed,
+        seed_from_attention=run.recipe.student.seed_from_attention,
+        state_dim=run.recipe.student.state_dim,
+        conv_width=run.recipe.student.conv_width,
+    )
+    # What is too large for one device is measured by all of them, in the evaluation that follows.
+    loss = None if run.launched.shards_weights else evaluate(student, None, held_out).loss
+
+    def save(folder: Path) -> None:
+        student.save_pretrained(folder)
+        run.save_beside(folder)
+        (folder / "conversion.json").write_text(json.dumps(report.to_json(), indent=1))
+
+    record = StageRecord(
+        stage=CONVERT,
+        parent=run.origin,
+        loss_start=loss,
+        loss_end=loss,
+        steps=0,
+        tokens=0,
+        seconds=time.perf_counter() - started,
+        settings=run.recipe.stage_digest(CONVERT),
+    )
+    return handover.write(run.folder(CONVERT), save, record)

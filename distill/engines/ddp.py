@@ -1,0 +1,36 @@
+"""DDP: every process holds the whole student, reads its own share of the data, and gradients are averaged."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distill.engines import processes
+from distill.engines.engine import Groups, Parts
+from distill.engines.joint import detached, joint, total
+from distill.engines.plain import PlainEngine
+from distill.within import through
+
+
+class DdpEngine(PlainEngine):
+    """See ``Engine``; it differs from one process only in how gradients come about."""
+
+    def __init__(self, student: nn.Module, groups: Groups, *, layerwise: bool, device: torch.device) -> None:
+        super().__init__(student, groups)
+        self.data_rank, self.data_ranks, self.layerwise = processes.rank(), processes.world(), layerwise
+        self.wrapped = DistributedDataParallel(
+            student,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            # Stage 1 never reaches a mixer's output projection.
+            find_unused_parameters=layerwise,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,
+        )
+
+    def backward(self, parts: Parts, scale: float, *, last: bool) -> dict[str, Tensor]:
+        # Gradients travel once a step, with its last micro-batch; DDP divides by the processes.
+        with nullcontext() if last else self.wrapped.no_sync():
+            losses = through(self.wrapped, self.student, joint, parts, recompute=self.layerwise)
+            total(losses, scale * self.data_ranks).backward()
+        return detached(losses)

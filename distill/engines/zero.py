@@ -1,0 +1,143 @@
+"""DeepSpeed ZeRO 1, 2 and 3: the optimizer's states in shards, then the gradients too, then the weights too.
+
+Weights, gradients and states are fp32, as everywhere in this project; bfloat16 is the recipe's autocast. On a CPU
+DeepSpeed talks through gloo, and its compiled shared-memory transport is left out.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+from transformers import PreTrainedModel
+
+from distill.engines import processes
+from distill.engines.engine import Groups, Parts
+from distill.engines.joint import detached, joint, total
+from distill.errors import UserError
+from distill.within import through
+
+TAG = "zero"
+
+
+class ZeroEngine:
+    """See ``Engine``."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        groups: Groups,
+        *,
+        layerwise: bool,
+        config: dict[str, Any],
+        accumulate: int,
+        clip: float | None,
+    ) -> None:
+        self.student, self.layerwise = student, layerwise
+        self.data_rank, self.data_ranks = processes.rank(), processes.world()
+        self.clip = clip
+        told = _config(config) | {"gradient_accumulation_steps": accumulate, "gradient_clipping": clip or 0.0}
+        self.engine, self.optimizer = _initialize(student, told, AdamW([dict(group) for group in groups]))
+
+    def backward(self, parts: Parts, scale: float, *, last: bool) -> dict[str, Tensor]:
+        # DeepSpeed averages over processes; micro-batches are already part of the scale.
+        losses = through(self.engine, self.student, joint, parts, recompute=self.layerwise)
+        self.engine.backward(total(losses, scale * self.data_ranks), scale_wrt_gas=False)
+        if not last:
+            self.engine.step()  # counts the micro-batch
+        return detached(losses)
+
+    def step(self, clip: float | None) -> float:
+        assert clip == self.clip, "DeepSpeed clips at what it was initialised with"
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
+
+    def forget(self) -> None:
+        self.engine.zero_grad()
+
+    def settle(self) -> None:
+        """Every process's share is up to date after each step."""
+
+    def save(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        shards = len(list((folder / TAG).glob("*zero_pp_rank_*_optim_states.pt")))
+        if shards != processes.world():
+            raise UserError(
+                f"{folder} was written by DeepSpeed on {shards or 'no'} processes and this run has"
+                f" {processes.world()}; launch as many as before"
+            )
+        self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The trained weights in fp32 that ``ZeroEngine.save`` wrote, whole, on the CPU, without any processes."""
+    library()
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # it tells its progress there
+        return get_fp32_state_dict_from_zero_checkpoint(str(folder), TAG, exclude_frozen_parameters=True)
+
+
+def partition(model: PreTrainedModel, config: dict[str, Any]) -> None:
+    """Split the weights of ``model`` over all processes, in place; they are the main process's (ZeRO-3)."""
+    deepspeed = library()
+    deepspeed.zero.Init(module=model, config_dict_or_path=_config(config), dtype=model.dtype)
+
+
+def serve(model: PreTrainedModel, config: dict[str, Any]) -> None:
+    """Let a frozen, partitioned ``model`` gather each module's weights when it runs (ZeRO-3)."""
+    told = _config(config)
+    if model.dtype == torch.bfloat16:
+        told["bf16"] = {"enabled": True}
+    engine, _ = _initialize(model, told, None)
+    model.__dict__["_zero_engine"] = engine  # as long as the model lives, and no part of its module tree
+
+
+@contextmanager
+def whole(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Inside, partitioned parameters are whole on every process (ZeRO-3); changes are lost."""
+    with library().zero.GatheredParameters(parameters):
+        yield
+
+
+def _initialize(model: nn.Module, config: dict[str, Any], optimizer: AdamW | None) -> tuple[Any, Any]:
+    engine, optimizer, _, _ = library().initialize(model=model, optimizer=optimizer, config=config)
+    return engine, optimizer
+
+
+def _config(config: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's config: the launch config's, less what the recipe decides."""
+    zero = {key: value for key, value in config["zero_optimization"].items() if value not in ("none", None)}
+    for part in ("offload_optimizer", "offload_param"):
+        if zero.get(part, {}).get("device") in ("none", None):
+            zero.pop(part, None)
+    return {
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": 1,  # the loop makes the batches
+        "gradient_accumulation_steps": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW serves where DeepSpeed's cannot be compiled
+        "steps_per_print": math.inf,
+    }
+
+
+def library() -> Any:
+    """DeepSpeed, imported so that it works on this machine; it does not have to be installed otherwise."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    if not torch.cuda.is_available():
+        # It would be compiled with g++ at the first start, for minutes; gloo does the same.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
