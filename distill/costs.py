@@ -25,12 +25,14 @@ Backward costs twice the forward, and n weights that are frozen save 2 n of it. 
     mixing      teacher + (L − K) 2 T H P  +  3 (2 n_mixer + (L − K) 2 T H N)
     hidden      teacher                    +  3 (2 n_mixer + (L − K) scan)     and, with target: block,
                                            +  3 · 2 n_mlp (L − K) / L
-    logits      teacher + head             +  3 (2 (n_mixer + n_attention + n_mlp) + (L − K) scan
-                                                 + K attention + head)
+    logits      teacher + head             +  3 (layers + head),  where
+                                           layers = 2 (n_mixer + n_attention + n_mlp) + (L − K) scan + K attention
+                                           +  layers again, with gradient_checkpointing
 
-The first two stages never run the head, and a last stage with an offline teacher no teacher. Evaluation, checkpoints
-and the conversion come on top. Which weights, gradients and moments a process holds depends on the engine:
-`distill.memory`.
+The first two stages never run the head, and a last stage with an offline teacher no teacher. Computing a layer again
+stops before its last product, whose result backward does not need; that fifth of it is counted all the same.
+Evaluation, checkpoints and the conversion come on top. Which weights, gradients and moments a process holds depends
+on the engine: `distill.memory`.
 """
 
 from dataclasses import dataclass
@@ -46,17 +48,20 @@ from distill.recipe import HiddenStage, LogitsStage, MixingStage, Recipe, Stage
 from distill.ssd.chunked import CHUNK
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RECOMPUTED = 4 / 3
+"""What computing a forward a second time makes of forward and backward, in operations and in bytes moved."""
+
 # The logit loss turns this many logits into fp32 at a time, in about this many copies.
-_LOSS_CHUNK, _LOSS_COPIES = 2**25, 6
+_LOSS_CHUNK, _LOSS_COPIES = 2**25, 7
 
 
 class Kept(NamedTuple):
     """Bytes that a micro-batch keeps for its backward pass.
 
     Attributes:
-        graph: what autograd keeps at the worst moment: of all layers in the last stage, of one in the first two.
+        graph: what autograd keeps at the worst moment.
         traces: what the teacher read and wrote in the converted layers, in the first two stages.
-        weights: bfloat16 copies of the fp32 weights that the graph holds, made by autocast.
+        weights: bfloat16 copies of the fp32 weights that the graph holds at that moment, made by autocast.
         in_all: all that is kept, one layer after the other, as often as it is written.
     """
 
@@ -145,7 +150,8 @@ def student_flops_per_token(sizes: Sizes, stage: Stage) -> float:
         return 3 * (2 * n["mixer"] + s.n_changed * scan + 2 * mlp) - (0 if "mlp" in stage.train else 2 * mlp)
     layers = 2 * (n["mixer"] + n["attention"] + n["mlp"]) + s.n_changed * scan + s.n_kept * _attention(s)
     frozen = sum(2 * n[role] for role in ("mixer", "attention", "mlp") if role not in stage.train)
-    return 3 * (layers + _head(s)) - frozen
+    again = layers if stage.gradient_checkpointing else 0
+    return 3 * (layers + _head(s)) - frozen + again
 
 
 def _attention(sizes: Sizes) -> int:
@@ -156,53 +162,52 @@ def _head(sizes: Sizes) -> int:
     return 2 * sizes.hidden * sizes.vocabulary
 
 
-def kept_for_backward(
-    recipe: Recipe,
-    stage: Stage,
-    sizes: Sizes,
-    student: PreTrainedModel,
-    sequences: int,
-    *,
-    checkpointing: bool = False,
-) -> Kept:
+def kept_for_backward(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrainedModel, sequences: int) -> Kept:
     """What a micro-batch keeps for its backward pass, at the precision of the recipe.
 
     Args:
         student: may be without weights, on the meta device.
         sequences: of the micro-batch.
-        checkpointing: keep only the input of every layer, and one layer's inside while it is computed anew; the
-            first two stages, which have one layer's graph at a time anyway, gain nothing from it.
     """
     if isinstance(stage, LogitsStage):
-        return _kept_by_logits(recipe, stage, sizes, student, sequences, checkpointing)
+        return _kept_by_logits(recipe, stage, sizes, student, sequences)
     return _kept_by_layers(recipe, stage, sizes, student, sequences)
 
 
-def _kept_by_logits(
-    recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrainedModel, sequences: int, checkpointing: bool
-) -> Kept:
-    """All layers, both models' logits and the gradient of the student's, and the loss of one chunk of them."""
-    dtype, tokens = DTYPES[recipe.dtype], sequences * sizes.block
+def _kept_by_logits(recipe: Recipe, stage: LogitsStage, sizes: Sizes, student: PreTrainedModel, sequences: int) -> Kept:
+    """All layers, and what belongs to the logits; with checkpointing only the layers' inputs, and one of these two.
+
+    What of these is more is the worst moment: the logits are gone when the first layer is computed again.
+    """
+    dtype = DTYPES[recipe.dtype]
+    every = _every_layer(sizes, student, dtype)
+    layers = sequences * sum(layer.a_sequence for layer in every)
+    logits, moved = _kept_by_head(recipe, stage, sizes, sequences)
+    copied_head = sizes.hidden * sizes.vocabulary * dtype.itemsize if dtype != torch.float32 else 0
+    if not stage.gradient_checkpointing:
+        copies = sum(layer.once for layer in every)
+        return Kept(layers + logits, traces=0, weights=copies + copied_head, in_all=layers + moved)
+    inputs = 4 * sequences * sizes.block * sizes.hidden * len(every)  # under autocast too the hidden state is fp32
+    largest = max(every, key=lambda layer: layer.a_sequence)
+    graph, weights = max((logits, copied_head), (sequences * largest.a_sequence, largest.once), key=sum)
+    return Kept(inputs + graph, traces=0, weights=weights, in_all=round(RECOMPUTED * layers) + moved)
+
+
+def _kept_by_head(recipe: Recipe, stage: LogitsStage, sizes: Sizes, sequences: int) -> tuple[int, int]:
+    """Both models' logits, the gradient of the student's, and the loss: of one chunk of them, and of all."""
+    elements = sequences * sizes.block * sizes.vocabulary
+    of_teacher = DTYPES[recipe.teacher.dtype].itemsize if runs_teacher(stage) else 0
+    logits = elements * (of_teacher + 2 * DTYPES[recipe.dtype].itemsize)
+    of_loss = 4 * _LOSS_COPIES
+    return logits + min(elements, _LOSS_CHUNK) * of_loss, logits + elements * of_loss
+
+
+def _every_layer(sizes: Sizes, student: PreTrainedModel, dtype: torch.dtype) -> list[activations.Saved]:
     layers, kinds = student.get_decoder().layers, student.config.distill["layers"]
     saved = {
         kind: activations.of_layer(layers[kinds.index(kind)], sizes.hidden, sizes.block, dtype) for kind in set(kinds)
     }
-    every = [saved[kind] for kind in kinds]
-    of_layers, copies = sequences * sum(one.a_sequence for one in every), sum(one.once for one in every)
-    if checkpointing:
-        inputs = 4 * tokens * sizes.hidden * len(kinds)  # the hidden state stays in fp32 under autocast
-        of_layers = inputs + sequences * max(one.a_sequence for one in every)
-        copies = max(one.once for one in every)
-    elements = tokens * sizes.vocabulary
-    of_teacher = DTYPES[recipe.teacher.dtype].itemsize if runs_teacher(stage) else 0
-    logits = elements * (of_teacher + 2 * dtype.itemsize)
-    copied_head = sizes.hidden * sizes.vocabulary * dtype.itemsize if dtype != torch.float32 else 0
-    return Kept(
-        graph=of_layers + logits + min(elements, _LOSS_CHUNK) * 4 * _LOSS_COPIES,
-        traces=0,
-        weights=copies + copied_head,
-        in_all=of_layers + logits + elements * 4 * _LOSS_COPIES,
-    )
+    return [saved[kind] for kind in kinds]
 
 
 def _kept_by_layers(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrainedModel, sequences: int) -> Kept:

@@ -10,7 +10,8 @@ m, b    parameters of the teacher, and bytes of one; m = 0 where its predictions
 u, u_t  parameters that the stage's forward runs through, of the student and of the teacher
 l, l_t  of these in the largest layer
 e, e_t  parameters outside the layers, embeddings and head; f of the student's e are trained
-w       bfloat16 copies of the fp32 weights that the graph holds, made by autocast (bytes)
+w       bfloat16 copies of the fp32 weights that the graph holds, made by autocast (bytes): of all layers in the last
+        stage, of one with gradient checkpointing and in the first two stages
 g, q    what autograd keeps, and what the teacher read and wrote in the converted layers (bytes)
 K       converted layers; s = ⌈K / R⌉ / K is the largest share of them that falls to one process
 a       micro-batches a step
@@ -51,7 +52,7 @@ from math import ceil
 from typing import NamedTuple
 
 from distill.costs import DTYPES, Kept, Sizes, runs_teacher
-from distill.recipe import HiddenStage, LogitsStage, Recipe, Stage
+from distill.recipe import HiddenStage, LayerwiseTraining, LogitsStage, Recipe, Stage
 
 # DeepSpeed's defaults for reduce_bucket_size and stage3_max_live_parameters, which the launch configs leave alone.
 BUCKET, LIVE = 500_000_000, 1_000_000_000
@@ -103,6 +104,9 @@ class Numbers:
     def s(self) -> float:
         return ceil(self.K / self.R) / self.K if self.K else 1.0
 
+
+ENGINES = ("ddp", "zero1", "zero2", "fsdp2", "zero3")
+"""Those of several processes, the least communication first."""
 
 Formula = Callable[[Numbers], float]
 
@@ -202,11 +206,20 @@ def _live(k: Numbers) -> float:
 
 
 def modes_for(stage: Stage, processes: int) -> list[str]:
-    """What a stage can run under, the least communication first; `layers` last, whose teachers do all work R times."""
+    """What a stage can run under, the least communication first; `layers` last, whose teachers do all work R times.
+
+    A stage with ``parallel: layers`` runs so under any engine.
+    """
     if processes == 1:
         return ["one"]
-    by_layer = [] if isinstance(stage, LogitsStage) else ["layers"]
-    return ["ddp", "zero1", "zero2", "fsdp2", "zero3", *by_layer]
+    if isinstance(stage, LayerwiseTraining) and stage.parallel == "layers":
+        return ["layers"]
+    return [*ENGINES, *(["layers"] if isinstance(stage, LayerwiseTraining) else [])]
+
+
+def sharing(mode: str, processes: int) -> int:
+    """How many processes share a step's sequences: by layers none do, each reads them all."""
+    return 1 if mode == "layers" else processes
 
 
 def numbers(recipe: Recipe, stage: Stage, sizes: Sizes, kept: Kept, *, passes: int, processes: int) -> Numbers:

@@ -18,6 +18,7 @@ from distill.conversion import CONTEXTS, Report, empty_model, report
 from distill.conversion import plan as plan_student
 from distill.costs import (
     DTYPES,
+    RECOMPUTED,
     Kept,
     Sizes,
     cut,
@@ -30,14 +31,12 @@ from distill.costs import (
 from distill.data.batches import steps_for
 from distill.data.pack import MANIFEST, Blocks
 from distill.machine import FITS, Machine, Wanted, machine
-from distill.memory import MODES, Memory, bytes_sent, memory, modes_for, numbers
+from distill.memory import ENGINES, MODES, Memory, bytes_sent, memory, modes_for, numbers, sharing
 from distill.recipe import LogitsStage, Recipe, Stage, StageName
 from distill.remedies import Remedy, remedies
 
 # How often what backward needs is moved: written in the forward, read in the backward, its gradient written.
 _PASSES = 3
-# In the first two stages all engines of many processes run every layer's forward twice (`distill.engines.joint`).
-_RECOMPUTED = 4 / 3
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,6 @@ class StagePlan:
         epochs: passes over the training text; None while the text is not prepared.
         flops: floating-point operations, teacher and student.
         modes: every engine that it can run under, the least communication first.
-        fits: whether any of them fits.
-        best: the first that fits, otherwise the one that takes least memory.
         remedies: what would make it fit, if nothing does.
     """
 
@@ -89,12 +86,18 @@ class StagePlan:
 
     @property
     def fits(self) -> bool:
+        """Whether any engine fits."""
         return any(placed.fits for placed in self.modes)
 
     @property
     def best(self) -> Placed:
+        """The first that fits, otherwise the one that takes least memory."""
         smallest = min(self.modes, key=lambda placed: placed.memory.total)
         return next((placed for placed in self.modes if placed.fits), smallest)
+
+    def fits_under(self, engine: str) -> bool:
+        """Whether it fits when that engine is launched; a stage that can only run by layers does so under any."""
+        return any(placed.fits for placed in self.modes if placed.mode == engine or self.modes == [placed])
 
     def to_json(self) -> dict[str, Any]:
         best = self.best.to_json()
@@ -128,10 +131,9 @@ class Plan:
     simple: bool
     weights_found: bool
 
-    def modes_for_all(self) -> list[str]:
+    def engines_for_all(self) -> list[str]:
         """The engines under which every stage fits, the least communication first."""
-        fitting = [[placed.mode for placed in stage.modes if placed.fits] for stage in self.stages]
-        return [mode for mode in fitting[0] if all(mode in modes for modes in fitting[1:])]
+        return [engine for engine in ENGINES if all(stage.fits_under(engine) for stage in self.stages)]
 
     def cost(self, stage: StagePlan) -> float | None:
         """In the currency of the price, or None without a price."""
@@ -173,7 +175,7 @@ def make_plan(
         wanted: the machine; one process on this one, measured for about a second, if None.
 
     Raises:
-        UserError: the accelerator is not known.
+        UserError: the devices cannot share a step's sequences evenly.
     """
     wanted = wanted or Wanted()
     teacher = empty_model(facts.config)
@@ -226,14 +228,11 @@ def _place(
 ) -> Placed:
     """Memory and time of a stage under one engine."""
     block = recipe.data.block
-    # By layer, all processes read the same batches, and each trains its share of the layers.
-    ranks = 1 if mode == "layers" else machine.devices
-    sequences, passes = cut(stage, ranks)
+    sequences, passes = cut(stage, sharing(mode, machine.devices))
     kept = kept_by(sequences)
     k = numbers(recipe, stage, sizes, kept, passes=passes, processes=machine.devices)
     steps = steps_for(stage.tokens, stage.batch_size, block)
-    share = k.s if mode == "layers" else 1.0
-    share *= _RECOMPUTED if _recomputes(stage, mode) else 1.0
+    share = k.s if mode == "layers" else RECOMPUTED if _recomputes(stage, mode) else 1.0
     flops = teacher_flops_per_token(sizes, stage) + share * student_flops_per_token(sizes, stage)
     traffic = share * _PASSES * kept.in_all
     tokens = sequences * block
@@ -251,6 +250,7 @@ def _place(
 
 
 def _recomputes(stage: Stage, mode: str) -> bool:
+    """Whether the engine computes all of the student's forward twice (`distill.engines.joint`), asked for or not."""
     return mode not in ("one", "layers") and not isinstance(stage, LogitsStage)
 
 

@@ -121,9 +121,9 @@ def _taken(plan: Plan, stages: Iterable[StagePlan]) -> list[str]:
 
 def _launch(plan: Plan) -> Text:
     command = f"accelerate launch --num_processes {plan.machine.devices} --config_file recipes/launch/"
-    modes = [mode for mode in plan.modes_for_all() if mode != "layers"]
-    if modes:
-        return Text(f"All stages fit under {modes[0]}:\n  {command}{modes[0]}.yaml -m stages.run RECIPE")
+    engines = plan.engines_for_all()
+    if engines:
+        return Text(f"All stages fit under {engines[0]}:\n  {command}{engines[0]}.yaml -m stages.run RECIPE")
     if any(stage.fits for stage in plan.stages):
         return Text(f"One stage alone:\n  {command}MODE.yaml -m stages.STAGE RECIPE")
     return Text("Nothing fits as it is.")

@@ -42,7 +42,7 @@ class LayersEngine:
             parameter.requires_grad_(self._is_mine(name))
         mine = {id(parameter) for name, parameter in self.trained.items() if self._is_mine(name)}
         self.optimizer: Optimizer = AdamW(
-            [{**group, "params": [p for p in group["params"] if id(p) in mine]} for group in groups if mine]
+            [{**group, "params": [p for p in group["params"] if id(p) in mine]} for group in groups]
         )
 
     def backward(self, parts: Parts, scale: float, *, last: bool) -> dict[str, Tensor]:

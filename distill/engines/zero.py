@@ -21,7 +21,7 @@ from distill.engines import processes
 from distill.engines.engine import Groups, Parts
 from distill.engines.joint import detached, joint, total
 from distill.errors import UserError
-from distill.within import through
+from distill.within import through, whole_shape
 
 TAG = "zero"
 
@@ -42,7 +42,7 @@ class ZeroEngine:
         self.student, self.layerwise = student, layerwise
         self.data_rank, self.data_ranks = processes.rank(), processes.world()
         self.clip = clip
-        told = _config(config) | {"gradient_accumulation_steps": accumulate, "gradient_clipping": clip or 0.0}
+        told = _config(config, student) | {"gradient_accumulation_steps": accumulate, "gradient_clipping": clip or 0.0}
         self.engine, self.optimizer = _initialize(student, told, AdamW([dict(group) for group in groups]))
 
     def backward(self, parts: Parts, scale: float, *, last: bool) -> dict[str, Tensor]:
@@ -63,7 +63,8 @@ class ZeroEngine:
         self.engine.zero_grad()
 
     def settle(self) -> None:
-        """Every process's share is up to date after each step."""
+        """Every share is up to date after each step; weights fetched ahead for a pass that never came go back."""
+        self.engine.empty_partition_cache()
 
     def save(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
@@ -90,12 +91,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def partition(model: PreTrainedModel, config: dict[str, Any]) -> None:
     """Split the weights of ``model`` over all processes, in place; they are the main process's (ZeRO-3)."""
     deepspeed = library()
-    deepspeed.zero.Init(module=model, config_dict_or_path=_config(config), dtype=model.dtype)
+    deepspeed.zero.Init(module=model, config_dict_or_path=_config(config, model), dtype=model.dtype)
 
 
 def serve(model: PreTrainedModel, config: dict[str, Any]) -> None:
     """Let a frozen, partitioned ``model`` gather each module's weights when it runs (ZeRO-3)."""
-    told = _config(config)
+    told = _config(config, model)
     if model.dtype == torch.bfloat16:
         told["bf16"] = {"enabled": True}
     engine, _ = _initialize(model, told, None)
@@ -114,20 +115,41 @@ def _initialize(model: nn.Module, config: dict[str, Any], optimizer: AdamW | Non
     return engine, optimizer
 
 
-def _config(config: dict[str, Any]) -> dict[str, Any]:
-    """DeepSpeed's config: the launch config's, less what the recipe decides."""
+def _config(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """DeepSpeed's config: the launch config's, less what the recipe decides.
+
+    Unless the launch config says how much, buffers hold one decoder layer and two layers' weights are whole at a time;
+    DeepSpeed's own numbers, half a billion and more, would be gigabytes that a model of a few layers has no use for.
+    """
+    layer = max(whole_shape(parameter).numel() for parameter in model.parameters())
+    layer = max(layer, *(_numel(each) for each in _decoder_layers(model)))
+    sizes = {
+        "reduce_bucket_size": layer,
+        "allgather_bucket_size": layer,
+        "stage3_prefetch_bucket_size": layer,
+        "stage3_max_live_parameters": 2 * layer,
+        "stage3_max_reuse_distance": layer,
+    }
     zero = {key: value for key, value in config["zero_optimization"].items() if value not in ("none", None)}
     for part in ("offload_optimizer", "offload_param"):
         if zero.get(part, {}).get("device") in ("none", None):
             zero.pop(part, None)
     return {
-        "zero_optimization": zero,
+        "zero_optimization": sizes | zero,
         "train_micro_batch_size_per_gpu": 1,  # the loop makes the batches
         "gradient_accumulation_steps": 1,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW serves where DeepSpeed's cannot be compiled
         "steps_per_print": math.inf,
     }
+
+
+def _decoder_layers(model: Any) -> list[nn.Module]:
+    return list(model.get_decoder().layers)
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(whole_shape(parameter).numel() for parameter in module.parameters())
 
 
 def library() -> Any:

@@ -159,11 +159,12 @@ def train(
                     {"call": call, "done": asdict(done)},
                     keep=cadence.keep_checkpoints,
                     best=done.best_step,
-                    needed=lambda: 3 * 4 * sum(whole_shape(parameter).numel() for parameter in student.parameters()),
+                    needed=lambda: 3 * 4 * sum(whole_shape(p).numel() for group in groups for p in group["params"]),
                 )
             if stopping:
                 break
 
+    engine.settle()
     asked = next((signal for signal in processes.gather(stop.signal) if signal), None)
     if asked:
         _say(f"stopped by {asked.name} after step {done.steps} of {steps}; the same command goes on from there")

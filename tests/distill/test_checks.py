@@ -79,10 +79,20 @@ def test_facts(run_check: Check) -> None:
     facts = run_check("student.keep_attention={pattern: m a}")
     assert facts.n_layers == facts.config.num_hidden_layers == 4
     assert facts.kept == (1, 3)
-    assert facts.steps == {"hidden": 10_000 // (2 * 64), "logits": 20_000 // (4 * 2 * 64)}
+    assert facts.steps == {"hidden": 10_000 // (2 * 64), "logits": 20_000 // (8 * 64)}
     assert (facts.vocab_size, facts.tokenizer_size) == (256, 250)
-    assert run_check(ranks=4).steps == {"hidden": 10_000 // (4 * 2 * 64), "logits": 20_000 // (4 * 4 * 2 * 64)}
+    assert run_check(ranks=2).steps == facts.steps
     assert not Path("runs").exists()  # checking writes nothing
+
+
+def test_processes_must_share_a_step_evenly_unless_each_trains_layers_of_its_own(run_check: Check) -> None:
+    said = "stages.hidden.batch_size is 2, which 4 processes cannot share evenly; 4 they can"
+    with pytest.raises(UserError) as caught:
+        run_check(ranks=4)
+    assert str(caught.value) == said
+    assert run_check("stages.hidden.parallel=layers", ranks=4).steps == run_check().steps
+    with pytest.raises(UserError, match=r"logits\.batch_size is 8, which 3 processes cannot share evenly; 9 they can"):
+        run_check("stages.hidden.parallel=layers", ranks=3)
 
 
 def test_no_weight_is_read(run_check: Check, teacher: Path) -> None:

@@ -60,6 +60,21 @@ def test_operations_of_the_logits_stage(mixer: str, kept: tuple[int, ...]) -> No
     assert flops_per_token(sizes, LogitsStage(tokens=1)) == pytest.approx(real, rel=0.05)
 
 
+@pytest.mark.parametrize("kept", [(), (1,)])
+def test_checkpointing_costs_a_forward_of_the_layers_less_the_last_product_of_each(kept: tuple[int, ...]) -> None:
+    teacher, student, sizes = models("mamba2", kept)
+    student.train().gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.randint(0, 96, (BATCH, BLOCK))
+    real = counted(
+        lambda: teacher(ids, use_cache=False),
+        lambda: student(ids, use_cache=False).logits.sum().backward(),
+    )
+    last_products = 3 * 2 * 160 * 64
+    planned = flops_per_token(sizes, LogitsStage(tokens=1, gradient_checkpointing=True))
+    assert planned - last_products == pytest.approx(real, rel=0.03)
+    assert planned == pytest.approx(real, rel=0.08)
+
+
 def test_frozen_weights_cost_no_gradient() -> None:
     teacher, student, sizes = models("mamba2", (1,))
     ids = torch.randint(0, 96, (BATCH, BLOCK))
@@ -152,6 +167,41 @@ def test_activations_are_those_of_a_real_layer(mixer: str) -> None:
     assert activations.of_layer(mixing, 64, BLOCK, torch.bfloat16).a_sequence < layer.a_sequence
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_with_checkpointing_a_layer_more_keeps_its_input_more(dtype: str) -> None:
+    """Counted in the forward of a real student: whatever autograd keeps, apart from its weights."""
+    hidden, stage = 256, LogitsStage(tokens=1, gradient_checkpointing=True)
+
+    def kept(n_layers: int) -> tuple[int, int]:
+        config = tiny_config(hidden_size=hidden, intermediate_size=704, num_hidden_layers=n_layers)
+        student, made = convert_with_report(LlamaForCausalLM(config), keep_attention=[1])
+        recipe = Recipe(
+            name="x",
+            dtype=dtype,
+            teacher={"path": "t"},
+            data={"source": "s", "block": BLOCK},
+            stages={"logits": stage.model_dump(exclude_unset=True)},
+        )
+        sizes = sizes_of(student, BLOCK, made.parameters_before, made.parameters_after)
+        planned = kept_for_backward(recipe, stage, sizes, student, BATCH).graph
+        student.requires_grad_(True).train().gradient_checkpointing_enable({"use_reentrant": False})
+        saved: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+
+        ids = torch.zeros(BATCH, BLOCK, dtype=torch.long)
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16", cache_enabled=False)
+        with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            student(ids, use_cache=False)
+        weights = {parameter.untyped_storage()._cdata for parameter in student.parameters()}
+        return planned, sum(storage.nbytes() for key, storage in saved.items() if key not in weights)
+
+    (planned_4, real_4), (planned_2, real_2) = kept(4), kept(2)
+    assert planned_4 - planned_2 == real_4 - real_2 == 2 * 4 * BATCH * BLOCK * hidden
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_autocast_keeps_a_copy_of_every_matrix(index: int) -> None:
     layer = empty_model(plan(tiny_config(), keep_attention=[1])).get_decoder().layers[index]
@@ -199,6 +249,7 @@ def test_memory_grows_with_what_a_stage_trains_and_reads() -> None:
     assert needed(hidden={}) < needed(hidden={"target": "block"}) < needed(logits={})
     assert needed(hidden={"target": "block"}) < needed(hidden={"target": "block", "train": ["mixer", "mlp"]})
     assert needed(logits={}, dtype="bfloat16") < needed(logits={})
+    assert needed(logits={"gradient_checkpointing": True}) < needed(logits={})
     once, twice, thrice = (needed(batch_size, logits={}) for batch_size in (4, 8, 12))
     assert thrice - twice == twice - once > 0
 

@@ -1,16 +1,24 @@
 """The table of what each engine holds and sends, by numbers worked out by hand, and beside what a real step holds."""
 
 import dataclasses
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill.conversion import convert_with_report
 from distill.costs import kept_for_backward, sizes_of
-from distill.memory import BUCKET, LIVE, MODES, Memory, Numbers, bytes_sent, memory, modes_for, numbers
+from distill.engines.plain import PlainEngine
+from distill.memory import BUCKET, LIVE, MODES, Memory, Numbers, bytes_sent, memory, modes_for, numbers, sharing
 from distill.recipe import HiddenStage, LogitsStage, MixingStage, Recipe, Stage
 from distill.roles import roles
+from distill.training.gradients import Gradients
+from stages.logits import LogitObjective
 
 # Four processes; a student of 100 numbers, 60 trained, and a teacher of 80 in two bytes each.
 SMALL = Numbers(
@@ -83,26 +91,29 @@ def test_modes_by_communication() -> None:
     assert modes_for(logits, 1) == modes_for(hidden, 1) == ["one"]
     assert modes_for(logits, 2) == ["ddp", "zero1", "zero2", "fsdp2", "zero3"]
     assert modes_for(hidden, 2) == [*modes_for(logits, 2), "layers"]
+    by_layers = HiddenStage(tokens=1, parallel="layers")
+    assert (modes_for(by_layers, 1), modes_for(by_layers, 2)) == (["one"], ["layers"])
 
 
-def real_numbers(stage: Stage, processes: int = 1) -> tuple[Numbers, LlamaForCausalLM, LlamaForCausalLM]:
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    )
-    teacher = LlamaForCausalLM(config).bfloat16().requires_grad_(False)
-    student, made = convert_with_report(LlamaForCausalLM(config), keep_attention=[1])
-    sizes = sizes_of(student, 32, made.parameters_before, made.parameters_after)
+def test_by_layers_no_sequences_are_shared() -> None:
+    assert (sharing("layers", 8), sharing("ddp", 8), sharing("one", 1)) == (1, 8, 1)
+
+
+def real_numbers(
+    stage: Stage, processes: int = 1, *, dtype: str = "float32", block: int = 32, **config: int
+) -> tuple[Numbers, LlamaForCausalLM, LlamaForCausalLM]:
+    """What a stage needs to know of a student with weights, for micro-batches of two; and both models."""
+    shape = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, **config}
+    made_by = LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)
+    teacher = LlamaForCausalLM(made_by).bfloat16().requires_grad_(False)
+    student, made = convert_with_report(LlamaForCausalLM(made_by), keep_attention=[1])
+    sizes = sizes_of(student, block, made.parameters_before, made.parameters_after)
     name = {MixingStage: "mixing", HiddenStage: "hidden", LogitsStage: "logits"}[type(stage)]
     recipe = Recipe(
         name="x",
+        dtype=dtype,
         teacher={"path": "t", "dtype": "bfloat16"},
-        data={"source": "s", "block": 32},
+        data={"source": "s", "block": block},
         stages={name: stage.model_dump(exclude_unset=True)},
     )
     kept = kept_for_backward(recipe, stage, sizes, student, 2)
@@ -134,6 +145,52 @@ def test_one_process_holds_what_a_step_of_adamw_leaves_behind(stage: Stage) -> N
     assert planned.student == sum(parameter.nbytes for parameter in student.parameters())
     assert planned.gradients == sum(parameter.grad.nbytes for parameter in trained if parameter.grad is not None)
     assert planned.optimizer == sum(tensor.nbytes for tensor in moments)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of tensors that live at once while it is entered, apart from those that were there before."""
+
+    def __init__(self, before: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.live = {tensor.untyped_storage()._cdata: 0 for tensor in before}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(
+        self, operation: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = operation(*args, **(kwargs or {}))
+        for storage in (tensor.untyped_storage() for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor)):
+            if storage._cdata not in self.live:
+                self.live[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata)
+        self.most = max(self.most, self.now)
+        return out
+
+    def _freed(self, key: int) -> None:
+        self.now -= self.live.pop(key)
+
+
+@pytest.mark.parametrize("vocabulary", [64, 4096])  # the worst moment is in the layers, or at the logits
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_the_worst_moment_of_a_real_step(checkpointing: bool, dtype: str, vocabulary: int) -> None:
+    stage = LogitsStage(tokens=1, gradient_checkpointing=checkpointing)
+    shape = {"vocab_size": vocabulary, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
+    k, teacher, student = real_numbers(stage, dtype=dtype, block=128, **shape)
+    student.requires_grad_(True).train()
+    if checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.zeros(2, 128, dtype=torch.long)
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(128).expand(2, -1)}
+    engine = PlainEngine(student, [{"params": list(student.parameters())}])
+    gradients = Gradients(LogitObjective(teacher, student, stage), engine, torch.device("cpu"), getattr(torch, dtype))
+    gradients.backward([batch], lambda: False)  # from now on gradients are there
+    there = [*teacher.parameters(), *student.parameters(), *(p.grad for p in student.parameters())]
+    with LiveBytes(there) as live:
+        gradients.backward([batch], lambda: False)
+    planned = memory("one", k)
+    assert planned.activations + planned.working == pytest.approx(live.most, rel=0.12)
 
 
 def test_numbers_of_the_last_stage_are_those_of_the_whole_models() -> None:

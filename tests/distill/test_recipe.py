@@ -133,6 +133,8 @@ def test_key_of_another_section_is_pointed_to(write: Callable[[str], Path]) -> N
         ("train: [mlp, mlp]", 'stages.logits.train: must not name anything twice, not ["mlp", "mlp"]'),
         ("warmup: 0.95", "stages.logits: warmup + decay must be at most 1, not 1.05"),
         ("clip:", "stages.logits.clip: has no value; give it one, or write null"),
+        ("micro_batch_size: 0", "stages.logits.micro_batch_size: must be greater than or equal to 1, not 0"),
+        ("gradient_checkpointing: 1", "stages.logits.gradient_checkpointing: must be true or false, not 1"),
         ("tokens: 2M", "stages.logits.tokens: given twice, first on line 5; keep one of them"),
     ],
 )
@@ -152,6 +154,9 @@ def test_wrong_values(write: Callable[[str], Path], line: str, said: str) -> Non
         ("data.held_out.fraction=1", "data.held_out.fraction: must be less than 1, not 1"),
         ("trackers=[tensorbord]", "trackers[0]: must be tensorboard, not 'tensorbord', did you mean 'tensorboard'?"),
         ("student.mixer=mamba", "did you mean 'mamba2'?"),
+        ("stages.hidden.parallel=layer", "must be one of data, layers, not 'layer', did you mean 'layers'?"),
+        ("stages.logits.parallel=layers", "stages.logits.parallel: unknown key"),
+        ("stages.hidden.gradient_checkpointing=true", "stages.hidden.gradient_checkpointing: unknown key"),
         ("stages.hidden.train=[attention]", "stages.hidden.train[0]: must be one of mixer, norms, mlp"),
         ("stages.hidden.train=[mixer, mlp]", "stages.hidden.train: must be [mixer] with target: mixer"),
         ("student.keep_attention={count: 1, ratio: 0.5}", "student.keep_attention: give exactly one of layers"),

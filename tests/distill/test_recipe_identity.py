@@ -34,6 +34,7 @@ def random_recipe(rng: random.Random) -> dict:
     def stage(**own: object) -> dict:
         settings = {
             "batch_size": rng.randint(1, 64),
+            "micro_batch_size": rng.choice([None, 3]),
             "lr": 10 ** rng.uniform(-9, 0),
             "mixer_lr": 10 ** rng.uniform(-9, 20),
             "schedule": rng.choice(["wsd", "cosine", "constant"]),
@@ -47,9 +48,9 @@ def random_recipe(rng: random.Random) -> dict:
 
     words = ["no", "on", "1e-4", "12:30", "2024-01-01", "null", "~", "007", "1_0", "a: b", "# x", "é\n", " ", "<<", "="]
     stages = {
-        "mixing": stage(),
+        "mixing": stage(parallel="layers"),
         "hidden": stage(target="block", train=["norms", "mixer"]),
-        "logits": stage(divergence="jsd", temperature=2, ce_weight=1e-3, train=["head"]),
+        "logits": stage(divergence="jsd", temperature=2, ce_weight=1e-3, gradient_checkpointing=True, train=["head"]),
     }
     chosen = some(stages) or {"logits": stages["logits"]}
     keep = [[1, 0], {"pattern": rng.choice(["ma", "1e-4"])}, {"ratio": 1e-5}, {"count": 0}, {"layers": []}]
@@ -96,6 +97,9 @@ def test_a_dumped_recipe_loads_back_to_an_equal_one(tmp_path: Path) -> None:
         "stages.logits.checkpoint_every=3",
         "stages.logits.eval_every=3",
         "stages.hidden.keep_checkpoints=5",
+        "stages.hidden.micro_batch_size=1",
+        "stages.hidden.parallel=layers",
+        "stages.logits.gradient_checkpointing=true",
     ],
 )
 def test_digest_ignores_what_changes_no_result(small: Path, override: str) -> None:
@@ -119,6 +123,7 @@ def test_digest_ignores_what_changes_no_result(small: Path, override: str) -> No
         ("stages.mixing=null", set(STAGE_NAMES)),
         ("stages.hidden.lr=1e-4", {"hidden", "logits"}),
         ("stages.logits.lr=1e-4", {"logits"}),
+        ("stages.logits.batch_size=3", {"logits"}),
         ("stages.logits=null", {"logits"}),
         ("evaluation.tokens=1K", set()),
     ],

@@ -1,7 +1,10 @@
 """A distillation that takes seconds: a tiny random Llama with a tokenizer of its own, real text, three short stages."""
 
+import functools
 import shutil
 import sysconfig
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests.stages.program import Ended, fresh
+from tests.stages.launch import Ranks
+from tests.stages.program import Ended, fresh, run
 
 VOCABULARY = 300
 MODULES = ("json", "tomllib", "wsgiref")
@@ -30,6 +34,9 @@ stages:
 evaluation: {{tokens: 512, prompts: ["def ", "import json"], new_tokens: 8}}
 """
 STEPS = 24
+
+# Rates at which a rounding of the last bit, which another number of processes brings, stays small for all steps.
+CALM = ("device=cpu", "stages.hidden.lr=1e-3", "stages.logits.lr=1e-4")
 
 
 def write_recipe(folder: Path, teacher: Path, text: Path) -> Path:
@@ -101,3 +108,20 @@ def whole(tmp_path_factory, saved_teacher, text) -> tuple[Path, Ended]:
 def finished(whole, recipe) -> Path:
     """A copy of the whole run, at the run_dir of ``recipe``."""
     return Path(shutil.copytree(whole[0], recipe.with_name("run")))
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory, saved_teacher, text) -> Callable[[str], Path]:
+    """``uninterrupted("ddp")`` is the folder of a whole calm run by two processes, "one" of one by a single process."""
+
+    @functools.cache
+    def made(config: str) -> Path:
+        if config.startswith("zero") and find_spec("deepspeed") is None:
+            pytest.skip("deepspeed is not installed")
+        folder = tmp_path_factory.mktemp(config)
+        command = "stages.run", write_recipe(folder, saved_teacher, text), *CALM
+        ended = run(*command) if config == "one" else Ranks(config, *command).wait()
+        assert not any([ended.code] if isinstance(ended, Ended) else ended.codes), ended
+        return folder / "run"
+
+    return made

@@ -10,12 +10,17 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from distill import convert
+from distill.convert_stage import convert_stage
+from distill.engines.engine import Groups, Parts
+from distill.engines.joint import detached, joint, total
+from distill.engines.plain import PlainEngine
 from distill.mixers import MIXERS
 from distill.recipe import HiddenStage, LogitsStage, MixingStage
-from distill.convert_stage import convert_stage
 from distill.run import open_run
 from distill.student import mixers_of
 from distill.training import Objective
+from distill.training.gradients import Gradients
+from distill.within import within
 from stages import mixing
 from stages.hidden import HiddenObjective
 from stages.logits import LogitObjective
@@ -90,7 +95,7 @@ def documents(batch: dict[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
 
 
 def losses(objective: Objective, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return dict(objective.parts(batch))
+    return {name: loss_sum() for name, loss_sum in objective.parts(batch)}
 
 
 def close(got: dict[str, Tensor], expected: dict[int, Tensor]) -> None:
@@ -185,13 +190,54 @@ def test_the_step_of_a_part_reaches_its_own_layer_alone(student, teacher, batch,
     reach = {"mixing": "{}.self_attn.", "hidden": "{}.self_attn.", "hidden block": "{}.", "logits": ""}[stage]
     for name, loss_sum in OBJECTIVES[stage](teacher, student).parts(batch):
         student.zero_grad()
-        loss_sum.backward()
+        loss_sum().backward()
         touched = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
         assert touched
         assert all(reach.format(name) in parameter for parameter in touched)
     assert all(parameter.grad is None for parameter in teacher.parameters())
     if stage == "logits":
         assert len(touched) == len(list(student.parameters()))
+
+
+@pytest.mark.parametrize("stage", OBJECTIVES)
+def test_a_part_computed_again_is_the_same(student, teacher, batch, stage):
+    """Engines keep only a part's inputs and compute it again when they go backward."""
+    parts = list(OBJECTIVES[stage](teacher, student).parts(batch))
+    first = [loss_sum() for _, loss_sum in parts]
+    assert [loss_sum() for _, loss_sum in reversed(parts)] == first[::-1]
+
+
+class JointEngine(PlainEngine):
+    """In one process what DDP, FSDP2 and ZeRO do: the whole loss in one forward of the student, then backward."""
+
+    def __init__(self, student: PreTrainedModel, groups: Groups, layerwise: bool) -> None:
+        super().__init__(student, groups)
+        self.layerwise = layerwise
+
+    def backward(self, parts: Parts, scale: float, *, last: bool) -> dict[str, Tensor]:
+        losses = within(self.student, joint, parts, recompute=self.layerwise)
+        total(losses, scale).backward()
+        return detached(losses)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stage", OBJECTIVES)
+def test_all_parts_in_one_forward_give_the_same_step(student, teacher, batch, stage, precision):
+    objective = OBJECTIVES[stage](teacher, student)
+    assert objective.layerwise == (stage != "logits")
+    groups = [{"params": list(student.parameters())}]
+    fewer = {name: tensor[1:] for name, tensor in batch.items()}
+    found = []
+    for engine in (PlainEngine(student, groups), JointEngine(student, groups, objective.layerwise)):
+        gradients = Gradients(objective, engine, torch.device("cpu"), precision)
+        loss, _ = gradients.backward([batch, fewer], lambda: False)
+        found.append((loss, {name: p.grad for name, p in student.named_parameters() if p.grad is not None}))
+        engine.forget()
+    (streamed, expected), (at_once, got) = found
+    assert at_once == streamed
+    assert got.keys() == expected.keys() != set()
+    for name, gradient in expected.items():
+        assert torch.equal(got[name], gradient), name
 
 
 def shaping(mixer: nn.Module) -> dict[str, Tensor]:
@@ -208,7 +254,7 @@ def shaping(mixer: nn.Module) -> dict[str, Tensor]:
 
 def test_mixing_leaves_values_gate_and_output_alone(student, teacher, batch):
     for _, loss_sum in OBJECTIVES["mixing"](teacher, student).parts(batch):
-        loss_sum.backward()
+        loss_sum().backward()
     for mixer in mixers_of(student).values():
         for name, says in shaping(mixer).items():
             gradient = mixer.get_parameter(name).grad
@@ -248,7 +294,7 @@ def test_without_a_mixer_there_is_nothing_to_align(family, batch):
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(family, batch):
     teacher, student = all_attention(family)
-    loss_sum = losses(OBJECTIVES["logits"](teacher, student), batch)["logits"]
-    assert loss_sum == 0
-    loss_sum.backward()
+    loss = losses(OBJECTIVES["logits"](teacher, student), batch)["logits"]
+    assert loss == 0
+    loss.backward()
     assert max(parameter.grad.abs().max() for parameter in student.parameters()) < 1e-6

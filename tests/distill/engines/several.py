@@ -35,7 +35,7 @@ def several(count: int, program: Callable[..., Any], *arguments: Any) -> list[An
     answers = []
     for rank in range(count):
         here, there = _server.Pipe(duplex=False)
-        # At once daemons, so that none outlives a test that gave up.
+        # A daemon, so that it does not outlive a test that gave up.
         process = _server.Process(
             target=_become, args=(rank, count, store.port, there, program, arguments), daemon=True
         )

@@ -4,7 +4,6 @@ import errno
 import json
 import math
 import os
-import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from torch import nn
 from distill.engines import training_state
 from distill.errors import UserError
 from distill.objectives import hidden_distance
-from distill.training import Cadence, NonFiniteLoss, Part, checkpoint, schedule
+from distill.training import NonFiniteLoss, Part, checkpoint, schedule
 
 
 def test_it_equals_a_few_lines_of_torch(tmp_path):

@@ -6,12 +6,14 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import STEPS, metrics
+from tiny_run import CADENCE, STEPS, metrics, run
 
+from distill.engines import training_state
 from distill.training import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -41,8 +43,9 @@ def require_same(folder: Path, expected: Path) -> None:
     assert metrics(folder) == metrics(expected)
     got, wanted = (checkpoint.newest(each / "checkpoints") for each in (folder, expected))
     assert got.step == wanted.step == STEPS
-    for name, weight in wanted.state["weights"].items():
-        assert torch.equal(got.state["weights"][name], weight), name
+    weights = training_state.read_weights(got.folder / "state")
+    for name, weight in training_state.read_weights(wanted.folder / "state").items():
+        assert torch.equal(weights[name], weight), name
     assert not list((folder / "checkpoints").glob(".*"))
 
 
@@ -74,27 +77,41 @@ def test_killed_while_a_checkpoint_is_half_written(tmp_path, uninterrupted):
     require_same(tmp_path, uninterrupted)
 
 
-def test_killed_at_every_flush_of_a_checkpoint(tmp_path, uninterrupted):
-    """One save makes eight flushes; from the ninth on it is the second save of a process."""
-    statuses, _ = start(tmp_path, *(f"fsync:{number}" for number in range(1, 11)), "finish")
-    assert all(map(killed, statuses[:8]))
+@pytest.fixture
+def flushes(tmp_path, monkeypatch) -> int:
+    """How many times one save flushes to disk."""
+    calls, fsync = [], os.fsync
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", lambda handle: (calls.append(handle), fsync(handle)))
+        run(tmp_path / "counted", cadence=replace(CADENCE, checkpoint_every=STEPS))
+    return len(calls)
+
+
+def test_killed_at_every_flush_of_a_checkpoint(tmp_path, uninterrupted, flushes):
+    """The last two kills come in the second save of a process."""
+    assert flushes >= 9  # metrics, state with two files, generators, loop, manifest, the folder, its parent
+    folder = tmp_path / "killed"
+    statuses, _ = start(folder, *(f"fsync:{number}" for number in range(1, flushes + 3)), "finish")
+    assert all(map(killed, statuses[:flushes]))
     assert statuses[-1] == 0
-    require_same(tmp_path, uninterrupted)
+    require_same(folder, uninterrupted)
 
 
 def test_a_damaged_checkpoint_on_the_way_changes_nothing(tmp_path, uninterrupted):
     start(tmp_path, "step:11")
-    weights = tmp_path / "checkpoints/step-00000008/weights.pt"
+    (weights,) = (tmp_path / "checkpoints/step-00000008/state").glob("*.distcp")
     os.truncate(weights, weights.stat().st_size // 2)
     statuses, said = start(tmp_path, "finish")
     assert statuses == [0]
-    assert f"skipped a damaged checkpoint: {weights} has" in said
+    assert f"refused a damaged checkpoint: {weights} has" in said
+    assert "; trying the one before it" in said
     assert f"continuing from {tmp_path / 'checkpoints/step-00000004'}" in said
     require_same(tmp_path, uninterrupted)
 
 
-def test_sigterm_saves_and_exits_with_143(tmp_path, uninterrupted):
-    statuses, said = start(tmp_path, "term:6", "finish")
+@pytest.mark.parametrize("how", ["term", "terms"], ids=["once", "and again while it saves"])
+def test_sigterm_saves_and_exits_with_143(tmp_path, uninterrupted, how):
+    statuses, said = start(tmp_path, f"{how}:6", "finish")
     assert os.waitstatus_to_exitcode(statuses[0]) == 143
     assert f"stopped by SIGTERM after step 6 of {STEPS}; the same command goes on from there" in said
     assert f"continuing from {tmp_path / 'checkpoints/step-00000006'}" in said

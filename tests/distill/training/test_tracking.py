@@ -6,10 +6,11 @@ import sys
 
 import pytest
 
+from distill.engines import processes
 from distill.errors import UserError
 from distill.training import progress as progress_module
 from distill.training.progress import progress
-from distill.training.tracking import MetricsLog, require_trackers
+from distill.training.tracking import MetricsLog, NoLog, require_trackers
 
 
 def lines(folder) -> list[tuple[str, int]]:
@@ -103,3 +104,14 @@ def test_on_a_terminal_there_is_a_bar(capsys, monkeypatch):
     assert "hidden" in shown
     assert "10/10" in shown
     assert "loss 1.5000, 5,400 tokens/s" in shown
+
+
+def test_the_processes_that_do_not_write_say_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(processes, "rank", lambda: 1)
+    with NoLog() as log, progress("hidden", steps=10, done=2) as show:
+        log.write("train", 1, 10, {"loss": 0.5})
+        log.flush_to_disk()
+        show(10, 1.5, 5400.0)
+    assert capsys.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
