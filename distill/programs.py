@@ -36,7 +36,7 @@ def report_user_errors() -> Iterator[None]:
 
 
 def quiet_unless_watched() -> None:
-    """No progress bars of transformers in files and pipes, and no remarks of DeepSpeed, if installed, on its machine."""
+    """No progress bars of transformers in files and pipes; no remark of DeepSpeed, if installed, about this machine."""
     import torch
     from transformers.utils import logging
 

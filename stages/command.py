@@ -1,11 +1,14 @@
 """The command line every stage shares: a recipe, then settings that replace the recipe's."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from distill.engines import processes
+from distill.lock import alone_in
 from distill.programs import quiet_unless_watched, report_user_errors
 from distill.run import Run, open_run
 
@@ -25,7 +28,11 @@ def run_program(program: Callable[[Run], object], description: str) -> None:
     def main(recipe: RecipePath, overrides: Overrides = None) -> None:
         quiet_unless_watched()
         with report_user_errors():
-            program(open_run(recipe, overrides or []))
+            run = open_run(recipe, overrides or [])
+            with ExitStack() as held:
+                if processes.is_main():
+                    held.enter_context(alone_in(run.recipe.run_dir))
+                program(run)
 
     main.__doc__ = description
     typer.run(main)

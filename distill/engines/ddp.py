@@ -1,5 +1,6 @@
 """DDP: every process holds the whole student, reads its own share of the data, and gradients are averaged."""
 
+import warnings
 from contextlib import nullcontext
 
 import torch
@@ -19,14 +20,17 @@ class DdpEngine(PlainEngine):
     def __init__(self, student: nn.Module, groups: Groups, *, layerwise: bool, device: torch.device) -> None:
         super().__init__(student, groups)
         self.data_rank, self.data_ranks, self.layerwise = processes.rank(), processes.world(), layerwise
-        self.wrapped = DistributedDataParallel(
-            student,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            # Stage 1 never reaches a mixer's output projection.
-            find_unused_parameters=layerwise,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,
-        )
+        with warnings.catch_warnings():
+            # The name that follows it is younger than the oldest torch that serves.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+            self.wrapped = DistributedDataParallel(
+                student,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                # Stage 1 never reaches a mixer's output projection.
+                find_unused_parameters=layerwise,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,
+            )
 
     def backward(self, parts: Parts, scale: float, *, last: bool) -> dict[str, Tensor]:
         # Gradients travel once a step, with its last micro-batch; DDP divides by the processes.

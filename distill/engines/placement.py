@@ -3,9 +3,10 @@
     replicated   one, ddp, zero1, zero2, and students that train by layers: whole on every process's device
     sharded      fsdp2, zero3: every process keeps its part; teacher and student alike
 
-A sharded model is built without weights (memory that nobody touches costs nothing) and filled from the memory-mapped
-files: under FSDP2 every process reads its own rows, under ZeRO-3 the main process reads and the others receive. So no
-host ever holds more than one copy, in the page cache.
+With several processes a model is built without weights (memory that nobody touches costs nothing), put where it
+belongs, and then filled from the memory-mapped files, tensor by tensor: replicated, straight into each device; under
+FSDP2 every process reads its own rows; under ZeRO-3 the main process reads and the others receive. So a host holds the
+files once, in its page cache, and besides at most ZeRO-3's one copy.
 """
 
 from contextlib import suppress
@@ -25,9 +26,9 @@ from distill.student import is_student, load_student, mixers_of
 
 def place_teacher(folder: str, dtype: torch.dtype, launched: Launched, device: torch.device) -> PreTrainedModel:
     """The frozen teacher, in eval mode, where the engine wants it."""
-    if not launched.shards_weights:
+    if processes.world() == 1 and not launched.shards_weights:
         return _moved(load_teacher(folder, dtype), device)
-    teacher = _sharded(folder, dtype, launched, device)
+    teacher = _filled(folder, dtype, launched, device)
     if launched.kind == "zero3":
         zero.serve(teacher, launched.settings)
     return teacher
@@ -42,18 +43,16 @@ def place_student(folder: Path, launched: Launched, device: torch.device, *, fro
         device: of this process.
         frozen: it will be measured and not trained.
     """
-    if not launched.shards_weights:
+    if processes.world() == 1 and not launched.shards_weights:
         return _moved(load_student(folder, dtype=torch.float32), device)
-    student = _sharded(str(folder), torch.float32, launched, device)
-    assert is_student(student)
-    if frozen:
-        student.requires_grad_(False)
-        if launched.kind == "zero3":
-            zero.serve(student, launched.settings)
+    student = _filled(str(folder), torch.float32, launched, device)
+    student.requires_grad_(not frozen)
+    if frozen and launched.kind == "zero3":
+        zero.serve(student, launched.settings)
     return student
 
 
-def _sharded(folder: str, dtype: torch.dtype, launched: Launched, device: torch.device) -> PreTrainedModel:
+def _filled(folder: str, dtype: torch.dtype, launched: Launched, device: torch.device) -> PreTrainedModel:
     model = unset_model(AutoConfig.from_pretrained(folder), dtype)
     with suppress(OSError):  # a folder may lack it
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -62,13 +61,15 @@ def _sharded(folder: str, dtype: torch.dtype, launched: Launched, device: torch.
         mixers = mixers_of(model).values() if is_student(model) else ()
         fsdp2.shard(model, mixers, device, launched.settings)
         _fill(model, stored)
-    else:
+    elif launched.kind == "zero3":
         if processes.is_main():
             _fill(model, stored)
         processes.wait()
         zero.partition(model, launched.settings)
+    else:
+        _fill(_moved(model, device), stored)
     _moved(model, device)  # what has no shards, such as the rotary frequencies
-    return model.eval().requires_grad_(is_student(model))
+    return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -67,10 +67,13 @@ class Launch:
         os.kill(self._launcher.pid if rank is None else self.processes()[rank], number)
 
     def wait(self) -> Left:
-        """Return when the launcher has ended; no process may outlive it."""
+        """Return when the launcher and all that it started have ended."""
+        given_up = time.monotonic() + PATIENCE
         try:
             code = self._launcher.wait(PATIENCE)
-            assert not self.processes(), "a process outlived its launcher"
+            while self.processes():
+                assert time.monotonic() < given_up, f"a process outlives its launcher:\n{self.log()}"
+                time.sleep(0.01)
         finally:
             self._launcher.kill()
             for process in self.processes().values():
