@@ -9,6 +9,7 @@ n, t    parameters of the student, and those of them that the stage trains; weig
 m, b    parameters of the teacher, and bytes of one; m = 0 where its predictions are read from disk
 u, u_t  parameters that the stage's forward runs through, of the student and of the teacher
 l, l_t  of these in the largest layer
+c, c_t  parameters of the largest layer or single matrix, whatever the stage runs
 e, e_t  parameters outside the layers, embeddings and head; f of the student's e are trained
 w       bfloat16 copies of the fp32 weights that the graph holds, made by autocast (bytes): of all layers in the last
         stage, of one with gradient checkpointing and in the first two stages
@@ -21,18 +22,18 @@ Bytes on each process::
 
     mode           teacher  student  gradients  optimizer  working space
     one, ddp       b m      4 n      4 t        8 t        w
-    zero1          b m      4 n      4 t        12 t/R     w + 4 min(t, BUCKET)
-    zero2          b m      4 n      4 t/R      12 t/R     w + 4 min(t, BUCKET)
+    zero1          b m      4 n      4 t        12 t/R     w + 4 min(t, c)
+    zero2          b m      4 n      4 t/R      12 t/R     w + 4 min(t, c)
     fsdp2          b m/R    4 n/R    4 t/R      8 t/R      4 e + max(w + 16 l + 4 f, b (2 l_t + e_t))
-    zero3          b m/R    4 n/R    4 t/R      12 t/R     w + 4 min(u, LIVE) + b min(u_t, LIVE) + 4 min(t, BUCKET)
+    zero3          b m/R    4 n/R    4 t/R      12 t/R     w + 4 min(u, 2 c) + b min(u_t, 2 c_t) + 4 min(t, c)
     zero3_offload  -        -        -          -          as zero3; and (b m + 4 n + 16 t)/R of the host's memory
     layers         b m      4 n      4 t s      8 t s      w
 
 and everywhere g + q of activations. DeepSpeed keeps an fp32 copy of the weights it updates beside weights that are
 fp32 already, hence 12 and not 8. Under fsdp2 what stands outside the layers is whole while a batch is computed, and
 of the layers two at a time (the one that computes and the one fetched ahead), weights and gradients, first the
-teacher's and then the student's; under zero3 DeepSpeed lets up to LIVE weights of each stay gathered. BUCKET
-gradients are reduced together.
+teacher's and then the student's. DeepSpeed is told by `distill.engines.zero` to reduce c gradients together, and to
+keep at most 2 c weights of a model gathered.
 
 Bytes that each process sends a step, times (R − 1)/R::
 
@@ -53,9 +54,6 @@ from typing import NamedTuple
 
 from distill.costs import DTYPES, Kept, Sizes, runs_teacher
 from distill.recipe import HiddenStage, LayerwiseTraining, LogitsStage, Recipe, Stage
-
-# DeepSpeed's defaults for reduce_bucket_size and stage3_max_live_parameters, which the launch configs leave alone.
-BUCKET, LIVE = 500_000_000, 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -91,6 +89,8 @@ class Numbers:
     u_t: int
     l: float
     l_t: float
+    c: float
+    c_t: float
     e: int
     e_t: int
     f: int
@@ -197,12 +197,12 @@ MODES: dict[str, Mode] = {
 }
 
 
-def _bucket(k: Numbers) -> int:
-    return 4 * min(k.t, BUCKET)
+def _bucket(k: Numbers) -> float:
+    return 4 * min(k.t, k.c)
 
 
 def _live(k: Numbers) -> float:
-    return 4 * min(k.u, LIVE) + k.b * min(k.u_t, LIVE)
+    return 4 * min(k.u, 2 * k.c) + k.b * min(k.u_t, 2 * k.c_t)
 
 
 def modes_for(stage: Stage, processes: int) -> list[str]:
@@ -232,8 +232,11 @@ def numbers(recipe: Recipe, stage: Stage, sizes: Sizes, kept: Kept, *, passes: i
     student = sizes.student
     teacher = sizes.teacher if runs_teacher(stage) else dict.fromkeys(sizes.teacher, 0)
     mixer, mlp = student["mixer"] / max(1, sizes.n_changed), student["mlp"] / sizes.n_layers
+    whole = max(mixer, student["attention"] / max(1, sizes.n_kept)) + mlp
+    of_teacher = (teacher["attention"] + teacher["mlp"]) / sizes.n_layers
+    embedding = sizes.hidden * sizes.vocabulary
     if isinstance(stage, LogitsStage):
-        layer = max(mixer, student["attention"] / max(1, sizes.n_kept)) + mlp
+        layer = whole
         ran, ran_in_teacher = float(sum(student.values())), sum(teacher.values())
     else:
         layer = mixer + (mlp if isinstance(stage, HiddenStage) and stage.target == "block" else 0)
@@ -247,7 +250,9 @@ def numbers(recipe: Recipe, stage: Stage, sizes: Sizes, kept: Kept, *, passes: i
         u=ran,
         u_t=ran_in_teacher,
         l=layer,
-        l_t=(teacher["attention"] + teacher["mlp"]) / sizes.n_layers,
+        l_t=of_teacher,
+        c=max(whole, embedding),
+        c_t=max(of_teacher, embedding),
         e=student["embeddings"] + student["head"],
         e_t=teacher["embeddings"] + teacher["head"],
         f=sum(student[role] for role in stage.train if role in ("embeddings", "head")),

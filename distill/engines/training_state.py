@@ -34,8 +34,13 @@ def load(student: nn.Module, optimizer: Optimizer, folder: Path) -> None:
     """Put back what ``save`` wrote; every process calls it.
 
     Raises:
-        UserError: it holds other weights than this student's.
+        UserError: it holds other weights than this student's, or DeepSpeed wrote it.
     """
+    if not (folder / ".metadata").is_file():
+        raise UserError(
+            f"{folder} was written by DeepSpeed, which alone can read it; launch with its config and as many processes"
+            " as before"
+        )
     for parameter in _trained(student).values():
         optimizer.state.setdefault(parameter, _fresh_state(parameter))
     tensors = _tensors(student, optimizer)

@@ -70,13 +70,26 @@ class ZeroEngine:
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
+        self._require_readable(folder)
+        self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+
+    def _require_readable(self, folder: Path) -> None:
+        """DeepSpeed reads only what it wrote, with weights cut up as now, on as many processes."""
         shards = len(list((folder / TAG).glob("*zero_pp_rank_*_optim_states.pt")))
+        if not shards:
+            raise UserError(
+                f"{folder} was not written by DeepSpeed, which reads its own checkpoints only; go on with ddp.yaml,"
+                " fsdp2.yaml or one process, whichever wrote it"
+            )
+        cut_up = not (folder / TAG / "mp_rank_00_model_states.pt").is_file()
+        if cut_up != (self.engine.zero_optimization_stage() == 3):
+            wrote = "zero3.yaml" if cut_up else "zero1.yaml or zero2.yaml"
+            raise UserError(f"{folder} was written by another stage of ZeRO; go on with {wrote}")
         if shards != processes.world():
             raise UserError(
-                f"{folder} was written by DeepSpeed on {shards or 'no'} processes and this run has"
-                f" {processes.world()}; launch as many as before"
+                f"{folder} was written by DeepSpeed on {shards} processes and this run has {processes.world()};"
+                " launch as many as before"
             )
-        self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -50,7 +50,9 @@ class Gradients:
         """
         weight = self._weight(batches)
         if weight <= 0:
-            raise UserError("a step's batches hold no token to learn from (every label is -100)")
+            error = UserError("a step's batches hold no token to learn from (every label is -100)")
+            error.everyones = True
+            raise error
         sums: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
             on_device = {name: tensor.to(self.device) for name, tensor in batch.items()}

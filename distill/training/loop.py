@@ -119,7 +119,7 @@ def train(
     student.train()
     call = {**(origin or {}), **_call(groups, schedule, steps, clip, tokens_per_step)}
     checkpoints = folder / "checkpoints"
-    done = _resume(checkpoints, call, engine)
+    done = processes.together(lambda: _resume(checkpoints, call, engine))
     log_here = MetricsLog(folder, trackers, done.steps) if processes.is_main() else NoLog()
     gradients = Gradients(objective, engine, device, precision)
 

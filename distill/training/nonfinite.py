@@ -22,6 +22,8 @@ class NonFiniteLoss(UserError):  # noqa: N818 (a name that says what happened)
         checkpoint: the newest checkpoint, if any.
     """
 
+    everyones = True
+
     def __init__(self, step: int, part: str | None, place: str | None, checkpoint: Path | None) -> None:
         self.step, self.part, self.place, self.checkpoint = step, part, place, checkpoint
         what = f"the loss of {part}" if part else "the gradient"

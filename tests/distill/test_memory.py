@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill.conversion import convert_with_report
 from distill.costs import kept_for_backward, sizes_of
+from distill.engines import zero
 from distill.engines.plain import PlainEngine
-from distill.memory import BUCKET, LIVE, MODES, Memory, Numbers, bytes_sent, memory, modes_for, numbers, sharing
+from distill.memory import MODES, Memory, Numbers, bytes_sent, memory, modes_for, numbers, sharing
 from distill.recipe import HiddenStage, LogitsStage, MixingStage, Recipe, Stage
 from distill.roles import roles
 from distill.training.gradients import Gradients
@@ -22,7 +23,25 @@ from stages.logits import LogitObjective
 
 # Four processes; a student of 100 numbers, 60 trained, and a teacher of 80 in two bytes each.
 SMALL = Numbers(
-    R=4, n=100, t=60, m=80, b=2, u=90, u_t=70, l=10, l_t=8, e=20, e_t=16, f=15, w=5, g=1000, q=200, K=6, a=3
+    R=4,
+    n=100,
+    t=60,
+    m=80,
+    b=2,
+    u=90,
+    u_t=70,
+    l=10,
+    l_t=8,
+    c=12,
+    c_t=9,
+    e=20,
+    e_t=16,
+    f=15,
+    w=5,
+    g=1000,
+    q=200,
+    K=6,
+    a=3,
 )
 
 
@@ -31,11 +50,11 @@ SMALL = Numbers(
     [
         ("one", 160, 400, 240, 480, 5),
         ("ddp", 160, 400, 240, 480, 5),
-        ("zero1", 160, 400, 240, 180, 5 + 240),
-        ("zero2", 160, 400, 60, 180, 5 + 240),
+        ("zero1", 160, 400, 240, 180, 5 + 48),
+        ("zero2", 160, 400, 60, 180, 5 + 48),
         ("fsdp2", 40, 100, 60, 120, 80 + 5 + 160 + 60),
-        ("zero3", 40, 100, 60, 180, 5 + 360 + 140 + 240),
-        ("zero3_offload", 0, 0, 0, 0, 5 + 360 + 140 + 240),
+        ("zero3", 40, 100, 60, 180, 5 + 96 + 36 + 48),
+        ("zero3_offload", 0, 0, 0, 0, 5 + 96 + 36 + 48),
         ("layers", 160, 400, 80, 160, 5),  # two of six layers, a third of what is trained
     ],
 )
@@ -75,10 +94,19 @@ def test_a_large_teacher_outweighs_the_students_layers_under_fsdp2() -> None:
     assert memory("fsdp2", wide).working == 4 * 20 + 2 * (2 * 1000 + 16)
 
 
-def test_deepspeed_gathers_and_reduces_no_more_than_its_limits() -> None:
-    large = dataclasses.replace(SMALL, t=10**10, u=10**10, u_t=10**10)
-    assert memory("zero2", large).working == 5 + 4 * BUCKET
-    assert memory("zero3", large).working == 5 + 4 * LIVE + 2 * LIVE + 4 * BUCKET
+def test_deepspeed_gathers_and_reduces_no_more_than_there_is() -> None:
+    little = dataclasses.replace(SMALL, t=3, u=4, u_t=5)
+    assert memory("zero2", little).working == 5 + 4 * 3
+    assert memory("zero3", little).working == 5 + 4 * 4 + 2 * 5 + 4 * 3
+
+
+def test_deepspeed_is_told_the_sizes_that_are_planned() -> None:
+    for shape in ({}, {"vocab_size": 4096}):
+        k, teacher, student = real_numbers(MixingStage(tokens=1), **shape)
+        for model, planned in ((student, k.c), (teacher, k.c_t)):
+            told = zero._config({"zero_optimization": {}}, model)["zero_optimization"]
+            assert told["reduce_bucket_size"] == pytest.approx(planned, rel=0.02)  # the plan leaves norms out
+            assert told["stage3_max_live_parameters"] == 2 * told["reduce_bucket_size"]
 
 
 @pytest.mark.parametrize(("layers", "processes", "share"), [(6, 4, 1 / 3), (6, 6, 1 / 6), (6, 7, 1 / 6), (5, 2, 3 / 5)])

@@ -207,6 +207,15 @@ def test_another_student_is_refused_by_name(tmp_path, trained):
         make_engine("one", thawed).load(tmp_path)
 
 
+def test_what_deepspeed_wrote_is_refused(tmp_path, trained):
+    (tmp_path / "zero").mkdir()
+    (tmp_path / "zero/mp_rank_00_model_states.pt").touch()
+    before = state_of(trained)
+    with pytest.raises(UserError, match="written by DeepSpeed"):
+        trained.load(tmp_path)
+    require_same(state_of(trained), before)
+
+
 def trained_and_saved(kind: str, folder: Path) -> dict[str, Tensor]:
     engine = make_engine(kind, Student())
     train(engine, 0, 3)

@@ -125,6 +125,20 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     require_close(tmp_path / "more", tmp_path / "whole")
 
 
+def refused(folder: Path) -> tuple[str, bool]:
+    with pytest.raises(UserError) as other_settings:
+        run(folder, make_engine=ddp, **quiet(accumulate=2, clip=9.0))
+    return str(other_settings.value), other_settings.value.everyones
+
+
+def test_all_refuse_the_checkpoints_of_other_settings(tmp_path):
+    run(tmp_path, **quiet(accumulate=4))
+    (message, everyones), other = several(2, refused, tmp_path)
+    assert "was made with other settings: clip changed" in message
+    assert everyones
+    assert other == (message, True)
+
+
 def ends_with(program: Callable[[], object]) -> object:
     with pytest.raises(SystemExit) as stopped:
         program()
