@@ -46,7 +46,7 @@ def check(recipe: Recipe, *, ranks: int = 1, planning: bool = False) -> RecipeFa
 
     Args:
         recipe: as `load_recipe` returns it.
-        ranks: processes that train together; each takes `batch_size` sequences.
+        ranks: processes that train together; which share `batch_size` sequences.
         planning: the teacher may be a folder with nothing but a config.json; tokenizer and text are then not asked for.
 
     Raises:

@@ -26,7 +26,7 @@ def report_user_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _end(str(error) if _is_to_say(error) else "")
+        _end(str(error), silent=not _is_to_say(error))
     except Exception as error:
         from distill.atomic import is_disk_full
 
@@ -46,8 +46,8 @@ def quiet_unless_watched() -> None:
         logging.disable_progress_bar()
 
 
-def _end(message: str) -> NoReturn:
-    if message:
+def _end(message: str, *, silent: bool = False) -> NoReturn:
+    if not silent:
         print(_screen(message), file=sys.stderr)
     sys.exit(USER_ERROR)
 
