@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from distill.engines import processes, zero
 from distill.standalone import auto_map, write_code
+from distill.student import STUDENTS
 
 FILE_BYTES = 5 * 10**9
 """A file of weights ends when it has this many bytes, as Hugging Face's do."""
@@ -29,8 +30,9 @@ def save_student(student: PreTrainedModel, folder: Path) -> None:
         return
     if processes.is_main():
         write_code(folder)
-        student.config.auto_map = auto_map(type(student))
-        student.config.architectures = [type(student).__name__]
+        own_class = STUDENTS[student.config.distill["teacher"]]  # fully_shard changes an instance's class
+        student.config.auto_map = auto_map(own_class)
+        student.config.architectures = [own_class.__name__]
         student.config.dtype = str(student.dtype).removeprefix("torch.")
         student.config.save_pretrained(folder)
         if student.generation_config is not None:

@@ -7,17 +7,22 @@ where it had DDP.
     weights/NAME                     optimizer/NAME/step   optimizer/NAME/exp_avg   optimizer/NAME/exp_avg_sq
 """
 
+import errno
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
+from distill.atomic import is_disk_full
 from distill.engines import processes
 from distill.errors import UserError
 
@@ -27,7 +32,19 @@ WEIGHTS = "weights/"
 def save(student: nn.Module, optimizer: Optimizer, folder: Path) -> None:
     """Write this process's part into ``folder``; every process calls it."""
     with _quiet():
-        dcp.save(_tensors(student, optimizer), checkpoint_id=folder, no_dist=processes.world() == 1)
+        dcp.save(_tensors(student, optimizer), storage_writer=_Writer(folder), no_dist=processes.world() == 1)
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Says so when the disk is full, which torch.save, unable to end its file, covers up with an error of its own."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
 def load(student: nn.Module, optimizer: Optimizer, folder: Path) -> None:
@@ -41,11 +58,13 @@ def load(student: nn.Module, optimizer: Optimizer, folder: Path) -> None:
             f"{folder} was written by DeepSpeed, which alone can read it; launch with its config and as many processes"
             " as before"
         )
-    for parameter in _trained(student).values():
-        optimizer.state.setdefault(parameter, _fresh_state(parameter))
-    tensors = _tensors(student, optimizer)
     written = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    missing = sorted(tensors.keys() - written.keys())
+    for name, parameter in _trained(student).items():
+        if f"optimizer/{name}/step" in written:  # stage 1 never reaches some, and then AdamW has no state for them
+            optimizer.state.setdefault(parameter, _fresh_state(parameter))
+    tensors = _tensors(student, optimizer)
+    # Every process asks for its own; a refusal must be everybody's, or the others would wait in the reading.
+    missing = sorted(set().union(*processes.gather(tensors.keys() - written.keys())))
     if missing:
         raise UserError(f"{folder} lacks {missing[0]} and {len(missing) - 1} more of what this run trains")
     with _quiet():
@@ -98,4 +117,7 @@ def _quiet() -> Iterator[None]:
     """Without the library's remark that there is one process only, which we know."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed.checkpoint")
-        yield
+        try:
+            yield
+        except CheckpointException as error:  # which is no Exception
+            raise RuntimeError(str(error)) from error

@@ -62,11 +62,11 @@ def save(
     assert keep >= 1
     target = folder / f"step-{step:08d}"
     if processes.is_main():
-        with whole_folder(target, needed) as partial:
-            _write(partial, step, write_state, loop, needed)
+        with whole_folder(target, needed):
+            _write(target, step, write_state, loop, needed)
         prune(folder, keep, {best, step}, newest=step)
     else:
-        _write(partial_of(target), step, write_state, loop, needed)
+        _write(target, step, write_state, loop, needed)
     processes.wait()
     return target
 
@@ -152,17 +152,18 @@ def restore_rng(checkpoint: Path) -> None:
 
 
 def _write(
-    partial: Path,
+    target: Path,
     step: int,
     write_state: Callable[[Path], None],
     loop: Mapping[str, Any],
     needed: Callable[[], int] | None,
 ) -> None:
     """Every process's part; the folder is made by the main one."""
+    partial = partial_of(target)
     processes.wait()
 
     def write() -> None:
-        with explained_full_disk(partial, needed):
+        with explained_full_disk(target, needed):
             if processes.is_main():
                 (partial / LOOP).write_text(json.dumps(loop, indent=1))
             torch.save(rng_state(), partial / _rng_file())

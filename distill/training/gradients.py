@@ -70,13 +70,14 @@ class Gradients:
         checkpoint.set_rng_state(rng)
         with watch_outputs(student) as found:
             self.backward(batches, lambda: False)
-        place = found[0] if found else first_nonfinite_gradient(student)
+        outputs = processes.gather(found[0] if found else None)
+        gradients = processes.gather(first_nonfinite_gradient(student))
         self.engine.forget()
-        places = processes.gather(place)
-        where = next((index for index, name in enumerate(places) if name), None)
-        if where is None:
-            return None
-        return places[where] if processes.world() == 1 else f"{places[where]} on process {where}"
+        where = next((index for index, name in enumerate(outputs) if name), None)
+        if where is not None:
+            return outputs[where] if processes.world() == 1 else f"{outputs[where]} on process {where}"
+        # Of gradients that were averaged it cannot be said whose they were.
+        return next((name for name in gradients if name), None)
 
     def _weight(self, batches: Sequence[Batch]) -> float:
         """Over all micro-batches and processes."""

@@ -159,7 +159,7 @@ def train(
                     {"call": call, "done": asdict(done)},
                     keep=cadence.keep_checkpoints,
                     best=done.best_step,
-                    needed=lambda: 3 * 4 * sum(whole_shape(p).numel() for group in groups for p in group["params"]),
+                    needed=lambda: _bytes_of_a_checkpoint(groups),
                 )
             if stopping:
                 break
@@ -203,6 +203,11 @@ def _call(
             value = group.get(key)
             call[f"{key} of group {name}"] = list(value) if isinstance(value, tuple) else value
     return call
+
+
+def _bytes_of_a_checkpoint(groups: Groups) -> int:
+    """Weights and AdamW's two moments in fp32, and what torch's files add for every tensor."""
+    return sum(3 * (4 * whole_shape(parameter).numel() + 2_000) for group in groups for parameter in group["params"])
 
 
 def _resume(checkpoints: Path, call: dict[str, Any], engine: Engine) -> TrainResult:

@@ -12,9 +12,15 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
+from distill.capture import LayerTrace
+from distill.objective import Batch
+from distill.training import checkpoint
+from stages import hidden
 from tests.stages.conftest import CALM, STEPS, write_recipe
 from tests.stages.launch import Launch, Left, Ranks
 from tests.stages.program import require_refused, run
@@ -176,21 +182,30 @@ def test_layers_go_on_after_a_kill(uninterrupted, recipe):
     assert (folder / "hidden/model.safetensors").read_bytes() == (expected / "hidden/model.safetensors").read_bytes()
 
 
+def saving(folder: Path, stage: str, step: int) -> bool:
+    """Whether the checkpoint of a step is being written, or was just now."""
+    return any((folder / "training" / stage / "checkpoints").glob(f"*step-{step:08d}*"))
+
+
+def handing_on(folder: Path, stage: str) -> bool:
+    return (folder / f".{stage}.partial").exists() or (folder / stage).exists()
+
+
 MOMENTS: dict[str, tuple[int, Callable[[Path], bool]]] = {
     "the text is being prepared": (0, lambda run: run.is_dir()),
-    "the others wait for the teacher's measurement": (1, lambda run: (run / "data").exists()),
+    "the text was prepared": (1, lambda run: (run / "data").exists()),
     "converting": (0, lambda run: (run / "teacher/evaluation.json").exists()),
     "before a checkpoint": (1, lambda run: made(run, "mixing", 3)()),
-    "the main process writes a checkpoint": (0, lambda run: any((run / "training/mixing/checkpoints").glob(".*"))),
-    "another process writes a checkpoint": (1, lambda run: any((run / "training/mixing/checkpoints").glob(".*012.*"))),
-    "handing over": (0, lambda run: (run / ".mixing.partial").exists() or (run / "mixing").exists()),
+    "the main process saves": (0, lambda run: saving(run, "mixing", 6)),
+    "another one saves": (1, lambda run: saving(run, "mixing", 12)),
+    "the main process hands on": (0, lambda run: handing_on(run, "mixing")),
     "between two stages": (1, lambda run: (run / "mixing/evaluation.json").exists()),
-    "handing over, another process": (1, lambda run: (run / ".hidden.partial").exists() or (run / "hidden").exists()),
+    "another one hands on": (1, lambda run: handing_on(run, "hidden")),
     "the last stage": (0, lambda run: made(run, "logits", 20)()),
 }
 
 
-@pytest.mark.parametrize("config", ["ddp", "fsdp2", "zero3"])
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
 def test_killed_in_every_phase(uninterrupted, recipe, config):
     """Whoever is killed, and in whatever, the other one ends by itself, and the same command goes on."""
     folder = recipe.with_name("run")
@@ -202,3 +217,108 @@ def test_killed_in_every_phase(uninterrupted, recipe, config):
         assert codes[1 - rank] not in (0, -signal.SIGKILL), moment
     require_done(Ranks(config, "stages.run", recipe, *CALM).wait())
     require_same_run(folder, uninterrupted(config))
+
+
+NAN_AT = 9
+"""The step whose batch is poisoned: after a checkpoint, before the next."""
+
+
+def poisoned(rank: int) -> None:
+    """Let one layer of this process's student see NaN from a step on."""
+    distance = hidden.HiddenObjective._distance
+    asked = 0
+
+    def counted(self: hidden.HiddenObjective, layer: Any, trace: LayerTrace, batch: Batch) -> Tensor:
+        nonlocal asked
+        asked += layer is self.layers[0]
+        if rank == 1 and asked >= NAN_AT and layer is self.layers[2]:
+            trace = replace(trace, attention_input=trace.attention_input * math.nan)
+        return distance(self, layer, trace, batch)
+
+    hidden.HiddenObjective._distance = counted
+
+
+@pytest.mark.parametrize("config", ENGINES)
+def test_nan_in_one_process(uninterrupted, recipe, config):
+    """All processes stop, one of them says where it began, and the checkpoints are as they were."""
+    expected = uninterrupted(config)
+    folder = unfinished(expected, recipe.with_name("run"), "hidden", "logits")
+    left = Ranks(config, "stages.run", recipe, *CALM, before=poisoned).wait()
+    said = f"the loss of layers.2 is not finite at step {NAN_AT}. It began at the output of model.layers.2.self_attn"
+    require_refused_once(left, said)
+    saved = folder / "training/hidden/checkpoints/step-00000006"
+    assert f"on process 1. Nothing was overwritten: the last good checkpoint is {saved}" in left.log
+    assert list(saved.parent.iterdir()) == [saved]
+    assert checkpoint.damage_of(saved) is None
+    assert len(metrics(folder / "training/hidden")) == NAN_AT  # one of them an evaluation
+    require_done(Ranks(config, "stages.hidden", recipe, *CALM).wait())
+    assert metrics(folder / "hidden") == metrics(expected / "hidden")
+
+
+@pytest.mark.parametrize("config", ["fsdp2", "zero3"])
+def test_a_truncated_shard(uninterrupted, killed, recipe, config):
+    """The checkpoint is refused by name, and the one before it leads to the same end."""
+    folder = Path(shutil.copytree(killed(config), recipe.with_name("run")))
+    newest, before = (folder / f"training/hidden/checkpoints/step-{step:08d}" for step in (12, 6))
+    shard = max((newest / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    size = shard.stat().st_size
+    os.truncate(shard, size - 9)
+    left = Ranks(config, "stages.run", recipe, *CALM).wait()
+    require_done(left)
+    refusal = f"refused a damaged checkpoint: {shard} has {size - 9:,} bytes instead of {size:,}; trying the one before"
+    assert left.log.count(refusal) == 1
+    assert f"continuing from {before}" in left.log
+    require_same_run(folder, uninterrupted(config))
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[SmallDisk]:
+    with small_disk(tmp_path) as disk:
+        yield disk
+
+
+@pytest.mark.parametrize("config", ["ddp", "fsdp2", "zero2"])
+def test_the_disk_fills_up_in_a_checkpoint(uninterrupted, recipe, disk, config):
+    expected = uninterrupted(config)
+    unfinished(expected, disk.run, "mixing", "hidden", "logits")
+    command = config, "stages.mixing", recipe, *CALM, f"run_dir={disk.run}", "stages.mixing.keep_checkpoints=9"
+    disk.leave(250_000)
+    left = Ranks(*command).wait()
+    require_refused_once(left, "the disk is full. Writing it needs")
+    saved = list((disk.run / "training/mixing/checkpoints").iterdir())
+    assert saved
+    assert not [damage for damage in map(checkpoint.damage_of, saved) if damage]
+    disk.free()
+    left = Ranks(*command).wait()
+    require_done(left)
+    assert f"continuing from {max(saved)}" in left.log
+    assert metrics(disk.run / "mixing") == metrics(expected / "mixing")
+
+
+MISTAKES = {
+    "stages.mixing.lr=-1": "stages.mixing.lr",
+    "teacher.path=/nowhere": "/nowhere",
+    "stages.mixing.batch_size=3": "batch_size is 3, which 2 processes cannot share evenly",
+    "data.source=/nowhere": "/nowhere",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_recipe_is_said_once(recipe, mistake):
+    require_refused_once(Ranks("ddp", "stages.run", recipe, *CALM, mistake).wait(), MISTAKES[mistake])
+    assert not recipe.with_name("run").exists()
+
+
+def test_the_launcher_says_a_mistake_once(recipe):
+    left = Launch("ddp", "stages.run", recipe, *CALM, "stages.mixing.batch_size=3").wait()
+    assert left.codes == (1,)
+    assert left.log.count("batch_size is 3, which 2 processes cannot share evenly") == 1
+    assert "exitcode  : 2" in left.log
+
+
+def test_a_second_run_in_the_same_folder_is_refused(recipe):
+    first = Ranks("ddp", "stages.run", recipe, *CALM)
+    first.signal_when(signal.SIGSTOP, made(recipe.with_name("run"), "mixing", 3), rank=0)
+    require_refused_once(Ranks("ddp", "stages.run", recipe, *CALM).wait(), "")
+    first.signal_when(signal.SIGCONT, lambda: True, rank=0)
+    require_done(first.wait())

@@ -80,7 +80,7 @@ def test_while_converting(disk, arguments, whole):
 
 @pytest.mark.parametrize("saved", [0, 2], ids=["the first", "a later one"])
 def test_in_a_checkpoint(disk, arguments, whole, converted, saved):
-    disk.leave(100_000 + saved * 150_000)
+    disk.leave(100_000 + saved * 260_000)
     command = "stages.mixing", *arguments, "stages.mixing.keep_checkpoints=9"
     folder = disk.run / "training/mixing/checkpoints"
     require_full(run(*command), folder / f"step-{6 * (saved + 1):08d}")

@@ -245,10 +245,10 @@ def test_no_file_of_rows_is_held_in_memory(tmp_path):
 
 def test_no_parquet_file_is_held_in_memory(tmp_path):
     words = random.Random(0)
-    rows = [words.randbytes(3000).hex() for _ in range(2000)]
+    rows = [words.randbytes(3000).hex() for _ in range(4000)]
     pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet", row_group_size=100)
     size = (tmp_path / "a.parquet").stat().st_size
-    assert size > 6_000_000
+    assert size > 12_000_000
     del rows
     before, peak = pyarrow.total_allocated_bytes(), 0
     for _ in read_documents(tmp_path / "a.parquet"):
