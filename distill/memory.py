@@ -29,7 +29,9 @@ Bytes on each process::
     zero3_offload  -        -        -          -          as zero3; and (b m + 4 n + 16 t)/R of the host's memory
     layers         b m      4 n      4 t s      8 t s      w
 
-and everywhere g + q of activations. DeepSpeed keeps an fp32 copy of the weights it updates beside weights that are
+and everywhere g + q of activations. With fsdp2 and one micro-batch a step, gradients come as activations go, so that of
+the two the larger counts: its activations are g + q less the gradients. (Elsewhere gradients have their place from step
+to step, or are there from the micro-batches before.) DeepSpeed keeps an fp32 copy of the weights it updates beside weights that are
 fp32 already, hence 12 and not 8. Under fsdp2 what stands outside the layers is whole while a batch is computed, and
 of the layers two at a time (the one that computes and the one fetched ahead), weights and gradients, first the
 teacher's and then the student's. DeepSpeed is told by `distill.engines.zero` to reduce c gradients together, and to
@@ -267,12 +269,14 @@ def numbers(recipe: Recipe, stage: Stage, sizes: Sizes, kept: Kept, *, passes: i
 def memory(mode: str, k: Numbers) -> Memory:
     """Bytes on each process, part by part."""
     row = MODES[mode]
+    gradients = ceil(row.gradients(k))
+    replaced = gradients if mode == "fsdp2" and k.a == 1 else 0
     return Memory(
         teacher=ceil(row.teacher(k)),
         student=ceil(row.student(k)),
-        gradients=ceil(row.gradients(k)),
+        gradients=gradients,
         optimizer=ceil(row.optimizer(k)),
-        activations=k.g + k.q,
+        activations=max(0, k.g + k.q - replaced),
         working=ceil(row.working(k)),
     )
 

@@ -89,6 +89,15 @@ def test_offload_moves_all_shards_to_the_host() -> None:
     assert all(row.on_host(SMALL) == 0 for mode, row in MODES.items() if mode != "zero3_offload")
 
 
+def test_activations_and_gradients_of_a_single_pass_share_their_place_under_fsdp2() -> None:
+    few, many = dataclasses.replace(SMALL, a=1, g=100, q=0), dataclasses.replace(SMALL, a=1, g=1, q=0)
+    gradients = memory("fsdp2", few).gradients
+    assert 1 < gradients < 100
+    assert memory("fsdp2", few).activations == 100 - gradients
+    assert memory("fsdp2", many).activations == 0
+    assert memory("fsdp2", dataclasses.replace(few, a=2)).activations == memory("ddp", few).activations == 100
+
+
 def test_a_large_teacher_outweighs_the_students_layers_under_fsdp2() -> None:
     wide = dataclasses.replace(SMALL, l_t=1000)
     assert memory("fsdp2", wide).working == 4 * 20 + 2 * (2 * 1000 + 16)

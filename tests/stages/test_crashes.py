@@ -4,20 +4,19 @@ docs/faults.md has a row for each of these.
 """
 
 import functools
-import json
+import itertools
 import math
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from torch import Tensor
+from transformers import PreTrainedModel
 
-from distill.capture import LayerTrace
+from distill.capture import LayerTrace, layer_traces
 from distill.objective import Batch
 from distill.training import checkpoint
 from stages import hidden
@@ -224,18 +223,16 @@ NAN_AT = 9
 
 
 def poisoned(rank: int) -> None:
-    """Let one layer of this process's student see NaN from a step on."""
-    distance = hidden.HiddenObjective._distance
-    asked = 0
+    """Let one layer of this process's student read NaN from a step on."""
+    steps = itertools.count(1)
 
-    def counted(self: hidden.HiddenObjective, layer: Any, trace: LayerTrace, batch: Batch) -> Tensor:
-        nonlocal asked
-        asked += layer is self.layers[0]
-        if rank == 1 and asked >= NAN_AT and layer is self.layers[2]:
-            trace = replace(trace, attention_input=trace.attention_input * math.nan)
-        return distance(self, layer, trace, batch)
+    def traces(teacher: PreTrainedModel, batch: Batch, layers: Collection[int]) -> dict[int, LayerTrace]:
+        captured = layer_traces(teacher, batch, layers)
+        if rank == 1 and next(steps) >= NAN_AT:
+            captured[2] = replace(captured[2], attention_input=captured[2].attention_input * math.nan)
+        return captured
 
-    hidden.HiddenObjective._distance = counted
+    hidden.layer_traces = traces
 
 
 @pytest.mark.parametrize("config", ENGINES)
