@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -229,7 +228,7 @@ def poisoned(rank: int) -> None:
     def traces(teacher: PreTrainedModel, batch: Batch, layers: Collection[int]) -> dict[int, LayerTrace]:
         captured = layer_traces(teacher, batch, layers)
         if rank == 1 and next(steps) >= NAN_AT:
-            captured[2] = replace(captured[2], attention_input=captured[2].attention_input * math.nan)
+            captured[2].attention_input = captured[2].attention_input * math.nan
         return captured
 
     hidden.layer_traces = traces
