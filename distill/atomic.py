@@ -92,6 +92,8 @@ def explained_full_disk(path: Path, needed: Callable[[], int] | None = None) -> 
     free = shutil.disk_usage(next(above for above in path.absolute().parents if above.exists())).free
     try:
         yield
+    except UserError:
+        raise  # it has been explained
     except Exception as error:
         if not is_disk_full(error):
             raise

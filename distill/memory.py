@@ -31,11 +31,11 @@ Bytes on each process::
 
 and everywhere g + q of activations. With fsdp2 and one micro-batch a step, gradients come as activations go, so that of
 the two the larger counts: its activations are g + q less the gradients. (Elsewhere gradients have their place from step
-to step, or are there from the micro-batches before.) DeepSpeed keeps an fp32 copy of the weights it updates beside weights that are
-fp32 already, hence 12 and not 8. Under fsdp2 what stands outside the layers is whole while a batch is computed, and
-of the layers two at a time (the one that computes and the one fetched ahead), weights and gradients, first the
-teacher's and then the student's. DeepSpeed is told by `distill.engines.zero` to reduce c gradients together, and to
-keep at most 2 c weights of a model gathered.
+to step, or are there from the micro-batches before.) DeepSpeed keeps an fp32 copy of the weights it updates beside
+weights that are fp32 already, hence 12 and not 8. Under fsdp2 what stands outside the layers is whole while a batch is
+computed, and of the layers two at a time (the one that computes and the one fetched ahead), weights and gradients,
+first the teacher's and then the student's. DeepSpeed is told by `distill.engines.zero` to reduce c gradients together,
+and to keep at most 2 c weights of a model gathered.
 
 Bytes that each process sends a step, times (R − 1)/R::
 

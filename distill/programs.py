@@ -5,15 +5,16 @@ A user's mistake, or a full disk, ends it with one screen of text and exit code 
 
 import os
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NoReturn
+from contextlib import contextmanager, suppress
 
 from distill.errors import UserError
 
 USER_ERROR = 2
 _SCREEN = 20  # lines
 _LINE = 500  # characters; libraries sometimes put a whole page into an exception
+_PATIENCE = 10.0  # seconds by which processes that start together may be apart
 
 
 @contextmanager
@@ -26,13 +27,17 @@ def report_user_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _end(str(error), silent=not _is_to_say(error))
+        if _is_to_say(error):
+            _say(str(error))
+        _let_all_say(error)
+        sys.exit(USER_ERROR)
     except Exception as error:
         from distill.atomic import is_disk_full
 
         if not is_disk_full(error):
             raise
-        _end(f"the disk is full ({error}); free some space and run the same command again")
+        _say(f"the disk is full ({error}); free some space and run the same command again")
+        sys.exit(USER_ERROR)
 
 
 def quiet_unless_watched() -> None:
@@ -46,10 +51,8 @@ def quiet_unless_watched() -> None:
         logging.disable_progress_bar()
 
 
-def _end(message: str, *, silent: bool = False) -> NoReturn:
-    if not silent:
-        print(_screen(message), file=sys.stderr)
-    sys.exit(USER_ERROR)
+def _say(message: str) -> None:
+    print(_screen(message), file=sys.stderr, flush=True)
 
 
 def _is_to_say(error: UserError) -> bool:
@@ -62,6 +65,19 @@ def _is_to_say(error: UserError) -> bool:
     from torch import distributed
 
     return distributed.is_initialized() and not error.everyones
+
+
+def _let_all_say(error: UserError) -> None:
+    """Return when the process that prints has done so: the first that ends makes a launcher end the others."""
+    from torch import distributed
+
+    from distill.engines import processes
+
+    if not distributed.is_initialized():
+        time.sleep(0 if _is_to_say(error) else _PATIENCE)
+    elif error.everyones:
+        with suppress(RuntimeError):  # the other is gone, and has said it or cannot
+            processes.wait()
 
 
 def _screen(text: str) -> str:

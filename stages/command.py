@@ -1,7 +1,7 @@
 """The command line every stage shares: a recipe, then settings that replace the recipe's."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -30,8 +30,8 @@ def run_program(program: Callable[[Run], object], description: str) -> None:
         with report_user_errors():
             run = open_run(recipe, overrides or [])
             with ExitStack() as held:
-                if processes.is_main():
-                    held.enter_context(alone_in(run.recipe.run_dir))
+                alone = alone_in(run.recipe.run_dir) if processes.is_main() else nullcontext()
+                processes.together(lambda: held.enter_context(alone))
                 program(run)
 
     main.__doc__ = description

@@ -4,8 +4,11 @@ Weights, gradients and states are fp32, as everywhere in this project; bfloat16 
 DeepSpeed talks through gloo, and its compiled shared-memory transport is left out.
 """
 
+import errno
 import math
 import os
+import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
@@ -24,6 +27,7 @@ from distill.errors import UserError
 from distill.within import through, whole_shape
 
 TAG = "zero"
+_NO_SPACE = 2**20  # bytes; what is left of a disk that a write has failed on
 
 
 class ZeroEngine:
@@ -67,7 +71,8 @@ class ZeroEngine:
         self.engine.empty_partition_cache()
 
     def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+        with _failing_at_the_end(self.engine, folder):
+            self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
         self._require_readable(folder)
@@ -123,6 +128,34 @@ def whole(parameters: list[nn.Parameter]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _failing_at_the_end(engine: Any, folder: Path) -> Iterator[None]:
+    """Inside, a file that cannot be written is no error yet: DeepSpeed would leave the other processes waiting.
+
+    Raises:
+        OSError: the disk is full. torch's writer of zip files does not say so.
+    """
+    write, failures = engine.checkpoint_engine.save, []
+
+    def attempt(state_dict: Any, path: str) -> None:
+        try:
+            write(state_dict, path)
+        except (OSError, RuntimeError) as error:
+            failures.append(error)
+
+    (folder / TAG).mkdir(parents=True, exist_ok=True)
+    engine.checkpoint_engine.save = attempt
+    engine._copy_recovery_script = lambda folder: None  # zero_to_fp32.py, which ``read_weights`` calls where it is
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine.save = write
+    if failures and shutil.disk_usage(folder).free < _NO_SPACE:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from failures[0]
+    if failures:
+        raise failures[0]
+
+
 def _initialize(model: nn.Module, config: dict[str, Any], optimizer: AdamW | None) -> tuple[Any, Any]:
     engine, optimizer, _, _ = library().initialize(model=model, optimizer=optimizer, config=config)
     return engine, optimizer
@@ -172,6 +205,8 @@ def library() -> Any:
     import deepspeed
     import deepspeed.ops
 
+    # It calls torch by names that a later torch will drop, and would say so at every step.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if not torch.cuda.is_available():
         # It would be compiled with g++ at the first start, for minutes; gloo does the same.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -14,7 +14,8 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,12 +62,23 @@ def save(
     """
     assert keep >= 1
     target = folder / f"step-{step:08d}"
+    partial = partial_of(target)
+
+    def write_beside() -> None:
+        if processes.is_main():
+            (partial / LOOP).write_text(json.dumps(loop, indent=1))
+        torch.save(rng_state(), partial / _rng_file())
+
+    with ExitStack() as whole:
+        # One after another, each by all or none: a process that cannot write must not leave others waiting in the next.
+        _together(target, needed, lambda: whole.enter_context(_main_folder(target, needed)))
+        _together(target, needed, write_beside)
+        _together(target, needed, lambda: write_state(partial / STATE))
+        files = processes.gather(_hashed(partial))
+        _together(target, needed, lambda: _write_manifest(partial, step, files))
+        processes.together(whole.close)
     if processes.is_main():
-        with whole_folder(target, needed):
-            _write(target, step, write_state, loop, needed)
         prune(folder, keep, {best, step}, newest=step)
-    else:
-        _write(target, step, write_state, loop, needed)
     processes.wait()
     return target
 
@@ -151,33 +163,33 @@ def restore_rng(checkpoint: Path) -> None:
         set_rng_state(torch.load(path, weights_only=True))
 
 
-def _write(
-    target: Path,
-    step: int,
-    write_state: Callable[[Path], None],
-    loop: Mapping[str, Any],
-    needed: Callable[[], int] | None,
-) -> None:
-    """Every process's part; the folder is made by the main one."""
-    partial = partial_of(target)
-    processes.wait()
+def _together(target: Path, needed: Callable[[], int] | None, write: Callable[[], object]) -> None:
+    """``write()`` by every process; a full disk for one is a full disk for all."""
 
-    def write() -> None:
+    def explained() -> None:
         with explained_full_disk(target, needed):
-            if processes.is_main():
-                (partial / LOOP).write_text(json.dumps(loop, indent=1))
-            torch.save(rng_state(), partial / _rng_file())
-            write_state(partial / STATE)
+            write()
 
-    processes.together(write)
+    processes.together(explained)
+
+
+def _main_folder(target: Path, needed: Callable[[], int] | None) -> AbstractContextManager[object]:
+    """The folder that all fill, which the main process makes and puts in place."""
+    return whole_folder(target, needed) if processes.is_main() else nullcontext()
+
+
+def _hashed(partial: Path) -> dict[str, dict[str, Any]]:
+    """This process's share of the entries of the manifest."""
     files = sorted(path for path in partial.rglob("*") if path.is_file())
-    told = {
+    return {
         str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in files[processes.rank() :: processes.world()]
     }
-    everyones = processes.gather(told)
+
+
+def _write_manifest(partial: Path, step: int, files: Sequence[dict[str, dict[str, Any]]]) -> None:
     if processes.is_main():
-        merged = {name: entry for part in everyones for name, entry in part.items()}
+        merged = {name: entry for share in files for name, entry in share.items()}
         (partial / MANIFEST).write_text(json.dumps({"step": step, "files": merged}, indent=1))
 
 

@@ -51,15 +51,17 @@ class Launch:
     """
 
     def __init__(self, config: str, module: str, *arguments: object, ranks: int = 2, path: Path = CHECKOUT) -> None:
-        self._mark, self._log = uuid4().hex, tempfile.NamedTemporaryFile()
+        self._mark, self._said = uuid4().hex, tempfile.TemporaryDirectory()
+        self._log = Path(self._said.name, "log")
         here = {MARK: self._mark, "PYTHONPATH": f"{path}:{CHECKOUT}", "DS_ACCELERATOR": "cpu"}
-        self._launcher = subprocess.Popen(
-            [sys.executable, "-m", *_launcher(config, ranks, module, arguments)],
-            cwd=CHECKOUT,
-            env={**os.environ, **ENVIRONMENT, **here},
-            stdout=self._log,
-            stderr=self._log,
-        )
+        with self._log.open("w") as log:
+            self._launcher = subprocess.Popen(
+                [sys.executable, "-m", *_launcher(config, ranks, module, arguments)],
+                cwd=CHECKOUT,
+                env={**os.environ, **ENVIRONMENT, **here},
+                stdout=log,
+                stderr=log,
+            )
 
     def signal_when(self, number: signal.Signals, moment: Callable[[], bool], rank: int | None = None) -> None:
         """Send the signal, to the launcher or to a rank, as soon as ``moment`` has come."""
@@ -78,10 +80,11 @@ class Launch:
             self._launcher.kill()
             for process in self.processes().values():
                 os.kill(process, signal.SIGKILL)
-        return Left((code,), self.log())
+        with self._said:
+            return Left((code,), self.log())
 
     def log(self) -> str:
-        return Path(self._log.name).read_text()
+        return self._log.read_text()
 
     def processes(self) -> dict[int, int]:
         """The process id of every rank that lives."""

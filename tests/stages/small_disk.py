@@ -24,11 +24,11 @@ class SmallDisk:
 
 
 @contextmanager
-def small_disk(folder: Path) -> Iterator[SmallDisk]:
-    """Mount one of two megabytes; skips the test where that is not allowed."""
+def small_disk(folder: Path, megabytes: int) -> Iterator[SmallDisk]:
+    """Mount one; skips the test where that is not allowed."""
     mount = folder / "disk"
     mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount)]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(mount)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
         pytest.skip("mounting a small tmpfs needs root and the right to mount")
     try:

@@ -3,6 +3,7 @@
 docs/faults.md has a row for each of these.
 """
 
+import errno
 import functools
 import itertools
 import math
@@ -11,8 +12,12 @@ import shutil
 import signal
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystem
 from transformers import PreTrainedModel
 
 from distill.capture import LayerTrace, layer_traces
@@ -246,7 +251,33 @@ def test_nan_in_one_process(uninterrupted, recipe, config):
     assert f"on process 1. Nothing was overwritten: the last good checkpoint is {saved}" in left.log
     assert list(saved.parent.iterdir()) == [saved]
     assert checkpoint.damage_of(saved) is None
-    assert len(metrics(folder / "training/hidden")) == NAN_AT  # one of them an evaluation
+    assert [row["step"] for row in metrics(folder / "training/hidden") if row["kind"] == "train"] == [*range(1, NAN_AT)]
+    require_done(Ranks(config, "stages.hidden", recipe, *CALM).wait())
+    assert metrics(folder / "hidden") == metrics(expected / "hidden")
+
+
+def poisoned_gradient(rank: int) -> None:
+    """Let nothing be wrong with this process's losses, and its gradients be NaN from a step on."""
+    calls, distance = itertools.count(1), hidden.hidden_distance
+
+    def harmed(output_BTD: Tensor, *rest: Any, **options: Any) -> Tensor:
+        if rank == 1 and next(calls) > 4 * (NAN_AT - 1):  # forward, and again in backward, of two layers
+            output_BTD.register_hook(lambda gradient: gradient * math.nan)
+        return distance(output_BTD, *rest, **options)
+
+    hidden.hidden_distance = harmed
+
+
+@pytest.mark.parametrize("config", ["fsdp2", "zero2", "zero3"])
+def test_a_nan_gradient_in_one_process(uninterrupted, recipe, config):
+    """The same where only the norm shows it, which all processes have in common."""
+    expected = uninterrupted(config)
+    folder = unfinished(expected, recipe.with_name("run"), "hidden", "logits")
+    left = Ranks(config, "stages.run", recipe, *CALM, before=poisoned_gradient).wait()
+    saved = folder / "training/hidden/checkpoints/step-00000006"
+    require_refused_once(left, f"the gradient is not finite at step {NAN_AT}.")
+    assert f"Nothing was overwritten: the last good checkpoint is {saved}" in left.log
+    assert list(saved.parent.iterdir()) == [saved]
     require_done(Ranks(config, "stages.hidden", recipe, *CALM).wait())
     assert metrics(folder / "hidden") == metrics(expected / "hidden")
 
@@ -269,30 +300,61 @@ def test_a_truncated_shard(uninterrupted, killed, recipe, config):
 
 @pytest.fixture
 def disk(tmp_path) -> Iterator[SmallDisk]:
-    with small_disk(tmp_path) as disk:
+    with small_disk(tmp_path, megabytes=4) as disk:
         yield disk
 
 
-@pytest.mark.parametrize("config", ["ddp", "fsdp2", "zero2"])
-def test_the_disk_fills_up_in_a_checkpoint(uninterrupted, recipe, disk, config):
-    expected = uninterrupted(config)
-    unfinished(expected, disk.run, "mixing", "hidden", "logits")
-    command = config, "stages.mixing", recipe, *CALM, f"run_dir={disk.run}", "stages.mixing.keep_checkpoints=9"
-    disk.leave(250_000)
-    left = Ranks(*command).wait()
-    require_refused_once(left, "the disk is full. Writing it needs")
-    saved = list((disk.run / "training/mixing/checkpoints").iterdir())
-    assert saved
+@pytest.mark.parametrize("config", ["fsdp2", "zero2"])
+def test_the_disk_fills_up_in_a_checkpoint(uninterrupted, killed, recipe, disk, config):
+    """There is room for two checkpoints and not for a third."""
+    expected, pages = uninterrupted(config), 4096
+    one = killed(config) / "training/hidden/checkpoints/step-00000012"
+    size = sum(-(-path.stat().st_size // pages) * pages for path in one.rglob("*"))
+    unfinished(expected, disk.run, "hidden", "logits")
+    command = config, "stages.hidden", recipe, *CALM, f"run_dir={disk.run}"
+    disk.leave(int(2.6 * size))
+    require_refused_once(Ranks(*command).wait(), "/step-00000018: the disk is full. Writing it needs")
+    saved = sorted((disk.run / "training/hidden/checkpoints").iterdir())
+    assert [path.name for path in saved] == ["step-00000006", "step-00000012"]
     assert not [damage for damage in map(checkpoint.damage_of, saved) if damage]
     disk.free()
     left = Ranks(*command).wait()
     require_done(left)
-    assert f"continuing from {max(saved)}" in left.log
-    assert metrics(disk.run / "mixing") == metrics(expected / "mixing")
+    assert f"continuing from {saved[1]}" in left.log
+    assert metrics(disk.run / "hidden") == metrics(expected / "hidden")
+
+
+def cannot_write(file: str, rank: int) -> None:
+    """Let a process find no space for this file."""
+    save, create_stream = torch.save, FileSystem.create_stream
+
+    def require_space(path: object) -> None:
+        if file in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    def saving(value: object, path: object, **options: object) -> None:
+        require_space(path)
+        save(value, path, **options)
+
+    def creating(self: FileSystem, path: object, mode: str) -> object:
+        require_space(path)
+        return create_stream(self, path, mode)
+
+    torch.save, FileSystem.create_stream = saving, creating
+
+
+@pytest.mark.parametrize(
+    ("config", "file"), [("ddp", "rng-00001"), ("fsdp2", "__1_0.distcp"), ("zero2", "zero_pp_rank_1")]
+)
+def test_one_process_alone_cannot_write(uninterrupted, recipe, config, file):
+    """None of them waits for what will not come: all end, one says why, and no checkpoint is left half-written."""
+    folder = unfinished(uninterrupted(config), recipe.with_name("run"), "hidden", "logits")
+    left = Ranks(config, "stages.hidden", recipe, *CALM, before=functools.partial(cannot_write, file)).wait()
+    require_refused_once(left, "/step-00000006: the disk is full. Writing it needs")
+    assert list((folder / "training/hidden/checkpoints").iterdir()) == []
 
 
 MISTAKES = {
-    "stages.mixing.lr=-1": "stages.mixing.lr",
     "teacher.path=/nowhere": "/nowhere",
     "stages.mixing.batch_size=3": "batch_size is 3, which 2 processes cannot share evenly",
     "data.source=/nowhere": "/nowhere",
@@ -305,16 +367,29 @@ def test_a_mistake_in_the_recipe_is_said_once(recipe, mistake):
     assert not recipe.with_name("run").exists()
 
 
-def test_the_launcher_says_a_mistake_once(recipe):
-    left = Launch("ddp", "stages.run", recipe, *CALM, "stages.mixing.batch_size=3").wait()
+LATE = """
+import os, runpy, time
+
+time.sleep(2 if os.environ["RANK"] == "0" else 0)
+runpy.run_module("stages.run", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_mistake_is_said_once_though_the_launcher_ends_all_with_the_first(recipe, tmp_path):
+    """And the first to end is not the one that speaks."""
+    (tmp_path / "late.py").write_text(LATE)
+    left = Launch("ddp", "late", recipe, *CALM, "stages.mixing.lr=-1", path=tmp_path).wait()
     assert left.codes == (1,)
-    assert left.log.count("batch_size is 3, which 2 processes cannot share evenly") == 1
-    assert "exitcode  : 2" in left.log
+    assert left.log.count("stages.mixing.lr") == 1
 
 
-def test_a_second_run_in_the_same_folder_is_refused(recipe):
-    first = Ranks("ddp", "stages.run", recipe, *CALM)
-    first.signal_when(signal.SIGSTOP, made(recipe.with_name("run"), "mixing", 3), rank=0)
-    require_refused_once(Ranks("ddp", "stages.run", recipe, *CALM).wait(), "")
+def test_a_second_run_in_the_same_folder_is_refused(uninterrupted, recipe):
+    expected = uninterrupted("ddp")
+    folder = unfinished(expected, recipe.with_name("run"), "hidden", "logits")
+    command = "ddp", "stages.run", recipe, *CALM
+    first = Ranks(*command)
+    first.signal_when(signal.SIGSTOP, made(folder, "hidden", 3), rank=0)
+    require_refused_once(Ranks(*command).wait(), f"another run is at work in {folder}")
     first.signal_when(signal.SIGCONT, lambda: True, rank=0)
     require_done(first.wait())
+    require_same_run(folder, expected)

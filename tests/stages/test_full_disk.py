@@ -1,8 +1,5 @@
 """A disk that fills up on the way costs nothing: the message names what did not fit, and freed, the run goes on."""
 
-import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,32 +9,15 @@ from distill.training import checkpoint
 from tests.stages.conftest import STEPS
 from tests.stages.program import Ended, require_refused, run
 from tests.stages.run_folder import contents, metrics
+from tests.stages.small_disk import SmallDisk, small_disk
 
 pytestmark = pytest.mark.slow
 
 
-class Disk:
-    """A small file system; ``leave`` fills it up until only so many bytes are free."""
-
-    def __init__(self, mount: Path) -> None:
-        self.mount, self.run, self.filler = mount, mount / "run", mount / "filler"
-
-    def leave(self, free: int) -> None:
-        self.filler.write_bytes(bytes(shutil.disk_usage(self.mount).free - free))
-
-    def free(self) -> None:
-        self.filler.unlink()
-
-
 @pytest.fixture
-def disk(tmp_path) -> Iterator[Disk]:
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("mounting a small tmpfs needs root and the right to mount")
-    yield Disk(mount)
-    subprocess.run(["umount", str(mount)], check=True)
+def disk(tmp_path) -> Iterator[SmallDisk]:
+    with small_disk(tmp_path, megabytes=2) as disk:
+        yield disk
 
 
 @pytest.fixture
