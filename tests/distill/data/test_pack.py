@@ -174,7 +174,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(halves, tokenizer, tmp_path, mon
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(UserError, match=r"data.*: the disk is full\. .* free some space and run the same command again"):
+    with pytest.raises(UserError, match=r"data.*: the disk is full\. .* free some space"):
         prepare(*halves, tokenizer, tmp_path / "run" / "data", block=BLOCK)
     assert list(tmp_path.iterdir()) == []
 
