@@ -53,7 +53,9 @@ def place_student(folder: Path, launched: Launched, device: torch.device, *, fro
 
 
 def _filled(folder: str, dtype: torch.dtype, launched: Launched, device: torch.device) -> PreTrainedModel:
-    model = unset_model(AutoConfig.from_pretrained(folder), dtype)
+    config = AutoConfig.from_pretrained(folder)
+    config.dtype = dtype  # what is built from it later, such as a student, goes by that
+    model = unset_model(config, dtype)
     with suppress(OSError):  # a folder may lack it
         model.generation_config = GenerationConfig.from_pretrained(folder)
     stored = StoredWeights(folder, model.base_model_prefix)

@@ -6,6 +6,7 @@ launcher on the same config and, where that would start processes, becomes one o
 tells them, and nobody ends them but they themselves.
 """
 
+import gc
 import os
 import signal
 import socket
@@ -172,6 +173,7 @@ def _become(
             before(rank)
         program._become(command, said)
 
+    gc.freeze()  # what the server has imported stays; to look through it takes longer than most of what is tested
     os.environ["DS_ACCELERATOR"] = "cpu"
     arguments = launch_command_parser().parse_args(_launcher(config, ranks, command[0], tuple(command[1:]))[1:])
     with mock.patch("torch.distributed.run.run", as_rank):

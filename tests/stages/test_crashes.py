@@ -32,7 +32,7 @@ from tests.stages.small_disk import SmallDisk, small_disk
 
 pytestmark = pytest.mark.slow
 
-ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 
 
 def unfinished(run: Path, to: Path, *stages: str) -> Path:
@@ -106,7 +106,7 @@ def test_the_launcher_is_asked_to_stop(uninterrupted, recipe, times):
     assert left.codes == (1,)
     step = metrics(folder / "training/hidden")[-1]["step"]
     assert f"stopped by SIGTERM after step {step} of {STEPS}; the same command goes on from there" in left.log
-    left = Launch(*command).wait()
+    left = Ranks(*command).wait()
     require_done(left)
     assert f"continuing from {folder}/training/hidden/checkpoints/step-{step:08d}" in left.log
     require_same_run(folder, expected)
@@ -130,7 +130,7 @@ def killed(uninterrupted, tmp_path_factory, saved_teacher, text) -> Callable[[st
 
 @pytest.mark.parametrize(
     ("before", "after", "ranks"),
-    [("fsdp2", "one", 1), ("fsdp2", "ddp", 4), ("ddp", "fsdp2", 2), ("zero1", "zero2", 2)],
+    [("fsdp2", "one", 1), ("fsdp2", "ddp", 2), ("ddp", "fsdp2", 4), ("zero1", "zero2", 2)],
 )
 def test_going_on_with_other_processes(uninterrupted, killed, recipe, before, after, ranks):
     """The losses that follow are one process's, as near as those of any other number of processes."""
@@ -268,7 +268,7 @@ def poisoned_gradient(rank: int) -> None:
     hidden.hidden_distance = harmed
 
 
-@pytest.mark.parametrize("config", ["fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("config", ["fsdp2", "zero2"])
 def test_a_nan_gradient_in_one_process(uninterrupted, recipe, config):
     """The same where only the norm shows it, which all processes have in common."""
     expected = uninterrupted(config)
@@ -282,7 +282,7 @@ def test_a_nan_gradient_in_one_process(uninterrupted, recipe, config):
     assert metrics(folder / "hidden") == metrics(expected / "hidden")
 
 
-@pytest.mark.parametrize("config", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("config", ["fsdp2", "zero2"])
 def test_a_truncated_shard(uninterrupted, killed, recipe, config):
     """The checkpoint is refused by name, and the one before it leads to the same end."""
     folder = Path(shutil.copytree(killed(config), recipe.with_name("run")))

@@ -101,8 +101,6 @@ CUTS: dict[str, tuple[str, int, int | None]] = {
     "ddp 2×1, accumulated": ("ddp", 2, 1),
     "ddp 4×1": ("ddp", 4, None),
     "fsdp2 2×1, accumulated": ("fsdp2", 2, 1),
-    "fsdp2 4×1": ("fsdp2", 4, None),
-    "zero1 2×1, accumulated": ("zero1", 2, 1),
     "zero2 2×1, accumulated": ("zero2", 2, 1),
     "zero3 2×1, accumulated": ("zero3", 2, 1),
 }
@@ -182,13 +180,13 @@ def test_a_process_ten_times_slower_than_the_other_changes_nothing(uninterrupted
     require_same_run(got, expected)
 
 
-@pytest.mark.parametrize("config", ["one", "ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("config", ["ddp", "fsdp2", "zero3"])
 def test_gradient_checkpointing_changes_nothing(uninterrupted, recipe, config):
     expected = uninterrupted(config)
     got = without(expected, recipe.with_name("run"), "logits")
     command = "stages.logits", recipe, *CALM, "stages.logits.gradient_checkpointing=true"
-    codes = (run(*command).code,) if config == "one" else Ranks(config, *command).wait().codes
-    assert not any(codes)
+    left = Ranks(config, *command).wait()
+    assert left.codes == (0, 0), left.log
     assert metrics(got / "logits") == metrics(expected / "logits")
     require_weights(got / "logits", expected / "logits", 0)
 
@@ -213,8 +211,10 @@ def half(tmp_path_factory, saved_teacher, text) -> Callable[[str, str], Path]:
     return made
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("config", ["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    ("config", "precision"),
+    [("ddp", "teacher"), ("fsdp2", "teacher"), ("zero3", "teacher"), ("ddp", "all"), ("zero3", "all")],
+)
 def test_bfloat16_under_every_engine(half, config, precision):
     """A teacher in bfloat16 with a student in float32, and both computing in bfloat16."""
     got, expected = half(config, precision), half("one", precision)
