@@ -26,8 +26,9 @@ class DdpEngine(PlainEngine):
             self.wrapped = DistributedDataParallel(
                 student,
                 device_ids=[device.index] if device.type == "cuda" else None,
-                # Stage 1 never reaches a mixer's output projection.
-                find_unused_parameters=layerwise,
+                # Stage 1 never reaches a mixer's output projection. And without this DDP lays its buckets out anew
+                # after the first step, so that a run that goes on would add up in another order than one that went through.
+                find_unused_parameters=True,
                 gradient_as_bucket_view=True,
                 broadcast_buffers=False,
             )
