@@ -54,7 +54,10 @@ from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
 
+from transformers import PreTrainedModel
+
 from distill.costs import DTYPES, Kept, Sizes, runs_teacher
+from distill.reach import trained
 from distill.recipe import HiddenStage, LayerwiseTraining, LogitsStage, Recipe, Stage
 
 
@@ -224,29 +227,32 @@ def sharing(mode: str, processes: int) -> int:
     return 1 if mode == "layers" else processes
 
 
-def numbers(recipe: Recipe, stage: Stage, sizes: Sizes, kept: Kept, *, passes: int, processes: int) -> Numbers:
+def numbers(
+    recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrainedModel, kept: Kept, *, passes: int, processes: int
+) -> Numbers:
     """What the formulas need to know of one stage.
 
     Args:
+        student: may be without weights, on the meta device; ``sizes`` are its.
         kept: of a micro-batch, as `distill.costs.kept_for_backward` returns it.
         passes: micro-batches a step.
     """
-    student = sizes.student
+    of_student = sizes.student
     teacher = sizes.teacher if runs_teacher(stage) else dict.fromkeys(sizes.teacher, 0)
-    mixer, mlp = student["mixer"] / max(1, sizes.n_changed), student["mlp"] / sizes.n_layers
-    whole = max(mixer, student["attention"] / max(1, sizes.n_kept)) + mlp
+    mixer, mlp = of_student["mixer"] / max(1, sizes.n_changed), of_student["mlp"] / sizes.n_layers
+    whole = max(mixer, of_student["attention"] / max(1, sizes.n_kept)) + mlp
     of_teacher = (teacher["attention"] + teacher["mlp"]) / sizes.n_layers
     embedding = sizes.hidden * sizes.vocabulary
     if isinstance(stage, LogitsStage):
         layer = whole
-        ran, ran_in_teacher = float(sum(student.values())), sum(teacher.values())
+        ran, ran_in_teacher = float(sum(of_student.values())), sum(teacher.values())
     else:
         layer = mixer + (mlp if isinstance(stage, HiddenStage) and stage.target == "block" else 0)
         ran, ran_in_teacher = layer * sizes.n_changed, sum(teacher.values()) - teacher["head"]
     return Numbers(
         R=processes,
-        n=sum(student.values()),
-        t=sum(student[role] for role in stage.train),
+        n=sum(of_student.values()),
+        t=sum(parameter.numel() for parameter in trained(student, stage).values()),
         m=sum(teacher.values()),
         b=DTYPES[recipe.teacher.dtype].itemsize,
         u=ran,
@@ -255,9 +261,9 @@ def numbers(recipe: Recipe, stage: Stage, sizes: Sizes, kept: Kept, *, passes: i
         l_t=of_teacher,
         c=max(whole, embedding),
         c_t=max(of_teacher, embedding),
-        e=student["embeddings"] + student["head"],
+        e=of_student["embeddings"] + of_student["head"],
         e_t=teacher["embeddings"] + teacher["head"],
-        f=sum(student[role] for role in stage.train if role in ("embeddings", "head")),
+        f=sum(of_student[role] for role in stage.train if role in ("embeddings", "head")),
         w=kept.weights,
         g=kept.graph,
         q=kept.traces,

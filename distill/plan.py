@@ -212,7 +212,7 @@ def _plan_stage(
 ) -> StagePlan:
     stage = recipe.stages.named()[name]
     kept = functools.cache(functools.partial(kept_for_backward, recipe, stage, sizes, student))
-    modes = [_place(recipe, stage, mode, sizes, kept, machine) for mode in modes_for(stage, machine.devices)]
+    modes = [_place(recipe, stage, mode, sizes, student, kept, machine) for mode in modes_for(stage, machine.devices)]
     fits, tokens = any(placed.fits for placed in modes), modes[0].tokens
     return StagePlan(
         name=name,
@@ -224,13 +224,19 @@ def _plan_stage(
 
 
 def _place(
-    recipe: Recipe, stage: Stage, mode: str, sizes: Sizes, kept_by: Callable[[int], Kept], machine: Machine
+    recipe: Recipe,
+    stage: Stage,
+    mode: str,
+    sizes: Sizes,
+    student: PreTrainedModel,
+    kept_by: Callable[[int], Kept],
+    machine: Machine,
 ) -> Placed:
     """Memory and time of a stage under one engine."""
     block = recipe.data.block
     sequences, passes = cut(stage, sharing(mode, machine.devices))
     kept = kept_by(sequences)
-    k = numbers(recipe, stage, sizes, kept, passes=passes, processes=machine.devices)
+    k = numbers(recipe, stage, sizes, student, kept, passes=passes, processes=machine.devices)
     steps = steps_for(stage.tokens, stage.batch_size, block)
     share = k.s if mode == "layers" else RECOMPUTED if _recomputes(stage, mode) else 1.0
     flops = teacher_flops_per_token(sizes, stage) + share * student_flops_per_token(sizes, stage)

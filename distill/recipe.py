@@ -218,11 +218,17 @@ class LayerwiseTraining(Training):
 class MixingStage(LayerwiseTraining):
     """Stage 1: each mixer's matrix is matched to the attention matrix of its layer."""
 
-    # Decay would shrink the rows of the fused projection that make values and gate, which this stage never trains.
     weight_decay: NotNegative = 0.0
-    """AdamW's decay, on matrices only."""
+    """None: the rows of a mixer's projection that make values and gate, which this stage never trains, would shrink."""
     train: Annotated[tuple[Literal["mixer"], ...], Some] = ("mixer",)
     """The roles that are trained; no other parameter shapes a mixing matrix."""
+
+    @field_validator("weight_decay")
+    @classmethod
+    def _nothing_shrinks(cls, value: float) -> float:
+        if value:
+            raise ValueError("must be 0: values and gate share a matrix with what this stage trains, and would shrink")
+        return value
 
 
 class HiddenStage(LayerwiseTraining):

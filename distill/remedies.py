@@ -50,7 +50,7 @@ def remedies(
         found = []
         for mode in modes or modes_for(stage, devices):
             sequences, passes = cut(stage, sharing(mode, devices))
-            k = numbers(changed, stage, sizes, kept(sequences), passes=passes, processes=devices)
+            k = numbers(changed, stage, sizes, student, kept(sequences), passes=passes, processes=devices)
             total = memory(mode, k).total
             found.append(Remedy(said, mode, total, round(MODES[mode].on_host(k)), machine.fits(total)))
         return min(found, key=lambda remedy: remedy.total)

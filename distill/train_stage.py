@@ -21,6 +21,7 @@ from distill.errors import UserError
 from distill.evaluation import evaluate
 from distill.handover import Parent, StageRecord
 from distill.objective import Batch, Objective
+from distill.reach import reached
 from distill.recipe import LayerwiseTraining, LogitsStage, Stage, StageName
 from distill.roles import roles
 from distill.run import Run
@@ -92,10 +93,11 @@ def _train(
     groups = _groups(student, settings)
     ranks = data_ranks(_by_layers(settings))
     size, accumulate = micro_batches(settings.batch_size, settings.micro_batch_size, ranks)
-    return train(
+    engine = _engine(run, settings, student, groups, objective, accumulate)
+    result = train(
         objective=objective,
         student=student,
-        engine=_engine(run, settings, student, groups, objective, accumulate),
+        engine=engine,
         groups=groups,
         schedule=_rate(settings, run.facts.steps[stage]),
         batch=enrich(run.training_batches(stage, size)).batch,
@@ -115,6 +117,8 @@ def _train(
             "the stage before": parent.sha256,
         },
     )
+    engine.close()
+    return result
 
 
 def _groups(student: PreTrainedModel, settings: Stage) -> Groups:
@@ -127,6 +131,7 @@ def _groups(student: PreTrainedModel, settings: Stage) -> Groups:
         weight_decay=settings.weight_decay,
         betas=settings.betas,
         asked="train" in settings.model_fields_set,
+        reached=reached(student, settings),
     )
 
 

@@ -26,8 +26,8 @@ class DdpEngine(PlainEngine):
             self.wrapped = DistributedDataParallel(
                 student,
                 device_ids=[device.index] if device.type == "cuda" else None,
-                # Stage 1 never reaches a mixer's output projection. And without this DDP lays its buckets out anew
-                # after the first step, so that a run that goes on would add up in another order than one that went through.
+                # Otherwise DDP lays its buckets out anew after the first step, and a run that goes on would add up in
+                # another order than one that went through.
                 find_unused_parameters=True,
                 gradient_as_bucket_view=True,
                 broadcast_buffers=False,
@@ -39,3 +39,7 @@ class DdpEngine(PlainEngine):
             losses = through(self.wrapped, self.student, joint, parts, recompute=self.layerwise)
             total(losses, scale * self.data_ranks).backward()
         return detached(losses)
+
+    def close(self) -> None:
+        super().close()
+        del self.wrapped  # its hooks go with it

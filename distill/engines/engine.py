@@ -43,8 +43,7 @@ class Engine(Protocol):
         """Scale the gradient so that its global norm is at most ``clip``, update the weights, forget the gradient.
 
         Returns:
-            The norm before. Where it is not finite, the weights are left alone (DeepSpeed, whose norm is known only
-            afterwards, has then spoilt them in memory; nothing saves them).
+            The norm before. Where it is not finite, the weights are left alone.
         """
 
     def forget(self) -> None:
@@ -62,3 +61,6 @@ class Engine(Protocol):
         Raises:
             UserError: it was written by an engine, or on a number of processes, that this one cannot read.
         """
+
+    def close(self) -> None:
+        """Let go of gradients, optimizer and hooks; the student stays as it is, for whoever holds it."""

@@ -78,6 +78,10 @@ class LayersEngine:
     def load(self, folder: Path) -> None:
         training_state.load(self.student, self.optimizer, folder)
 
+    def close(self) -> None:
+        self.forget()
+        self.optimizer.state.clear()
+
     def _is_mine(self, name: str) -> bool:
         return self.process_of[name] == processes.rank()
 

@@ -9,6 +9,7 @@ FSDP2 every process reads its own rows; under ZeRO-3 the main process reads and 
 files once, in its page cache, and besides at most ZeRO-3's one copy.
 """
 
+import gc
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from distill.student import is_student, load_student, mixers_of
 
 def place_teacher(folder: str, dtype: torch.dtype, launched: Launched, device: torch.device) -> PreTrainedModel:
     """The frozen teacher, in eval mode, where the engine wants it."""
+    _make_room()
     if processes.world() == 1 and not launched.shards_weights:
         return _moved(load_teacher(folder, dtype), device)
     teacher = _filled(folder, dtype, launched, device)
@@ -43,6 +45,7 @@ def place_student(folder: Path, launched: Launched, device: torch.device, *, fro
         device: of this process.
         frozen: it will be measured and not trained.
     """
+    _make_room()
     if processes.world() == 1 and not launched.shards_weights:
         return _moved(load_student(folder, dtype=torch.float32), device)
     student = _filled(str(folder), torch.float32, launched, device)
@@ -72,6 +75,13 @@ def _filled(folder: str, dtype: torch.dtype, launched: Launched, device: torch.d
         _fill(_moved(model, device), stored)
     _moved(model, device)  # what has no shards, such as the rotary frequencies
     return model.eval().requires_grad_(False)
+
+
+def _make_room() -> None:
+    """Free models that nobody holds any more: hooks make circles of them, which only the garbage collector undoes."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @torch.no_grad()

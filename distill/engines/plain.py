@@ -48,6 +48,10 @@ class PlainEngine:
     def load(self, folder: Path) -> None:
         training_state.load(self.student, self.optimizer, folder)
 
+    def close(self) -> None:
+        self.forget()
+        self.optimizer.state.clear()
+
 
 def clip_gradient(student: nn.Module, clip: float | None) -> float:
     """Scale all gradients so that their global norm, over all shards, is at most ``clip``; the norm before."""

@@ -51,10 +51,10 @@ class ZeroEngine:
 
     def backward(self, parts: Parts, scale: float, *, last: bool) -> dict[str, Tensor]:
         # DeepSpeed averages over processes; micro-batches are already part of the scale.
+        # Told and not counted: a step that was given up halfway would leave its own count of micro-batches off.
+        self.engine.set_gradient_accumulation_boundary(last)
         losses = through(self.engine, self.student, joint, parts, recompute=self.layerwise)
         self.engine.backward(total(losses, scale * self.data_ranks), scale_wrt_gas=False)
-        if not last:
-            self.engine.step()  # counts the micro-batch
         return detached(losses)
 
     def step(self, clip: float | None) -> float:
@@ -69,6 +69,10 @@ class ZeroEngine:
     def settle(self) -> None:
         """Every share is up to date after each step; weights fetched ahead for a pass that never came go back."""
         self.engine.empty_partition_cache()
+
+    def close(self) -> None:
+        self.engine.destroy()
+        _forget_what_was_fetched()
 
     def save(self, folder: Path) -> None:
         with _failing_at_the_end(self.engine, folder):
@@ -158,7 +162,31 @@ def _failing_at_the_end(engine: Any, folder: Path) -> Iterator[None]:
 
 def _initialize(model: nn.Module, config: dict[str, Any], optimizer: AdamW | None) -> tuple[Any, Any]:
     engine, optimizer, _, _ = library().initialize(model=model, optimizer=optimizer, config=config)
+    _leave_to_its_holder(model)
     return engine, optimizer
+
+
+def _forget_what_was_fetched() -> None:
+    """Empty ZeRO-3's cache of which weights go after a module: it belongs to the class and holds the modules.
+
+    It is an ``lru_cache`` inside another decorator, which has it in its closure only.
+    """
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    for method in vars(PartitionedParameterCoordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
+
+
+def _leave_to_its_holder(model: nn.Module) -> None:
+    """Take ``model`` off the list of modules whose forward is running, where ZeRO-3 puts every root for good.
+
+    It would live as long as the process. Once a forward runs, hooks put what runs on the list and take it off again.
+    """
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not model]
 
 
 def _config(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -27,6 +27,10 @@ class Mixer(Protocol):
         """The (B, H, T, T) matrix it multiplies its values with, which MOHAWK's first stage matches."""
         ...
 
+    def matrix_parameters(self) -> list[nn.Parameter]:
+        """The parameters that shape that matrix."""
+        ...
+
     def mix(
         self, hidden_BTD: Tensor, *, valid_BT: Tensor | None = None, resets_BT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -104,6 +104,10 @@ class DiscreteMamba2Mixer(nn.Module):
         assert self.conv1d.bias is not None
         self.conv1d.bias[self.in_rows()["C"]] *= factor_I
 
+    def matrix_parameters(self) -> list[nn.Parameter]:
+        """What shapes :meth:`mixing_matrix`; of ``in_proj`` the rows of B, C and A_log alone."""
+        return [*self.in_proj.parameters(), *self.conv1d.parameters(), self.A_log_bias, self.D]
+
     def in_rows(self) -> dict[str, slice]:
         """Which rows of ``in_proj`` make what."""
         return consecutive({"x": self.inner, "B": self.wide, "C": self.wide, "z": self.inner, "A_log": self.n_heads})

@@ -115,6 +115,10 @@ class Mamba2Mixer(nn.Module):
         nn.init.ones_(self.D)
         set_memory_(self, torch.logspace(2, 8, self.n_heads, base=2))
 
+    def matrix_parameters(self) -> list[nn.Parameter]:
+        """What shapes :meth:`mixing_matrix`; of ``in_proj`` the rows of B, C and dt alone."""
+        return [*self.in_proj.parameters(), *self.conv1d.parameters(), self.dt_bias, self.A_log, self.D]
+
     def in_rows(self) -> dict[str, slice]:
         """Which rows of ``in_proj`` make what."""
         return consecutive({"z": self.inner, "x": self.inner, "B": self.wide, "C": self.wide, "dt": self.n_heads})

@@ -26,6 +26,7 @@ def parameter_groups(
     weight_decay: float = 0.1,
     betas: Sequence[float] = (0.9, 0.95),
     asked: bool = True,
+    reached: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Freeze what does not train and sort the rest into groups for AdamW.
 
@@ -39,6 +40,8 @@ def parameter_groups(
         betas: of AdamW.
         asked: the user named ``train`` in the recipe, so a role without parameters is a mistake; False when it
             is a default, of which a model may lack a role.
+        reached: names of the parameters that the loss depends on; the others do not train, whatever their role. None
+            means all of them.
 
     Returns:
         Up to four groups (mixer or not, decayed or not), each with ``name``, ``params``, ``lr``,
@@ -52,7 +55,7 @@ def parameter_groups(
     undecayed = _undecayed(student)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(roles[name] in wanted)
+        parameter.requires_grad_(roles[name] in wanted and (reached is None or name in reached))
         if not parameter.requires_grad:
             continue
         is_mixer, decay = roles[name] == "mixer", id(parameter) not in undecayed

@@ -244,7 +244,7 @@ def test_memory_grows_with_what_a_stage_trains_and_reads() -> None:
         (only,) = recipe.stages.named().values()
         kept = kept_for_backward(recipe, only, sizes, student, batch_size)
         assert kept.in_all > 0
-        return memory("one", numbers(recipe, only, sizes, kept, passes=1, processes=1)).total
+        return memory("one", numbers(recipe, only, sizes, student, kept, passes=1, processes=1)).total
 
     assert needed(hidden={}) < needed(hidden={"target": "block"}) < needed(logits={})
     assert needed(hidden={"target": "block"}) < needed(hidden={"target": "block", "train": ["mixer", "mlp"]})

@@ -1,0 +1,47 @@
+"""Which parameters a stage's loss depends on.
+
+The others must not train. They have no gradient, or one that is always zero, and yet an optimizer would change them:
+AdamW decays whatever it is given, and DeepSpeed takes a missing gradient for a zero.
+
+    mixing                   what shapes the mixers' matrices
+    hidden, target: mixer    the mixers
+    hidden, target: block    the layers that have a mixer
+    logits                   everything
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from distill.recipe import HiddenStage, MixingStage, Stage
+from distill.roles import roles
+from distill.student import mixers_of
+
+
+def reached(student: PreTrainedModel, stage: Stage) -> set[str]:
+    """Names, as in ``student.named_parameters()``, of the parameters that the stage's loss depends on."""
+    if not isinstance(stage, MixingStage | HiddenStage):
+        return {name for name, _ in student.named_parameters()}
+    mixers: dict[int, Any] = mixers_of(student)
+    layers = student.get_decoder().layers
+    parameters: Iterable[nn.Parameter]
+    if isinstance(stage, MixingStage):
+        parameters = (parameter for mixer in mixers.values() for parameter in mixer.matrix_parameters())
+    elif stage.target == "mixer":
+        parameters = (parameter for mixer in mixers.values() for parameter in mixer.parameters())
+    else:
+        parameters = (parameter for index in mixers for parameter in layers[index].parameters())
+    ids = {id(parameter) for parameter in parameters}
+    return {name for name, parameter in student.named_parameters() if id(parameter) in ids}
+
+
+def trained(student: PreTrainedModel, stage: Stage) -> dict[str, nn.Parameter]:
+    """What a stage trains: of the roles that it names, what its loss reaches."""
+    by_name, within_reach = roles(student), reached(student, stage)
+    return {
+        name: parameter
+        for name, parameter in student.named_parameters()
+        if name in within_reach and by_name[name] in stage.train
+    }
