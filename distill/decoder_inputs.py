@@ -4,6 +4,7 @@ Mixers need both as they were given; the layers below only see them after the de
 mask. So a hook in front of the decoder reads them and passes them on as keyword arguments, which reach every layer.
 """
 
+import functools
 import inspect
 from typing import Any
 
@@ -23,8 +24,11 @@ def prepare_sequence(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         ValueError: for inputs that some layer would silently mix up: a 4-D mask, padding between tokens, packed
             documents together with a cache or with a padding mask.
     """
-    names = list(inspect.signature(decoder.forward).parameters)
+    names = _argument_names(type(decoder))
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    cache_name = "cache" if "cache" in names else "past_key_values"  # its name from transformers 5.24 on, and before
+    given = [kwargs.pop(name, None) for name in ("cache", "past_key_values")]
+    cache = next((cache for cache in given if cache is not None), None)
     tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
     length = tokens.shape[1]
 
@@ -34,10 +38,16 @@ def prepare_sequence(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     position_ids = kwargs.get("position_ids")
     resets_BT = None if position_ids is None else document_starts(position_ids, valid_BT)
     if resets_BT is not None:
-        _isolate_documents(kwargs, valid_BT)
+        _isolate_documents(kwargs, valid_BT, cache)
         resets_BT = resets_BT.expand(tokens.shape[0], -1)
-    _prepare_cache(decoder, kwargs)
+    kwargs[cache_name] = _with_room(cache, decoder, kwargs.get("use_cache"))
     return (), {**kwargs, "valid_BT": valid_BT, "resets_BT": resets_BT}
+
+
+@functools.cache
+def _argument_names(decoder_class: type) -> tuple[str, ...]:
+    """Of ``forward``, without ``self``, for arguments given by place."""
+    return tuple(inspect.signature(decoder_class.forward).parameters)[1:]  # type: ignore[attr-defined]
 
 
 def _valid_positions(attention_mask: Any, length: int) -> Tensor | None:
@@ -65,12 +75,12 @@ def _refuse_gaps(mask_BT: Tensor) -> None:
         )
 
 
-def _isolate_documents(kwargs: dict[str, Any], valid_BT: Tensor | None) -> None:
+def _isolate_documents(kwargs: dict[str, Any], valid_BT: Tensor | None, cache: Any) -> None:
     """Attention layers keep packed documents apart only without mask and cache; make it so or say why not."""
-    if kwargs.get("past_key_values") is not None:
+    if cache is not None:
         raise ValueError(
             "position_ids say that several documents are packed into a row, and a cache was passed: attention layers "
-            "would see across documents. Call without past_key_values, or give one document a row."
+            "would see across documents. Call without a cache, or give one document a row."
         )
     if valid_BT is not None:
         raise ValueError(
@@ -81,12 +91,10 @@ def _isolate_documents(kwargs: dict[str, Any], valid_BT: Tensor | None) -> None:
     kwargs["use_cache"] = False
 
 
-def _prepare_cache(decoder: Any, kwargs: dict[str, Any]) -> None:
-    cache = kwargs.get("past_key_values")
-    use_cache = kwargs.get("use_cache")
+def _with_room(cache: Any, decoder: Any, use_cache: bool | None) -> Any:
+    """The cache to run with, mixers' layers in their places; a new one where none was given and one is wanted."""
     if use_cache is None:
         use_cache = decoder.config.use_cache
     if cache is None and use_cache and not (decoder.training and decoder.gradient_checkpointing):
         cache = DynamicCache(config=decoder.config)
-    if isinstance(cache, Cache):
-        kwargs["past_key_values"] = adopt(cache, mixer_layers(decoder.config))
+    return adopt(cache, mixer_layers(decoder.config)) if isinstance(cache, Cache) else cache

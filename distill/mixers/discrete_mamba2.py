@@ -112,15 +112,16 @@ class DiscreteMamba2Mixer(nn.Module):
         self,
         hidden_states: Tensor,
         *,
+        cache: Any = None,
         past_key_values: Any = None,
         valid_BT: Tensor | None = None,
         resets_BT: Tensor | None = None,
         **_attention_only: Any,
     ) -> tuple[Tensor, None]:
         """Mix over time; arguments and results as :meth:`distill.mixers.mamba2.Mamba2Mixer.forward`."""
-        cache = cache_layer(past_key_values, self.layer_idx)
-        terms, z_BTI = self._terms(hidden_states, valid_BT, resets_BT, cache)
-        y_BTI = run(terms, resets_BT=resets_BT, cache=cache).flatten(2)
+        memory = cache_layer(past_key_values if cache is None else cache, self.layer_idx)
+        terms, z_BTI = self._terms(hidden_states, valid_BT, resets_BT, memory)
+        y_BTI = run(terms, resets_BT=resets_BT, cache=memory).flatten(2)
         return self.out_proj((y_BTI * F.silu(widen(z_BTI) + widen(self.z_bias))).to(hidden_states.dtype)), None
 
     def mix(

@@ -123,6 +123,7 @@ class Mamba2Mixer(nn.Module):
         self,
         hidden_states: Tensor,
         *,
+        cache: Any = None,
         past_key_values: Any = None,
         valid_BT: Tensor | None = None,
         resets_BT: Tensor | None = None,
@@ -131,13 +132,14 @@ class Mamba2Mixer(nn.Module):
         """Mix over time. Shapes (B, T, D) to (B, T, D); the second result stands for attention weights.
 
         Args:
-            past_key_values: a Hugging Face cache whose layer here is a ``MixerCacheLayer``; updated in place.
+            cache: a Hugging Face cache whose layer here is a ``MixerCacheLayer``; updated in place.
+            past_key_values: the same, under the name transformers gave it before 5.24.
             valid_BT: False at padding.
             resets_BT: True where a packed document begins.
         """
-        cache = cache_layer(past_key_values, self.layer_idx)
-        terms, z_BTI = self._terms(hidden_states, valid_BT, resets_BT, cache)
-        y_BTHP = run(terms, resets_BT=resets_BT, cache=cache)
+        memory = cache_layer(past_key_values if cache is None else cache, self.layer_idx)
+        terms, z_BTI = self._terms(hidden_states, valid_BT, resets_BT, memory)
+        y_BTHP = run(terms, resets_BT=resets_BT, cache=memory)
         return self.out_proj(self.norm(y_BTHP.flatten(2), z_BTI).to(hidden_states.dtype)), None
 
     def mix(

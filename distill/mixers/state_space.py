@@ -113,11 +113,11 @@ def mask_positions(x_BTC: Tensor, valid_BT: Tensor | None) -> Tensor:
     return x_BTC if valid_BT is None else x_BTC * valid_BT[..., None].to(x_BTC.dtype)
 
 
-def cache_layer(past_key_values: Any, layer_idx: int) -> MixerCacheLayer | None:
+def cache_layer(cache: Any, layer_idx: int) -> MixerCacheLayer | None:
     """This layer's part of a Hugging Face cache; ``distill.student`` puts it there before the decoder runs."""
-    if past_key_values is None:
+    if cache is None:
         return None
-    layer = past_key_values.layers[layer_idx]
+    layer = cache.layers[layer_idx]
     assert isinstance(layer, MixerCacheLayer), f"cache layer {layer_idx} is a {type(layer).__name__}"
     return layer
 
