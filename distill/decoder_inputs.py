@@ -6,25 +6,58 @@ mask. So a hook in front of the decoder reads them and passes them on as keyword
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_masks_for_generate
 
-from distill.cache import adopt
+from distill.cache import MixerCacheLayer, adopt
 from distill.documents import document_starts, positions_from_index
 from distill.layout import mixer_layers
 
 
-def prepare_sequence(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+class StepMask(NamedTuple):
+    """What ``generate`` passes as mask for one token behind others; no shape in it grows with the context.
+
+    Attributes:
+        attention: what attention layers read.
+        valid_B1: what mixers read, False where the token is padding; None if no row is padded.
+    """
+
+    attention: Any
+    valid_B1: Tensor | None
+
+
+def mask_for_generate(arguments: dict[str, Any]) -> Any:
+    """The mask for the next call of a student, from what ``transformers.masking_utils`` makes one of."""
+    mask_BT, cache = arguments["attention_mask"], arguments.get("cache", arguments.get("past_key_values"))
+    if not _needs_no_look(arguments["inputs_embeds"].shape[1], _memory(cache)):
+        return mask_BT
+    return StepMask(create_masks_for_generate(**arguments), None if mask_BT is None else mask_BT[:, -1:].bool())
+
+
+def prepare_inputs_of(decoder: Any) -> None:
+    """Let :func:`prepare_sequence` run before every call of ``decoder``."""
+    names = tuple(inspect.signature(decoder.forward).parameters)
+    decoder.register_forward_pre_hook(functools.partial(prepare_sequence, names=names), with_kwargs=True)
+
+
+def prepare_sequence(
+    decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, names: tuple[str, ...]
+) -> tuple[tuple[()], dict[str, Any]]:
     """Before the decoder runs: find padding and document borders for the mixers, and make room in the cache.
+
+    Args:
+        decoder: the module that is called.
+        args, kwargs: what it is called with.
+        names: of its arguments, in order.
 
     Raises:
         ValueError: for inputs that some layer would silently mix up: a 4-D mask, padding between tokens, packed
             documents together with a cache or with a padding mask.
     """
-    names = _argument_names(type(decoder))
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     cache_name = "cache" if "cache" in names else "past_key_values"  # its name from transformers 5.24 on, and before
     given = [kwargs.pop(name, None) for name in ("cache", "past_key_values")]
@@ -32,7 +65,11 @@ def prepare_sequence(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
     length = tokens.shape[1]
 
-    valid_BT = _valid_positions(kwargs.get("attention_mask"), length)
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, StepMask):
+        kwargs["attention_mask"], valid_BT = mask
+    else:
+        valid_BT = _valid_positions(mask, length, _memory(cache))
     if (seq_idx_BT := kwargs.pop("seq_idx", None)) is not None and kwargs.get("position_ids") is None:
         kwargs["position_ids"] = positions_from_index(seq_idx_BT)
     position_ids = kwargs.get("position_ids")
@@ -40,17 +77,19 @@ def prepare_sequence(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if resets_BT is not None:
         _isolate_documents(kwargs, valid_BT, cache)
         resets_BT = resets_BT.expand(tokens.shape[0], -1)
-    kwargs[cache_name] = _with_room(cache, decoder, kwargs.get("use_cache"))
+    kwargs[cache_name] = cache = _with_room(cache, decoder, kwargs.get("use_cache"))
+    if length > 1 and (memory := _memory(cache)) is not None:
+        memory.ends_in_padding = valid_BT is not None and not bool(valid_BT[:, -1].all())
     return (), {**kwargs, "valid_BT": valid_BT, "resets_BT": resets_BT}
 
 
-@functools.cache
-def _argument_names(decoder_class: type) -> tuple[str, ...]:
-    """Of ``forward``, without ``self``, for arguments given by place."""
-    return tuple(inspect.signature(decoder_class.forward).parameters)[1:]  # type: ignore[attr-defined]
+def _memory(cache: Any) -> MixerCacheLayer | None:
+    """What the first mixer remembers; None where there is no cache, or no mixer ran with it yet."""
+    layers = cache.layers if isinstance(cache, Cache) else ()
+    return next((layer for layer in layers if isinstance(layer, MixerCacheLayer)), None)
 
 
-def _valid_positions(attention_mask: Any, length: int) -> Tensor | None:
+def _valid_positions(attention_mask: Any, length: int, memory: MixerCacheLayer | None) -> Tensor | None:
     """The last ``length`` columns of a padding mask as booleans; None where nothing is padded."""
     if attention_mask is None:
         return None
@@ -59,10 +98,20 @@ def _valid_positions(attention_mask: Any, length: int) -> Tensor | None:
             "attention_mask must be 2-D (batch, tokens) with 1 for tokens and 0 for padding: a mixer cannot follow "
             "an arbitrary 4-D mask. Packed documents are kept apart by position_ids."
         )
+    if _needs_no_look(length, memory):
+        return attention_mask[:, -1:].bool()
     if bool(attention_mask.all()):
         return None
     _refuse_gaps(attention_mask.bool())
     return attention_mask[:, -length:].bool()
+
+
+def _needs_no_look(length: int, memory: MixerCacheLayer | None) -> bool:
+    """Whether a mask's values may stay unread: for one token behind others, where reading would let a GPU wait.
+
+    Padding is then not remembered, so that it makes no gap, whatever comes behind it.
+    """
+    return length == 1 and memory is not None and memory.has_past() and not memory.ends_in_padding
 
 
 def _refuse_gaps(mask_BT: Tensor) -> None:
@@ -97,4 +146,4 @@ def _with_room(cache: Any, decoder: Any, use_cache: bool | None) -> Any:
         use_cache = decoder.config.use_cache
     if cache is None and use_cache and not (decoder.training and decoder.gradient_checkpointing):
         cache = DynamicCache(config=decoder.config)
-    return adopt(cache, mixer_layers(decoder.config)) if isinstance(cache, Cache) else cache
+    return adopt(cache, mixer_layers(decoder.config), len(decoder.layers)) if isinstance(cache, Cache) else cache

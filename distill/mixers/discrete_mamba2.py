@@ -146,7 +146,7 @@ class DiscreteMamba2Mixer(nn.Module):
     ) -> tuple[ScanTerms, Tensor]:
         projected_BTE = mask_positions(self.in_proj(hidden_BTD), valid_BT)
         xBC_BTC, z_BTI, logit_BTH = projected_BTE.split([self.inner + 2 * self.wide, self.inner, self.n_heads], dim=-1)
-        xBC_BTC = self.conv1d(xBC_BTC, resets_BT=resets_BT, cache=cache)
+        xBC_BTC = self.conv1d(xBC_BTC, valid_BT=valid_BT, resets_BT=resets_BT, cache=cache)
         x_BTI, B_BTI, C_BTI = xBC_BTC.split([self.inner, self.wide, self.wide], dim=-1)
         log_decay_BTH = -F.softplus(widen(logit_BTH) + widen(self.A_log_bias))
         terms = ScanTerms(

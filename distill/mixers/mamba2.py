@@ -164,7 +164,7 @@ class Mamba2Mixer(nn.Module):
     ) -> tuple[ScanTerms, Tensor]:
         projected_BTE = mask_positions(self.in_proj(hidden_BTD), valid_BT)
         z_BTI, xBC_BTC, dt_BTH = projected_BTE.split([self.inner, self.inner + 2 * self.wide, self.n_heads], dim=-1)
-        xBC_BTC = F.silu(self.conv1d(xBC_BTC, resets_BT=resets_BT, cache=cache))
+        xBC_BTC = F.silu(self.conv1d(xBC_BTC, valid_BT=valid_BT, resets_BT=resets_BT, cache=cache))
         x_BTI, B_BTI, C_BTI = xBC_BTC.split([self.inner, self.wide, self.wide], dim=-1)
         step_BTH = mask_positions(F.softplus(widen(dt_BTH) + widen(self.dt_bias)), valid_BT)
         terms = ScanTerms(
