@@ -26,6 +26,7 @@ class MixerCacheLayer(LinearAttentionLayer):
 
     def __init__(self) -> None:
         super().__init__(number_of_states=1)
+        self.device: torch.device | None  # type: ignore[assignment]
         self.ends_in_padding = False
 
     def has_past(self) -> bool:
@@ -106,7 +107,6 @@ class MixerCacheLayer(LinearAttentionLayer):
     def _replace_inputs(self, inputs_BTC: Tensor) -> None:
         self.conv_states[0] = _replaced(self.conv_states[0], inputs_BTC)
         self.is_conv_states_initialized[0] = True
-        self.device = inputs_BTC.device
 
 
 class CountingMixerCacheLayer(MixerCacheLayer, CacheLayerMixin):  # type: ignore[override]
@@ -116,15 +116,17 @@ class CountingMixerCacheLayer(MixerCacheLayer, CacheLayerMixin):  # type: ignore
     The count is a tensor, as in the library's static layers: a number would make a compiled step stale every time.
     """
 
+    cumulative_length: Tensor  # type: ignore[assignment]
+
     def __init__(self) -> None:
         super().__init__()
         self.cumulative_length = torch.zeros((), dtype=torch.long)
 
     def advance(self, n_tokens: int) -> None:
+        count = _writable(self.cumulative_length.to(self.device))
         if not self.has_past():
-            self.cumulative_length = _kept_in_place(torch.zeros((), dtype=torch.long, device=self.device))
-        self.cumulative_length = _writable(self.cumulative_length)
-        self.cumulative_length.add_(n_tokens)
+            _kept_in_place(count.zero_())
+        self.cumulative_length = count.add_(n_tokens)
         super().advance(n_tokens)
 
     def get_seq_length(self) -> Tensor | int:  # type: ignore[override]
