@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionLayer
 
 
 class MixerCacheLayer(LinearAttentionLayer):
@@ -170,7 +170,7 @@ def adopt(cache: Cache, mixer_layers: Iterable[int], n_layers: int) -> Cache:
     return cache
 
 
-def cache_nbytes(cache: DynamicCache) -> int:
+def cache_nbytes(cache: Cache) -> int:
     """Bytes a cache holds, keys and values of kept attention layers included."""
     total = 0
     for layer in cache.layers:
