@@ -211,3 +211,4 @@ def test_a_cache_is_used_again_after_a_reset(student):
     ids = tokens(2, 12)
     first = student(ids[:, :1], past_key_values=cache).logits
     close(torch.cat([first, steps(student, ids[:, 1:], cache)], dim=1), student(ids, use_cache=False).logits)
+    assert cache.get_seq_length() == 12
