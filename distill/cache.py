@@ -3,55 +3,86 @@
 A ``DynamicCache`` or ``StaticCache`` made anywhere (by ``generate``, a harness, a user) holds key/value layers
 only, since the layout stands under a config key of our own. :func:`adopt` exchanges the layers at the mixers'
 places before the decoder runs; everything else about the cache stays the library's.
+
+What is remembered is allocated by the first call and from then on updated where it lies, whatever the length of the
+context. Only where gradients are wanted are new tensors made, since autograd needs the old ones.
 """
 
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionLayer
 
 
-class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[override]
-    """A constant-size cache layer: the last inputs of the convolution, the state of the scan, and a token count.
+class MixerCacheLayer(LinearAttentionLayer):
+    """A constant-size cache layer: the last inputs of the convolution (B, K−1, C) and the state of the scan.
 
-    The count is what the library's own recurrent layer lacks: without it a model whose every layer is a mixer
-    cannot tell ``generate`` how far it has read.
+    Attributes:
+        ends_in_padding: whether the last call of several tokens ended in padding, so that a token behind it would
+            make a gap; known from that call, so that later ones need not look.
     """
 
     def __init__(self) -> None:
         super().__init__(number_of_states=1)
-        self.n_tokens = 0
+        self.device: torch.device | None  # type: ignore[assignment]
+        self.ends_in_padding = False
+
+    def has_past(self) -> bool:
+        """Whether tokens were read; a Python value, the same from the second call on, which a compiled step may use."""
+        return self.has_previous_state[0]
 
     def state(self) -> Tensor | None:
         """The scan's state (B, H, P, N) to continue from and to update in place; None before the first token."""
-        return self.recurrent_states[0] if self.n_tokens else None
+        state_BHPN = self.recurrent_states[0]
+        if state_BHPN is None or not self.has_past():
+            return None
+        self.recurrent_states[0] = state_BHPN = _writable(state_BHPN)
+        return state_BHPN
+
+    def replace_state(self, state_BHPN: Tensor) -> None:
+        """Take the state after this call."""
+        self.recurrent_states[0] = _replaced(self.recurrent_states[0], state_BHPN)
+        self.is_recurrent_states_initialized[0] = True
+        self.device = state_BHPN.device
 
     def exchange_inputs(self, x_BTC: Tensor, n_past: int) -> Tensor | None:
-        """Take this call's convolution inputs in, give the ``n_past`` inputs before them out."""
+        """Take this call's convolution inputs in, give the ``n_past`` inputs before them out (None at the start)."""
         if n_past == 0:
             return None
-        all_BCT = self.update_conv_state(x_BTC.mT, conv_kernel_size=n_past)
-        past_BCT = all_BCT[..., : all_BCT.shape[-1] - x_BTC.shape[1]]
-        return F.pad(past_BCT, (n_past - past_BCT.shape[-1], 0)).mT
+        held_BTC = self.conv_states[0]
+        past_BTC = held_BTC.clone() if held_BTC is not None and self.has_past() else None
+        all_BTC = F.pad(x_BTC, (0, 0, n_past, 0)) if past_BTC is None else torch.cat([past_BTC, x_BTC], dim=1)
+        self._replace_inputs(all_BTC[:, -n_past:])
+        return past_BTC
+
+    def slide_inputs(self, x_B1C: Tensor, valid_B1: Tensor | None) -> Tensor:
+        """Take one position's input in, give it out behind the inputs before it: a window (B, K, C), oldest first.
+
+        Padding (False in ``valid_B1``) is not remembered.
+        """
+        past_BTC = self.conv_states[0]
+        assert past_BTC is not None
+        window_BKC = torch.cat([past_BTC, x_B1C.to(past_BTC.dtype)], dim=1)
+        kept_BTC = window_BKC[:, 1:]
+        if valid_B1 is not None:
+            kept_BTC = torch.where(valid_B1[..., None], kept_BTC, window_BKC[:, :-1])
+        self._replace_inputs(kept_BTC)
+        return window_BKC
 
     def advance(self, n_tokens: int) -> None:
-        self.n_tokens += n_tokens
+        """All of this call's tokens are in."""
+        self.has_previous_state[0] = True
+
+    def reset(self) -> None:
+        """Forget. The tensors stay, to be overwritten by the next first call."""
+        self.has_previous_state[0] = self.ends_in_padding = False
 
     def nbytes(self) -> int:
         """Bytes held, the same at every context length."""
         held = (*self.conv_states.values(), *self.recurrent_states.values())
         return sum(state.nbytes for state in held if state is not None)
-
-    def get_seq_length(self) -> int:
-        return self.n_tokens
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.n_tokens + query_length, 0
-
-    def reset(self) -> None:
-        super().reset()
-        self.n_tokens = 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """A state cannot forget its last tokens; only "remove nothing" is possible."""
@@ -67,27 +98,65 @@ class MixerCacheLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[ov
     def batch_select_indices(self, indices: Tensor) -> None:
         self._map_batch(lambda state: state[indices])
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("a mixer has no keys and values to cache")
-
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         for states in (self.conv_states, self.recurrent_states):
             for index, state in states.items():
                 if state is not None:
                     states[index] = change(state)
 
+    def _replace_inputs(self, inputs_BTC: Tensor) -> None:
+        self.conv_states[0] = _replaced(self.conv_states[0], inputs_BTC)
+        self.is_conv_states_initialized[0] = True
 
-def adopt(cache: Cache, mixer_layers: Iterable[int]) -> Cache:
+
+class CountingMixerCacheLayer(MixerCacheLayer, CacheLayerMixin):  # type: ignore[override]
+    """The first layer of a cache without keys and values: it also counts the tokens.
+
+    The library reads a cache's length off its first attention layer; a student whose every layer is a mixer has none.
+    The count is a tensor, as in the library's static layers: a number would make a compiled step stale every time.
+    """
+
+    cumulative_length: Tensor  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cumulative_length = torch.zeros((), dtype=torch.long)
+
+    def advance(self, n_tokens: int) -> None:
+        count = _writable(self.cumulative_length.to(self.device))
+        if not self.has_past():
+            _kept_in_place(count.zero_())
+        self.cumulative_length = count.add_(n_tokens)
+        super().advance(n_tokens)
+
+    def get_seq_length(self) -> Tensor | int:  # type: ignore[override]
+        return self.cumulative_length if self.has_past() else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Of a mask that no layer reads: as small as it may be."""
+        return query_length, 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("a mixer has no keys and values to cache")
+
+
+def adopt(cache: Cache, mixer_layers: Iterable[int], n_layers: int) -> Cache:
     """Put a :class:`MixerCacheLayer` at every mixer's place of ``cache`` (in place) and return it.
+
+    Args:
+        cache: of any kind; not yet filled, or filled by this student.
+        mixer_layers: where the mixers are.
+        n_layers: depth of the student.
 
     Raises:
         ValueError: if the cache already holds keys and values there, i.e. it was filled by another model.
     """
-    for index in mixer_layers:
-        while len(cache.layers) <= index:
-            cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())
+    while len(cache.layers) < n_layers:
+        cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())
+    places = list(mixer_layers)
+    for index in places:
         layer = cache.layers[index]
         if isinstance(layer, MixerCacheLayer):
             continue
@@ -96,11 +165,12 @@ def adopt(cache: Cache, mixer_layers: Iterable[int]) -> Cache:
                 f"layer {index} of the given cache holds the keys and values of another model; "
                 "pass an empty cache, or one this student filled"
             )
-        cache.layers[index] = MixerCacheLayer()
+        counts = index == 0 and len(places) == n_layers
+        cache.layers[index] = CountingMixerCacheLayer() if counts else MixerCacheLayer()
     return cache
 
 
-def cache_nbytes(cache: DynamicCache) -> int:
+def cache_nbytes(cache: Cache) -> int:
     """Bytes a cache holds, keys and values of kept attention layers included."""
     total = 0
     for layer in cache.layers:
@@ -109,3 +179,28 @@ def cache_nbytes(cache: DynamicCache) -> int:
         elif isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None:
             total += layer.keys.nbytes + layer.values.nbytes
     return total
+
+
+def _writable(state: Tensor) -> Tensor:
+    """The tensor itself, or a copy where it may not be written to: outside of the ``inference_mode`` that made it."""
+    if torch.compiler.is_compiling():  # cannot ask; what runs compiled is made without inference_mode
+        return state
+    if state.is_inference() and not torch.is_inference_mode_enabled():
+        return _kept_in_place(state.clone())
+    return state
+
+
+def _replaced(old: Tensor | None, new: Tensor) -> Tensor:
+    """``new``, written over ``old`` unless there is nothing to write over or autograd needs both."""
+    if new.requires_grad:
+        return new
+    if old is None or old.requires_grad or old.shape != new.shape:
+        return _kept_in_place(new.clone())  # ``new`` may be a view of all a prompt's inputs
+    return _writable(old).copy_(new)
+
+
+def _kept_in_place(state: Tensor) -> Tensor:
+    """Tell the compiler that this tensor stays where it is; otherwise a CUDA graph would copy it every step."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(state)
+    return state

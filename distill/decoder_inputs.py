@@ -4,43 +4,92 @@ Mixers need both as they were given; the layers below only see them after the de
 mask. So a hook in front of the decoder reads them and passes them on as keyword arguments, which reach every layer.
 """
 
+import functools
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_masks_for_generate
 
-from distill.cache import adopt
+from distill.cache import MixerCacheLayer, adopt
 from distill.documents import document_starts, positions_from_index
 from distill.layout import mixer_layers
 
 
-def prepare_sequence(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+class StepMask(NamedTuple):
+    """What ``generate`` passes as mask for one token behind others; no shape in it grows with the context.
+
+    Attributes:
+        attention: what attention layers read.
+        valid_B1: what mixers read, False where the token is padding; None if no row is padded.
+    """
+
+    attention: Any
+    valid_B1: Tensor | None
+
+
+def mask_for_generate(arguments: dict[str, Any]) -> Any:
+    """The mask for the next call of a student, from what ``transformers.masking_utils`` makes one of."""
+    mask_BT, cache = arguments["attention_mask"], arguments.get("cache", arguments.get("past_key_values"))
+    if not _needs_no_look(arguments["inputs_embeds"].shape[1], _memory(cache)):
+        return mask_BT
+    return StepMask(create_masks_for_generate(**arguments), None if mask_BT is None else mask_BT[:, -1:].bool())
+
+
+def prepare_inputs_of(decoder: Any) -> None:
+    """Let :func:`prepare_sequence` run before every call of ``decoder``."""
+    names = tuple(inspect.signature(decoder.forward).parameters)
+    decoder.register_forward_pre_hook(functools.partial(prepare_sequence, names=names), with_kwargs=True)
+
+
+def prepare_sequence(
+    decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, names: tuple[str, ...]
+) -> tuple[tuple[()], dict[str, Any]]:
     """Before the decoder runs: find padding and document borders for the mixers, and make room in the cache.
+
+    Args:
+        decoder: the module that is called.
+        args, kwargs: what it is called with.
+        names: of its arguments, in order.
 
     Raises:
         ValueError: for inputs that some layer would silently mix up: a 4-D mask, padding between tokens, packed
             documents together with a cache or with a padding mask.
     """
-    names = list(inspect.signature(decoder.forward).parameters)
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    cache_name = "cache" if "cache" in names else "past_key_values"  # its name from transformers 5.24 on, and before
+    given = [kwargs.pop(name, None) for name in ("cache", "past_key_values")]
+    cache = next((cache for cache in given if cache is not None), None)
     tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
     length = tokens.shape[1]
 
-    valid_BT = _valid_positions(kwargs.get("attention_mask"), length)
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, StepMask):
+        kwargs["attention_mask"], valid_BT = mask
+    else:
+        valid_BT = _valid_positions(mask, length, _memory(cache))
     if (seq_idx_BT := kwargs.pop("seq_idx", None)) is not None and kwargs.get("position_ids") is None:
         kwargs["position_ids"] = positions_from_index(seq_idx_BT)
     position_ids = kwargs.get("position_ids")
     resets_BT = None if position_ids is None else document_starts(position_ids, valid_BT)
     if resets_BT is not None:
-        _isolate_documents(kwargs, valid_BT)
+        _isolate_documents(kwargs, valid_BT, cache)
         resets_BT = resets_BT.expand(tokens.shape[0], -1)
-    _prepare_cache(decoder, kwargs)
+    kwargs[cache_name] = cache = _with_room(cache, decoder, kwargs.get("use_cache"))
+    if length > 1 and (memory := _memory(cache)) is not None:
+        memory.ends_in_padding = valid_BT is not None and not bool(valid_BT[:, -1].all())
     return (), {**kwargs, "valid_BT": valid_BT, "resets_BT": resets_BT}
 
 
-def _valid_positions(attention_mask: Any, length: int) -> Tensor | None:
+def _memory(cache: Any) -> MixerCacheLayer | None:
+    """What the first mixer remembers; None where there is no cache, or no mixer ran with it yet."""
+    layers = cache.layers if isinstance(cache, Cache) else ()
+    return next((layer for layer in layers if isinstance(layer, MixerCacheLayer)), None)
+
+
+def _valid_positions(attention_mask: Any, length: int, memory: MixerCacheLayer | None) -> Tensor | None:
     """The last ``length`` columns of a padding mask as booleans; None where nothing is padded."""
     if attention_mask is None:
         return None
@@ -49,10 +98,20 @@ def _valid_positions(attention_mask: Any, length: int) -> Tensor | None:
             "attention_mask must be 2-D (batch, tokens) with 1 for tokens and 0 for padding: a mixer cannot follow "
             "an arbitrary 4-D mask. Packed documents are kept apart by position_ids."
         )
+    if _needs_no_look(length, memory):
+        return attention_mask[:, -1:].bool()
     if bool(attention_mask.all()):
         return None
     _refuse_gaps(attention_mask.bool())
     return attention_mask[:, -length:].bool()
+
+
+def _needs_no_look(length: int, memory: MixerCacheLayer | None) -> bool:
+    """Whether a mask's values may stay unread: for one token behind others, where reading would let a GPU wait.
+
+    Padding is then not remembered, so that it makes no gap, whatever comes behind it.
+    """
+    return length == 1 and memory is not None and memory.has_past() and not memory.ends_in_padding
 
 
 def _refuse_gaps(mask_BT: Tensor) -> None:
@@ -65,12 +124,12 @@ def _refuse_gaps(mask_BT: Tensor) -> None:
         )
 
 
-def _isolate_documents(kwargs: dict[str, Any], valid_BT: Tensor | None) -> None:
+def _isolate_documents(kwargs: dict[str, Any], valid_BT: Tensor | None, cache: Any) -> None:
     """Attention layers keep packed documents apart only without mask and cache; make it so or say why not."""
-    if kwargs.get("past_key_values") is not None:
+    if cache is not None:
         raise ValueError(
             "position_ids say that several documents are packed into a row, and a cache was passed: attention layers "
-            "would see across documents. Call without past_key_values, or give one document a row."
+            "would see across documents. Call without a cache, or give one document a row."
         )
     if valid_BT is not None:
         raise ValueError(
@@ -81,12 +140,10 @@ def _isolate_documents(kwargs: dict[str, Any], valid_BT: Tensor | None) -> None:
     kwargs["use_cache"] = False
 
 
-def _prepare_cache(decoder: Any, kwargs: dict[str, Any]) -> None:
-    cache = kwargs.get("past_key_values")
-    use_cache = kwargs.get("use_cache")
+def _with_room(cache: Any, decoder: Any, use_cache: bool | None) -> Any:
+    """The cache to run with, mixers' layers in their places; a new one where none was given and one is wanted."""
     if use_cache is None:
         use_cache = decoder.config.use_cache
     if cache is None and use_cache and not (decoder.training and decoder.gradient_checkpointing):
         cache = DynamicCache(config=decoder.config)
-    if isinstance(cache, Cache):
-        kwargs["past_key_values"] = adopt(cache, mixer_layers(decoder.config))
+    return adopt(cache, mixer_layers(decoder.config), len(decoder.layers)) if isinstance(cache, Cache) else cache

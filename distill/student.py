@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from distill.attention import FAMILIES, Family
-from distill.decoder_inputs import prepare_sequence
+from distill.decoder_inputs import mask_for_generate, prepare_inputs_of
 from distill.errors import UserError
 from distill.layout import mixer_layers
 from distill.mixers import MIXERS, Mixer
@@ -30,17 +29,15 @@ class Student:
 
     # A state cannot be rolled back, which assisted generation would need: generate refuses it by this flag.
     _is_stateful = True
-    # The count of tokens in the cache is a Python number, which a compiled step would be specialised on.
-    _can_compile_fullgraph = False
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         install_mixers(self, config.distill)  # type: ignore[arg-type]
 
     @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-        """Leave the 2-D mask as it is: ``generate`` would make it 4-D for static caches, which mixers cannot read."""
-        return attention_mask
+    def create_masks_for_generate(**arguments: Any) -> Any:
+        """What ``generate`` passes as mask: the 2-D mask itself, which mixers read, or a mask for one step."""
+        return mask_for_generate(arguments)
 
     def save_pretrained(
         self, save_directory: str | Path, is_main_process: bool = True, *args: Any, **kwargs: Any
@@ -65,7 +62,7 @@ def install_mixers(model: PreTrainedModel, layout: dict[str, Any]) -> None:
         )
         layer.self_attn = mixer.to(dtype=model.dtype)
     # Also where all attention is kept: whether packed documents stay apart must not depend on the layout.
-    decoder.register_forward_pre_hook(prepare_sequence, with_kwargs=True)
+    prepare_inputs_of(decoder)
 
 
 def student_class(family: Family) -> type[PreTrainedModel]:

@@ -18,7 +18,7 @@ class Mixer(Protocol):
     in_proj: nn.Linear
 
     def __call__(self, hidden_states: Tensor, **attention_arguments: Any) -> tuple[Tensor, None]:
-        """(B, T, D) to (B, T, D), continuing from ``past_key_values`` where given; None for attention weights."""
+        """(B, T, D) to (B, T, D), continuing from ``cache`` where given; None for attention weights."""
         ...
 
     def mixing_matrix(

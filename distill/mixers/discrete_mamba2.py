@@ -116,15 +116,16 @@ class DiscreteMamba2Mixer(nn.Module):
         self,
         hidden_states: Tensor,
         *,
+        cache: Any = None,
         past_key_values: Any = None,
         valid_BT: Tensor | None = None,
         resets_BT: Tensor | None = None,
         **_attention_only: Any,
     ) -> tuple[Tensor, None]:
         """Mix over time; arguments and results as :meth:`distill.mixers.mamba2.Mamba2Mixer.forward`."""
-        cache = cache_layer(past_key_values, self.layer_idx)
-        terms, z_BTI = self._terms(hidden_states, valid_BT, resets_BT, cache)
-        y_BTI = run(terms, resets_BT=resets_BT, cache=cache).flatten(2)
+        memory = cache_layer(past_key_values if cache is None else cache, self.layer_idx)
+        terms, z_BTI = self._terms(hidden_states, valid_BT, resets_BT, memory)
+        y_BTI = run(terms, resets_BT=resets_BT, cache=memory).flatten(2)
         return self.out_proj((y_BTI * F.silu(widen(z_BTI) + widen(self.z_bias))).to(hidden_states.dtype)), None
 
     def mix(
@@ -149,7 +150,7 @@ class DiscreteMamba2Mixer(nn.Module):
     ) -> tuple[ScanTerms, Tensor]:
         projected_BTE = mask_positions(self.in_proj(hidden_BTD), valid_BT)
         xBC_BTC, z_BTI, logit_BTH = projected_BTE.split([self.inner + 2 * self.wide, self.inner, self.n_heads], dim=-1)
-        xBC_BTC = self.conv1d(xBC_BTC, resets_BT=resets_BT, cache=cache)
+        xBC_BTC = self.conv1d(xBC_BTC, valid_BT=valid_BT, resets_BT=resets_BT, cache=cache)
         x_BTI, B_BTI, C_BTI = xBC_BTC.split([self.inner, self.wide, self.wide], dim=-1)
         log_decay_BTH = -F.softplus(widen(logit_BTH) + widen(self.A_log_bias))
         terms = ScanTerms(

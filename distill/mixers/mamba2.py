@@ -127,6 +127,7 @@ class Mamba2Mixer(nn.Module):
         self,
         hidden_states: Tensor,
         *,
+        cache: Any = None,
         past_key_values: Any = None,
         valid_BT: Tensor | None = None,
         resets_BT: Tensor | None = None,
@@ -135,13 +136,14 @@ class Mamba2Mixer(nn.Module):
         """Mix over time. Shapes (B, T, D) to (B, T, D); the second result stands for attention weights.
 
         Args:
-            past_key_values: a Hugging Face cache whose layer here is a ``MixerCacheLayer``; updated in place.
+            cache: a Hugging Face cache whose layer here is a ``MixerCacheLayer``; updated in place.
+            past_key_values: the same, under the name transformers gave it before 5.24.
             valid_BT: False at padding.
             resets_BT: True where a packed document begins.
         """
-        cache = cache_layer(past_key_values, self.layer_idx)
-        terms, z_BTI = self._terms(hidden_states, valid_BT, resets_BT, cache)
-        y_BTHP = run(terms, resets_BT=resets_BT, cache=cache)
+        memory = cache_layer(past_key_values if cache is None else cache, self.layer_idx)
+        terms, z_BTI = self._terms(hidden_states, valid_BT, resets_BT, memory)
+        y_BTHP = run(terms, resets_BT=resets_BT, cache=memory)
         return self.out_proj(self.norm(y_BTHP.flatten(2), z_BTI).to(hidden_states.dtype)), None
 
     def mix(
@@ -166,7 +168,7 @@ class Mamba2Mixer(nn.Module):
     ) -> tuple[ScanTerms, Tensor]:
         projected_BTE = mask_positions(self.in_proj(hidden_BTD), valid_BT)
         z_BTI, xBC_BTC, dt_BTH = projected_BTE.split([self.inner, self.inner + 2 * self.wide, self.n_heads], dim=-1)
-        xBC_BTC = F.silu(self.conv1d(xBC_BTC, resets_BT=resets_BT, cache=cache))
+        xBC_BTC = F.silu(self.conv1d(xBC_BTC, valid_BT=valid_BT, resets_BT=resets_BT, cache=cache))
         x_BTI, B_BTI, C_BTI = xBC_BTC.split([self.inner, self.wide, self.wide], dim=-1)
         step_BTH = mask_positions(F.softplus(widen(dt_BTH) + widen(self.dt_bias)), valid_BT)
         terms = ScanTerms(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.cache import MixerCacheLayer
-from distill.ssd import causal_convolution, mixing_matrix, scan, scan_step
+from distill.ssd import causal_convolution, convolution_step, mixing_matrix, scan, scan_step
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,10 @@ class ScanTerms:
 
 def run(terms: ScanTerms, *, resets_BT: Tensor | None, cache: MixerCacheLayer | None) -> Tensor:
     """y_BTHP = scan + D x in fp32. With a cache the scan continues from its state, which is then brought up to date."""
-    written_BTHP = widen(terms.x_BTHP)
-    if terms.step_BTH is not None:
-        written_BTHP = written_BTHP * terms.step_BTH[..., None]
+    x_BTHP = widen(terms.x_BTHP)
+    written_BTHP = x_BTHP if terms.step_BTH is None else x_BTHP * terms.step_BTH[..., None]
     state_BHPN = None if cache is None else cache.state()
-    if cache is not None and state_BHPN is not None and written_BTHP.shape[1] == 1 and resets_BT is None:
+    if state_BHPN is not None and is_step(x_BTHP, resets_BT, cache) and not _in_graph(terms, state_BHPN):
         y_BTHP = scan_step(
             terms.log_decay_BTH[:, 0], terms.B_BTHN[:, 0], terms.C_BTHN[:, 0], written_BTHP[:, 0], state_BHPN
         ).unsqueeze(1)
@@ -52,10 +51,17 @@ def run(terms: ScanTerms, *, resets_BT: Tensor | None, cache: MixerCacheLayer | 
             resets_BT=resets_BT,
         )
         if cache is not None:
-            cache.update_recurrent_state(final_BHPN)
+            cache.replace_state(final_BHPN)
     if cache is not None:
-        cache.advance(written_BTHP.shape[1])
-    return y_BTHP + widen(terms.skip_H)[:, None] * widen(terms.x_BTHP)
+        cache.advance(x_BTHP.shape[1])
+    return torch.addcmul(y_BTHP, widen(terms.skip_H)[:, None], x_BTHP)
+
+
+def _in_graph(terms: ScanTerms, state_BHPN: Tensor) -> bool:
+    """Whether autograd will want the state as it was, so that it must not be overwritten."""
+    return any(
+        tensor.requires_grad for tensor in (state_BHPN, terms.x_BTHP, terms.B_BTHN, terms.C_BTHN, terms.log_decay_BTH)
+    )
 
 
 def matrix(terms: ScanTerms, *, resets_BT: Tensor | None) -> Tensor:
@@ -89,13 +95,26 @@ class ShortConvolution(nn.Conv1d):
         self.bias.zero_()
 
     def forward(
-        self, x_BTC: Tensor, *, resets_BT: Tensor | None = None, cache: MixerCacheLayer | None = None
+        self,
+        x_BTC: Tensor,
+        *,
+        valid_BT: Tensor | None = None,
+        resets_BT: Tensor | None = None,
+        cache: MixerCacheLayer | None = None,
     ) -> Tensor:
         """Convolve (B, T, C), continuing from the inputs a cache remembers and stopping at document borders."""
         assert self.bias is not None
-        past_BTC = None if cache is None else cache.exchange_inputs(x_BTC, self.kernel_size[0] - 1)
+        n_past = self.kernel_size[0] - 1
         weight_CK, bias_C = self.weight.squeeze(1).to(x_BTC.dtype), self.bias.to(x_BTC.dtype)
+        if cache is not None and n_past and is_step(x_BTC, resets_BT, cache):
+            return convolution_step(cache.slide_inputs(x_BTC, valid_BT), weight_CK, bias_C)
+        past_BTC = None if cache is None else cache.exchange_inputs(x_BTC, n_past)
         return causal_convolution(x_BTC, weight_CK, bias_C, past_BTC=past_BTC, resets_BT=resets_BT)
+
+
+def is_step(x_BT: Tensor, resets_BT: Tensor | None, cache: MixerCacheLayer | None) -> bool:
+    """Whether this call is one token behind others, as almost all of generation is."""
+    return x_BT.shape[1] == 1 and resets_BT is None and cache is not None and cache.has_past()
 
 
 def consecutive(widths: dict[str, int]) -> dict[str, slice]:
@@ -113,11 +132,11 @@ def mask_positions(x_BTC: Tensor, valid_BT: Tensor | None) -> Tensor:
     return x_BTC if valid_BT is None else x_BTC * valid_BT[..., None].to(x_BTC.dtype)
 
 
-def cache_layer(past_key_values: Any, layer_idx: int) -> MixerCacheLayer | None:
+def cache_layer(cache: Any, layer_idx: int) -> MixerCacheLayer | None:
     """This layer's part of a Hugging Face cache; ``distill.student`` puts it there before the decoder runs."""
-    if past_key_values is None:
+    if cache is None:
         return None
-    layer = past_key_values.layers[layer_idx]
+    layer = cache.layers[layer_idx]
     assert isinstance(layer, MixerCacheLayer), f"cache layer {layer_idx} is a {type(layer).__name__}"
     return layer
 

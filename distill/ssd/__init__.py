@@ -23,8 +23,8 @@ The step size of Mamba-2 is not an argument: callers fold it into ``x`` and ``lo
 """
 
 from distill.ssd.chunked import scan
-from distill.ssd.convolution import causal_convolution
+from distill.ssd.convolution import causal_convolution, convolution_step
 from distill.ssd.reference import mixing_matrix, scan_reference
 from distill.ssd.step import scan_step
 
-__all__ = ["causal_convolution", "mixing_matrix", "scan", "scan_reference", "scan_step"]
+__all__ = ["causal_convolution", "convolution_step", "mixing_matrix", "scan", "scan_reference", "scan_step"]

@@ -1,6 +1,5 @@
 """One position of the scan, for generation: constant memory, the state updated in place."""
 
-import torch
 from torch import Tensor
 
 
@@ -17,11 +16,14 @@ def scan_step(log_decay_BH: Tensor, B_BGN: Tensor, C_BGN: Tensor, x_BHP: Tensor,
     Returns:
         y_BHP in x's dtype. The state keeps its own dtype (fp32 as :func:`distill.ssd.scan` returns it).
     """
-    with torch.autocast(x_BHP.device.type, enabled=False):
-        dtype = state_BHPN.dtype
-        repeats = x_BHP.shape[1] // B_BGN.shape[1]
-        B_BHN = B_BGN.to(dtype).repeat_interleave(repeats, dim=1)
-        C_BHN = C_BGN.to(dtype).repeat_interleave(repeats, dim=1)
-        state_BHPN.mul_(log_decay_BH.to(dtype).exp()[..., None, None])
-        state_BHPN.addcmul_(x_BHP.to(dtype)[..., None], B_BHN[..., None, :])
-        return torch.matmul(state_BHPN, C_BHN[..., None]).squeeze(-1).to(x_BHP.dtype)
+    dtype = state_BHPN.dtype
+    repeats = x_BHP.shape[1] // B_BGN.shape[1]
+    B_BHN, C_BHN = _for_heads(B_BGN.to(dtype), repeats), _for_heads(C_BGN.to(dtype), repeats)
+    state_BHPN.mul_(log_decay_BH.to(dtype).exp()[..., None, None])
+    state_BHPN.addcmul_(x_BHP.to(dtype)[..., None], B_BHN[..., None, :])
+    # A product and a sum: on CPU a matmul with a single column is six times as slow (docs/experiments.md).
+    return (state_BHPN * C_BHN[..., None, :]).sum(-1).to(x_BHP.dtype)
+
+
+def _for_heads(groups_BGN: Tensor, repeats: int) -> Tensor:
+    return groups_BGN if repeats == 1 else groups_BGN.repeat_interleave(repeats, dim=1)

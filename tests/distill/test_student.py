@@ -112,7 +112,7 @@ def test_what_would_leak_raises(hybrid):
     padded[:, :3] = 0
     with pytest.raises(ValueError, match="Leave attention_mask out"):
         hybrid(ids, position_ids=positions, attention_mask=padded)
-    with pytest.raises(ValueError, match="Call without past_key_values"):
+    with pytest.raises(ValueError, match="Call without a cache"):
         hybrid(ids, position_ids=positions, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="must be 2-D"):
         hybrid(ids, attention_mask=torch.zeros(1, 1, 20, 20))

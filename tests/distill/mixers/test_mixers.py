@@ -60,26 +60,30 @@ def test_what_mix_returns_is_what_forward_uses(mixer):
 
 
 @pytest.mark.parametrize("pieces", [[30], [1] * 30, [7, 1, 1, 13, 8], [2, 28]])
-def test_every_way_of_cutting_a_sequence_gives_the_same_output(mixer, pieces):
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_every_way_of_cutting_a_sequence_gives_the_same_output(mixer, pieces, with_gradients):
     u = hidden(30)
     expected, _ = mixer(u)
-    cache = adopt(DynamicCache(), [0])
-    got = [mixer(piece, past_key_values=cache)[0] for piece in u.split(pieces, dim=1)]
+    cache = adopt(DynamicCache(), [0], n_layers=1)
+    with torch.set_grad_enabled(with_gradients):
+        got = [mixer(piece, past_key_values=cache)[0] for piece in u.split(pieces, dim=1)]
     torch.testing.assert_close(torch.cat(got, dim=1), expected, rtol=1e-10, atol=1e-10)
     assert cache.get_seq_length() == 30
 
 
+@torch.no_grad()
 def test_in_fp32_steps_and_prefill_agree_to_1e_5(mixer):
     mixer.float()
     u = hidden(40).float()
     expected, _ = mixer(u)
-    cache = adopt(DynamicCache(), [0])
+    cache = adopt(DynamicCache(), [0], n_layers=1)
     got = torch.cat([mixer(u[:, t : t + 1], past_key_values=cache)[0] for t in range(40)], dim=1)
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@torch.no_grad()
 def test_a_step_updates_the_state_where_it_lies(mixer):
-    cache = adopt(DynamicCache(), [0])
+    cache = adopt(DynamicCache(), [0], n_layers=1)
     u = hidden(10)
     mixer(u[:, :6], past_key_values=cache)
     layer = cache.layers[0]
@@ -104,7 +108,7 @@ def test_padding_on_the_left_changes_nothing_and_its_content_does_not_matter(mix
     padded = torch.cat([torch.full((2, 6, HIDDEN), 1e3, dtype=torch.float64), u], dim=1)
     valid = torch.ones(2, 26, dtype=torch.bool)
     valid[:, :6] = False
-    cache, plain = adopt(DynamicCache(), [0]), adopt(DynamicCache(), [0])
+    cache, plain = adopt(DynamicCache(), [0], n_layers=1), adopt(DynamicCache(), [0], n_layers=1)
     got, _ = mixer(padded, valid_BT=valid, past_key_values=cache)
     expected, _ = mixer(u, past_key_values=plain)
     torch.testing.assert_close(got[:, 6:], expected, rtol=1e-10, atol=1e-10)
@@ -116,7 +120,7 @@ def test_padding_on_the_right_neither_writes_nor_decays(mixer):
     u = hidden(20)
     valid = torch.ones(2, 20, dtype=torch.bool)
     valid[:, 14:] = False
-    cache, plain = adopt(DynamicCache(), [0]), adopt(DynamicCache(), [0])
+    cache, plain = adopt(DynamicCache(), [0], n_layers=1), adopt(DynamicCache(), [0], n_layers=1)
     mixer(u, valid_BT=valid, past_key_values=cache)
     mixer(u[:, :14], past_key_values=plain)
     torch.testing.assert_close(cache.layers[0].state(), plain.layers[0].state(), rtol=1e-10, atol=1e-10)
@@ -184,7 +188,7 @@ def test_every_parameter_gets_a_finite_gradient(mixer):
 
 def test_bf16_weights_and_inputs_run_with_an_fp32_state(mixer):
     mixer.to(torch.bfloat16)
-    cache = adopt(DynamicCache(), [0])
+    cache = adopt(DynamicCache(), [0], n_layers=1)
     out, _ = mixer(hidden(9).to(torch.bfloat16), past_key_values=cache)
     assert out.dtype == torch.bfloat16
     assert cache.layers[0].state().dtype == torch.float32

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from distill.ssd import causal_convolution
+from distill.ssd import causal_convolution, convolution_step
 
 BATCH, CHANNELS, TAPS = 2, 6, 4
 
@@ -40,6 +40,11 @@ def test_past_inputs_make_two_calls_one(weights):
     whole = causal_convolution(x, *weights)
     second = causal_convolution(x[:, 11:], *weights, past_BTC=x[:, 11 - TAPS + 1 : 11])
     torch.testing.assert_close(second, whole[:, 11:])
+
+
+def test_a_step_is_the_last_position(weights):
+    x = torch.randn(BATCH, 9, CHANNELS, dtype=torch.float64)
+    assert torch.equal(convolution_step(x[:, -TAPS:], *weights), causal_convolution(x, *weights)[:, -1:])
 
 
 @pytest.mark.parametrize("border", [1, 2, 3, 9, 19])
