@@ -395,6 +395,12 @@ def test_a_mistake_in_the_recipe_is_said_once(recipe, mistake):
     assert not recipe.with_name("run").exists()
 
 
+def test_a_report_that_cannot_be_made_is_said_once(uninterrupted, recipe):
+    folder = Path(shutil.copytree(uninterrupted("ddp"), recipe.with_name("run")))
+    (folder / "mixing/metrics.jsonl").write_text("no\nmetrics\n")
+    require_refused_once(Ranks("ddp", "stages.run", recipe, *CALM).wait(), "metrics.jsonl:1: is no metrics line")
+
+
 LATE = """
 import os, runpy, time
 
