@@ -25,7 +25,7 @@ from distill.evaluation import completions, evaluate, layer_distances
 from distill.evaluation_record import MATRIX_TOKENS, Evaluation, MatrixPair, Sample, read_evaluation, write_evaluation
 from distill.objectives import attention_matrix
 from distill.programs import quiet_unless_watched, report_user_errors
-from distill.run import Run, open_run
+from distill.run import Run, at_work_on
 from distill.student import mixers_of
 from distill.within import within
 
@@ -118,8 +118,8 @@ def main(
 ) -> None:
     """Measure one finished stage of a run."""
     quiet_unless_watched()
-    with report_user_errors():
-        measured = _measure(open_run(recipe, overrides or []), stage)
+    with report_user_errors(), at_work_on(recipe, overrides or []) as run:
+        measured = _measure(run, stage)
         if processes.is_main():
             print(measured.metrics)
 

@@ -16,6 +16,7 @@ from distill.atomic import sha256_of
 from distill.consolidation import consolidate
 from distill.data import Blocks, evaluation_batches
 from distill.evaluation import evaluate
+from distill.lock import alone_in
 from distill.student import load_student
 from tests.stages.program import Program, require_refused, run
 from tests.stages.run_folder import contents
@@ -45,10 +46,11 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def test_a_checkpoint_becomes_the_student_that_was_measured_there(stopped, tmp_path):
     step = stopped / f"training/hidden/checkpoints/step-{2 * EVERY:08d}"
-    before = contents(stopped)
-    ended = run("distill.cli", "consolidate", step, tmp_path / "student")
-    assert ended.code == 0, ended.err
-    assert contents(stopped) == before
+    with alone_in(stopped):  # a run that goes on does not hold it up, nor is it disturbed
+        before = contents(stopped)
+        ended = run("distill.cli", "consolidate", step, tmp_path / "student")
+        assert ended.code == 0, ended.err
+        assert contents(stopped) == before
 
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)
     lines = [json.loads(line) for line in (stopped / "training/hidden/metrics.jsonl").open()]
