@@ -108,7 +108,10 @@ def _continuations(run: Run, model: PreTrainedModel) -> list[str]:
     wanted = run.recipe.evaluation
     if not wanted.prompts:
         return []
-    return completions(model, run.tokenizer, wanted.prompts, wanted.new_tokens, bos=run.recipe.data.bos)
+    sharded = run.launched.shards_weights and processes.world() > 1
+    return completions(
+        model, run.tokenizer, wanted.prompts, wanted.new_tokens, bos=run.recipe.data.bos, sharded=sharded
+    )
 
 
 def main(
