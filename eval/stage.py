@@ -87,7 +87,7 @@ def matrix_pairs(run: Run, student: PreTrainedModel) -> list[MatrixPair]:
     family, layers = family_of(run.teacher.config), run.teacher.get_decoder().layers
     # Over one document alone: a border would only show as an empty corner.
     batch["position_ids"] = torch.arange(batch["input_ids"].shape[1], device=device)[None]
-    traces = layer_traces(run.teacher, batch, shown)
+    traces = layer_traces(run.teacher, batch, shown, wants=["attention_input"])
     pairs = []
     for index in shown:
         trace, attention = traces[index], view(layers[index].self_attn, family)

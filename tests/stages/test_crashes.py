@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
-from transformers import PreTrainedModel
 
 import distill.run
 from distill.capture import LayerTrace, layer_traces
-from distill.objective import Batch
 from distill.training import checkpoint
 from stages import hidden
 from tests.stages.conftest import CALM, STEPS, write_recipe
@@ -258,8 +256,8 @@ def poisoned(rank: int) -> None:
     """Let one layer of this process's student read NaN from a step on."""
     steps = itertools.count(1)
 
-    def traces(teacher: PreTrainedModel, batch: Batch, layers: Collection[int]) -> dict[int, LayerTrace]:
-        captured = layer_traces(teacher, batch, layers)
+    def traces(*arguments: Any) -> dict[int, LayerTrace]:
+        captured = layer_traces(*arguments)
         if rank == 1 and next(steps) >= NAN_AT:
             captured[2].attention_input = captured[2].attention_input * math.nan
         return captured
