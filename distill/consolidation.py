@@ -40,13 +40,18 @@ def consolidate(folder: Path, to: Path) -> None:
     assert not strangers, f"{folder} holds weights that {before} has no place for: {strangers}"
     with whole_folder(to) as partial:
         student.save_pretrained(partial)
-        for path in before.iterdir():
-            # The tokenizer and the recipe; not what is told of the other student's weights.
-            if path.is_file() and not (partial / path.name).exists() and path.name not in _OF_THE_STAGE:
+        for path in _beside_the_weights(before):
+            if not (partial / path.name).exists():
                 shutil.copy(path, partial)
 
 
 _OF_THE_STAGE = {handover.RECORD, "metrics.jsonl", "conversion.json", "evaluation.json", "matrices.npz"}
+
+
+def _beside_the_weights(stage: Path) -> list[Path]:
+    """Tokenizer, recipe, generation config; no weights, however they are split, and nothing that is told of them."""
+    excluded = _OF_THE_STAGE | handover.read(stage).weights.keys()
+    return [path for path in stage.iterdir() if path.is_file() and path.name not in excluded]
 
 
 def _require_intact(folder: Path) -> None:

@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 
 from distill.attention import AttentionView, family_of, view
 from distill.calibration import calibrate
+from distill.capture import LayerTrace
 from distill.errors import UserError
 from distill.layout import layer_kinds, mixer_layers, resolve
 from distill.mixers import MIXERS
@@ -237,9 +238,13 @@ def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
 def _seed(
     student: PreTrainedModel, teacher: PreTrainedModel, replaced: dict[int, AttentionView], seed: int
 ) -> dict[int, list[Seeded]]:
-    traces = calibrate(teacher, replaced, seed)
-    mixers = mixers_of(student)
-    return {index: seed_mixer(mixers[index], attention, traces[index]) for index, attention in replaced.items()}
+    mixers, seeded = mixers_of(student), {}
+
+    def seed_layer(index: int, trace: LayerTrace) -> None:
+        seeded[index] = seed_mixer(mixers[index], replaced[index], trace)
+
+    calibrate(teacher, replaced, seed_layer, seed)
+    return seeded
 
 
 def _count_by_role(model: PreTrainedModel) -> dict[str, int]:

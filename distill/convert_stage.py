@@ -12,6 +12,7 @@ from distill.engines import processes
 from distill.evaluation import evaluate
 from distill.handover import StageRecord
 from distill.run import CONVERT, DTYPES, Run
+from distill.threads import every_core
 
 
 def convert_stage(run: Run) -> StageRecord:
@@ -19,7 +20,9 @@ def convert_stage(run: Run) -> StageRecord:
     held_out = run.held_out()  # before the teacher: if the text cannot be used, that shows at once
     if not run.launched.shards_weights:
         _ = run.teacher  # by every process at once: they need it anyway
-    return processes.on_main(lambda: _convert(run, held_out))
+        return processes.on_main(lambda: _convert(run, held_out))
+    with every_core():
+        return processes.on_main(lambda: _convert(run, held_out))
 
 
 def _convert(run: Run, held_out: Iterator[Batch]) -> StageRecord:

@@ -223,5 +223,15 @@ def _kept_by_layers(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrai
     else:
         saved = activations.of_mixer(layer.self_attn, *shape)
     graph = sequences * saved.a_sequence
-    traces = sequences * sizes.block * 3 * sizes.n_changed * sizes.hidden * DTYPES[recipe.teacher.dtype].itemsize
+    tensors = _traced(stage, mixer_layers(student.config))
+    traces = sequences * sizes.block * tensors * sizes.hidden * DTYPES[recipe.teacher.dtype].itemsize
     return Kept(graph=graph, traces=traces, weights=saved.once, in_all=sizes.n_changed * graph + traces)
+
+
+def _traced(stage: Stage, changed: list[int]) -> int:
+    """How many (B, T, D) the teacher's traces hold; what leaves a layer enters the next."""
+    if isinstance(stage, MixingStage):
+        return len(changed)
+    if isinstance(stage, HiddenStage) and stage.target == "block":
+        return len({boundary for index in changed for boundary in (index, index + 1)})
+    return 2 * len(changed)

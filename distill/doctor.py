@@ -14,6 +14,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from distill.threads import cores
+
 _REQUIRED = (
     "torch",
     "transformers",
@@ -45,7 +47,7 @@ def diagnose() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _REQUIRED}},
         "platform": platform.platform(),
         "interpreter": sys.executable,
-        "cpu": {"cores": _cores(), "memory_bytes": _memory_bytes()},
+        "cpu": {"cores": cores(), "memory_bytes": _memory_bytes()},
         "torch": devices,
         "scan": _scan_backends(devices),
         "optional": {
@@ -100,11 +102,6 @@ def _version(package: str) -> str | None:
 def _installed(module: str) -> str | None:
     """The version, or "yes" for a module without one; None if it is not there."""
     return (_version(module.replace("_", "-")) or "yes") if find_spec(module) else None
-
-
-def _cores() -> int:
-    # Those this process may use, which in a container are fewer than the machine has.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _memory_bytes() -> int | None:

@@ -137,6 +137,7 @@ def completions(
     new_tokens: int,
     *,
     bos: bool = False,
+    sharded: bool = False,
 ) -> list[str]:
     """The greedy continuation of each prompt, without the prompt, up to ``new_tokens`` or an end of text.
 
@@ -146,6 +147,9 @@ def completions(
     Args:
         bos: begin every prompt with the tokenizer's BOS, as ``data.bos`` does for documents, even where the
             tokenizer would not; never twice.
+        sharded: several processes call this, each with its part of the weights, so that none may stop before the last.
+            Given the same prompts they would stop together, if it were not for GPUs of different makes, which may take
+            another token where two are as likely.
 
     Raises:
         UserError: a prompt has no token at all.
@@ -153,7 +157,7 @@ def completions(
     encoded = [_encode_prompt(tokenizer, prompt, bos) for prompt in prompts]
     groups = [encoded] if tokenizer.pad_token_id is not None and encoded else [[ids] for ids in encoded]
     with _evaluating(model):
-        generated = [ids for group in groups for ids in _generate(model, tokenizer, group, new_tokens)]
+        generated = [ids for group in groups for ids in _generate(model, tokenizer, group, new_tokens, sharded)]
     return [_continuation(tokenizer, *ids) for ids in zip(encoded, generated, strict=True)]
 
 
@@ -280,7 +284,11 @@ def _encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, bos: bool) -
 
 
 def _generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, group: Sequence[list[int]], new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    group: Sequence[list[int]],
+    new_tokens: int,
+    sharded: bool,
 ) -> list[list[int]]:
     """New ids for each prompt of ids, ended before the first end-of-text token."""
     eos = model.generation_config.eos_token_id if model.generation_config else None
@@ -298,6 +306,7 @@ def _generate(
         pad_token_id=pad,
         do_sample=False,
         num_beams=1,
+        synced_gpus=sharded,
         **unset,
     )
     return [_until(row[width:], ends) for row in out_BT.tolist()]

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from distill.atomic import settle, sha256_of, whole_folder
+from distill.atomic import sha256_of, whole_folder
 from distill.errors import UserError
 
 RECORD = "stage.json"
@@ -77,7 +77,6 @@ class StageRecord:
 
 def is_there(folder: Path) -> bool:
     """Whether a stage was handed on at ``folder``; ``verify`` tells whether it is still what was written."""
-    settle(folder)
     return (folder / RECORD).is_file()
 
 
@@ -158,7 +157,6 @@ def read(folder: Path) -> StageRecord:
     Raises:
         UserError: no folder, no stage.json, or one that is not a record.
     """
-    settle(folder)
     path = folder / RECORD
     if not folder.is_dir():
         raise UserError(f"{folder} is missing: run the stage that writes it first")

@@ -10,6 +10,7 @@ run_dir/
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ import yaml
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill import handover
-from distill.atomic import replace_file
+from distill.atomic import replace_file, settle
 from distill.capture import Batch
 from distill.checks import RecipeFacts, check
 from distill.data import Blocks, TrainingBatches, evaluation_batches, prepare_recipe_text
@@ -30,6 +31,7 @@ from distill.engines.placement import place_teacher
 from distill.errors import UserError
 from distill.evaluation_record import read_evaluation
 from distill.handover import Parent, StageRecord
+from distill.lock import alone_in
 from distill.recipe import Recipe, StageName, Step, load_recipe
 
 CONVERT: Literal["convert"] = "convert"
@@ -178,18 +180,31 @@ def open_run(path: Path, overrides: Sequence[str] = ()) -> Run:
     """Read and check a recipe; nothing heavy is loaded and nothing is written.
 
     Raises:
-        UserError: everything the recipe says that cannot be done, or something else stands where a stage would.
+        UserError: everything the recipe says that cannot be done.
     """
     recipe = load_recipe(path, overrides)
     device = processes.start(recipe.device)
+    return processes.together(lambda: Run(recipe, check(recipe, ranks=processes.world()), device, launched()))
 
-    def checked() -> Run:
-        run = Run(recipe, check(recipe, ranks=processes.world()), device, launched())
-        for stage in run.stages:
-            handover.require_room(run.folder(stage))
-        return run
 
-    return processes.together(checked)
+@contextmanager
+def at_work_on(path: Path, overrides: Sequence[str] = ()) -> Iterator[Run]:
+    """``open_run``, and nobody else writes into its run_dir until the block ends.
+
+    Raises:
+        UserError: as ``open_run``; another run is at work there, or something else stands where a stage would.
+    """
+    run = open_run(path, overrides)
+    with ExitStack() as held:
+
+        def begin() -> None:
+            held.enter_context(alone_in(run.recipe.run_dir))
+            for stage in run.stages:
+                settle(run.folder(stage))
+                handover.require_room(run.folder(stage))
+
+        processes.on_main(begin)
+        yield run
 
 
 def _flat(nested: object, prefix: str = "") -> dict[str, object]:

@@ -25,7 +25,7 @@ from distill.evaluation import completions, evaluate, layer_distances
 from distill.evaluation_record import MATRIX_TOKENS, Evaluation, MatrixPair, Sample, read_evaluation, write_evaluation
 from distill.objectives import attention_matrix
 from distill.programs import quiet_unless_watched, report_user_errors
-from distill.run import Run, open_run
+from distill.run import Run, at_work_on
 from distill.student import mixers_of
 from distill.within import within
 
@@ -87,7 +87,7 @@ def matrix_pairs(run: Run, student: PreTrainedModel) -> list[MatrixPair]:
     family, layers = family_of(run.teacher.config), run.teacher.get_decoder().layers
     # Over one document alone: a border would only show as an empty corner.
     batch["position_ids"] = torch.arange(batch["input_ids"].shape[1], device=device)[None]
-    traces = layer_traces(run.teacher, batch, shown)
+    traces = layer_traces(run.teacher, batch, shown, wants=["attention_input"])
     pairs = []
     for index in shown:
         trace, attention = traces[index], view(layers[index].self_attn, family)
@@ -108,7 +108,10 @@ def _continuations(run: Run, model: PreTrainedModel) -> list[str]:
     wanted = run.recipe.evaluation
     if not wanted.prompts:
         return []
-    return completions(model, run.tokenizer, wanted.prompts, wanted.new_tokens, bos=run.recipe.data.bos)
+    sharded = run.launched.shards_weights and processes.world() > 1
+    return completions(
+        model, run.tokenizer, wanted.prompts, wanted.new_tokens, bos=run.recipe.data.bos, sharded=sharded
+    )
 
 
 def main(
@@ -118,8 +121,8 @@ def main(
 ) -> None:
     """Measure one finished stage of a run."""
     quiet_unless_watched()
-    with report_user_errors():
-        measured = _measure(open_run(recipe, overrides or []), stage)
+    with report_user_errors(), at_work_on(recipe, overrides or []) as run:
+        measured = _measure(run, stage)
         if processes.is_main():
             print(measured.metrics)
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distill.capture import LayerTrace, layer_traces, sequence_arguments
+from distill.capture import Field, LayerTrace, layer_traces, sequence_arguments
 from distill.handover import StageRecord
 from distill.objectives import hidden_distance
 from distill.recipe import HiddenStage
@@ -23,6 +23,11 @@ from distill.student import mixers_of
 from distill.train_stage import train_stage
 from distill.training import Batch, Part
 from stages.command import run_program
+
+READS: dict[str, tuple[Field, Field]] = {
+    "mixer": ("attention_input", "attention_output"),
+    "block": ("layer_input", "layer_output"),
+}
 
 
 class HiddenObjective:
@@ -45,7 +50,7 @@ class HiddenObjective:
 
     def parts(self, batch: Batch) -> Iterator[Part]:
         """One distance a layer."""
-        traces = layer_traces(self.teacher, batch, self.layers)
+        traces = layer_traces(self.teacher, batch, self.layers, READS[self.target])
         for index, layer in self.layers.items():
             yield Part(f"layers.{index}", partial(self._distance, layer, traces.pop(index), batch))
 

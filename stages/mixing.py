@@ -44,7 +44,7 @@ class MixingObjective:
 
     def parts(self, batch: Batch) -> Iterator[Part]:
         """One distance a layer."""
-        traces = layer_traces(self.teacher, batch, self.mixers)
+        traces = layer_traces(self.teacher, batch, self.mixers, wants=["attention_input"])
         for index in self.mixers:
             yield Part(f"layers.{index}", partial(self._distance, index, traces.pop(index), batch))
 

@@ -53,9 +53,7 @@ def main(run: Run) -> None:
             PROGRAMS[stage](run)
         if not run.is_evaluated(stage):
             evaluate_stage(run, stage)
-    if processes.is_main():
-        _report(run, console, started)
-    processes.wait()
+    processes.on_main(lambda: _report(run, console, started))
 
 
 def _report(run: Run, console: Console, started: float) -> None:

@@ -1,5 +1,6 @@
 """What tests share: the outside material where it lies, and tiny random models of the real families."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,12 @@ SHARED = CHECKOUT.parent / "shared"
 
 # Tiny tensors gain nothing from threads, and two of them fighting for a core lose much.
 torch.set_num_threads(1)
+
+# Under nohup or a shell's & signals are ignored, which processes inherit and runs respect. A handler that does nothing
+# is as good here, and is not inherited.
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda _number, _frame: None)
 
 
 def outside(path: str) -> Path:

@@ -5,6 +5,9 @@ One process needs none of this, and every function here then does the obvious th
 
 Objects travel over a gloo group that waits for a day, so that the others outlast whatever the main process does alone
 (tokenising, converting). A process that dies breaks the connection and ends the wait at once.
+
+What a step exchanges (NCCL on GPUs, gloo on CPUs) may take ``LIMIT``: whoever waits longer for the others gives up.
+That is what notices a machine that vanished without closing its connections.
 """
 
 import os
@@ -21,6 +24,9 @@ from distill.errors import UserError
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=1)
+# Torch's own limit for every backend but NCCL alone, so that DeepSpeed's groups, which go by that, have the same. Ten
+# minutes, NCCL's own, are short for processes that wait for the slowest to write its part of a checkpoint.
+LIMIT = timedelta(minutes=30)
 
 _waiting_group: Any = None
 _alone = False  # inside on_main, where waiting for the others would be for ever
@@ -45,7 +51,7 @@ def start(device: str) -> torch.device:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, wherever it is imported, would take a GPU
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=LIMIT)
         _waiting_group = dist.new_group(backend="gloo", timeout=PATIENCE)
     return here
 

@@ -6,13 +6,16 @@
       loop.json        how far the run was, and with which settings
       manifest.json    size and SHA-256 of every file; written last
 
-Every process writes and hashes its part; the folder, which all must see, gets its name when all are done.
+Every process writes and hashes its part; the folder, which all must see, gets its name when all are done. On a network
+file system what one process wrote may show on another machine a while later. So nothing is decided by one view alone:
+a file is hashed by a process that sees it, and what the main process sees the others wait for.
 """
 
 import json
 import random
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -26,6 +29,8 @@ from distill.atomic import explained_full_disk, partial_of, settle_all, sha256_o
 from distill.engines import processes
 
 MANIFEST, STATE, LOOP = "manifest.json", "state", "loop.json"
+VIEW = 120.0
+"""Seconds after which a file that another process sees is missing here; NFS clients look again within 60."""
 
 
 class Checkpoint(NamedTuple):
@@ -120,18 +125,13 @@ def before(checkpoint: Path) -> Path | None:
 def damage_of(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, beginning with the path of the file concerned; None if it is intact.
 
-    Processes that call it together share the hashing.
+    Processes that call it together share the hashing, and each sees to what it alone will read.
     """
-    manifest = checkpoint / MANIFEST
-    if not manifest.is_file():
-        return f"{manifest} is missing"
-    try:
-        step, files = _manifest(checkpoint)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{manifest} is not the manifest that was written"
-    if checkpoint.name != f"step-{step:08d}":
-        return f"{manifest} is of another step, {step}"
-    mine = sorted(files)[processes.rank() :: processes.world()]
+    files, damage = processes.on_main(lambda: _files_of(checkpoint))
+    if damage is not None:
+        return damage
+    own = {LOOP, _rng_file()} & files.keys()
+    mine = sorted({*sorted(files)[processes.rank() :: processes.world()], *own})
     found = (damage for name in mine if (damage := _damage_of_file(checkpoint / name, files[name])))
     return next((damage for damage in processes.gather(next(found, None)) if damage), None)
 
@@ -179,12 +179,14 @@ def _main_folder(target: Path, needed: Callable[[], int] | None) -> AbstractCont
 
 
 def _hashed(partial: Path) -> dict[str, dict[str, Any]]:
-    """This process's share of the entries of the manifest."""
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    return {
-        str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in files[processes.rank() :: processes.world()]
-    }
+    """This process's share of the entries of the manifest: of every file that any process sees, one that it sees."""
+    views = processes.gather({str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file()})
+    entries = {}
+    for index, name in enumerate(sorted(set().union(*views))):
+        seers = [rank for rank, seen in enumerate(views) if name in seen]
+        if seers[index % len(seers)] == processes.rank():
+            entries[name] = {"sha256": sha256_of(partial / name), "bytes": (partial / name).stat().st_size}
+    return entries
 
 
 def _write_manifest(partial: Path, step: int, files: Sequence[dict[str, dict[str, Any]]]) -> None:
@@ -193,14 +195,42 @@ def _write_manifest(partial: Path, step: int, files: Sequence[dict[str, dict[str
         (partial / MANIFEST).write_text(json.dumps({"step": step, "files": merged}, indent=1))
 
 
+def _files_of(checkpoint: Path) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """The files that a checkpoint's manifest lists, or what is wrong before a byte of them is read."""
+    manifest = checkpoint / MANIFEST
+    if not manifest.is_file():
+        return {}, f"{manifest} is missing"
+    try:
+        step, files = _manifest(checkpoint)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}, f"{manifest} is not the manifest that was written"
+    if checkpoint.name != f"step-{step:08d}":
+        return {}, f"{manifest} is of another step, {step}"
+    missing = (checkpoint / name for name in sorted(files) if not (checkpoint / name).is_file())
+    return files, next((f"{path} is missing" for path in missing), None)
+
+
 def _damage_of_file(path: Path, expected: Mapping[str, Any]) -> str | None:
-    if not path.is_file():
-        return f"{path} is missing"
+    if not _shows(path):
+        return (
+            f"{path} is there for the main process and not for process {processes.rank()}, after {VIEW:.0f} s: they do"
+            " not share the storage"
+        )
     if path.stat().st_size != expected["bytes"]:
         return f"{path} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
     if sha256_of(path) != expected["sha256"]:
         return f"{path} was changed after it was written (its SHA-256 differs)"
     return None
+
+
+def _shows(path: Path) -> bool:
+    """Whether this process sees a file that the main process sees, now or within ``VIEW``."""
+    given_up = time.monotonic() + VIEW
+    while not path.is_file():
+        if time.monotonic() > given_up:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _listed(folder: Path) -> list[Path]:

@@ -22,12 +22,15 @@ def stop_on_signals() -> Iterator[Stop]:
 
     SIGTERM and SIGHUP are only ever noted: launchers and schedulers send them twice, and the second must not end a
     process that is writing its checkpoint. A second SIGINT, from a person who is done waiting, acts as it did before.
+    One that whoever started the process wants ignored, as ``nohup`` does SIGHUP and a shell's ``&`` does SIGINT, stays
+    ignored.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
 
     def note(number: int, _frame: FrameType | None) -> None:
         stop.signal = Signals(number)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distill.attention import family_of, view
-from distill.capture import layer_traces
+from distill.capture import FIELDS, layer_traces
 from distill.documents import document_index
 from distill.errors import UserError
 from distill.objectives import attention_matrix
@@ -44,6 +44,17 @@ def test_traces_chain_from_layer_to_layer_and_end_before_the_final_norm(family):
     hidden = teacher.get_decoder()(**batch, use_cache=False).last_hidden_state
     assert torch.equal(teacher.get_decoder().norm(traces[2].layer_output), hidden)
     assert not torch.allclose(traces[2].layer_output, hidden)
+
+
+@pytest.mark.parametrize("wants", [(), ("attention_input",), ("layer_output", "layer_input"), FIELDS], ids=str)
+def test_a_trace_holds_what_was_asked_for(family, wants):
+    teacher, batch = tiny(family), packed_batch(97)
+    whole = layer_traces(teacher, batch, [0, 2])
+    for index, trace in layer_traces(teacher, batch, [2, 0], wants).items():
+        assert vars(trace).keys() == {"layer_kwargs", *wants}
+        assert trace.position_embeddings
+        for name in wants:
+            assert torch.equal(getattr(trace, name), getattr(whole[index], name))
 
 
 def test_hooks_are_gone_afterwards(family):

@@ -1,12 +1,20 @@
 """Greedy continuations against a loop without cache or padding."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from distill import convert
+from distill.engines import processes
+from distill.engines.launched import Launched
+from distill.engines.placement import place_student
 from distill.errors import UserError
 from distill.evaluation import completions
+from tests.distill.engines.several import several
 
 
 def tiny_llama(vocabulary: int) -> LlamaForCausalLM:
@@ -32,7 +40,7 @@ def letters() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
@@ -90,3 +98,25 @@ def test_a_prompt_without_tokens_is_refused():
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     with pytest.raises(UserError, match="the prompt '' has no token"):
         completions(tiny_llama(1), bare, [""], 5)
+
+
+def ended_by(model: PreTrainedModel, end: int | None) -> PreTrainedModel:
+    model.generation_config.update(eos_token_id=end, pad_token_id=0)
+    return model
+
+
+def continued_in_shards(folder: Path, tokenizer: PreTrainedTokenizerFast, end: int) -> list[str]:
+    """One of two processes comes to an end of text and the other, which computes the same, does not."""
+    model = place_student(folder, Launched("fsdp2", {"reshard_after_forward": True}), torch.device("cpu"), frozen=True)
+    return completions(ended_by(model, end if processes.rank() == 1 else None), tokenizer, ["a cat"], 9, sharded=True)
+
+
+def test_in_shards_none_stops_before_the_last(letters, tmp_path):
+    student = convert(tiny_llama(len(letters)), keep_attention=[1])
+    student.save_pretrained(tmp_path / "student")
+    letters.pad_token = "</s>"
+    expected = completions(ended_by(student, None), letters, ["a cat"], 9)
+    end = letters(expected[0][1])["input_ids"][-1]
+    cut = completions(ended_by(student, end), letters, ["a cat"], 9)
+    assert len(cut[0]) < len(expected[0])
+    assert several(2, continued_in_shards, tmp_path / "student", letters, end) == [expected, cut]

@@ -250,8 +250,12 @@ def test_numbers_of_the_first_stages_are_those_of_the_mixers() -> None:
     of_the_output = 64 * 64 + 64  # its projection and the norm in front, which no matrix depends on
     assert (mixing.t, mixing.u, mixing.l, mixing.f) == (2 * (mixer - of_the_output), 2 * mixer, mixer, 0)
     assert mixing.m - mixing.u_t == 96 * 64  # the head does not run
-    assert mixing.q == 2 * 32 * 3 * 2 * 64 * 2  # what two layers read and write of two sequences, in bfloat16
+    trace = 2 * 32 * 64 * 2  # two sequences, in bfloat16
+    assert mixing.q == 2 * trace  # what attention reads in two layers
+    hidden, _, _ = real_numbers(HiddenStage(tokens=1))
+    assert hidden.q == 4 * trace  # and what it adds
     block, _, _ = real_numbers(HiddenStage(tokens=1, target="block"))
+    assert block.q == 4 * trace  # layers 0 and 2: what enters and leaves each
     assert block.l == mixer + 3 * 64 * 160
     assert block.t == 2 * mixer
 

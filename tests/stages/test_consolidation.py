@@ -11,8 +11,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distill import handover
+from distill.atomic import sha256_of
+from distill.consolidation import consolidate
 from distill.data import Blocks, evaluation_batches
 from distill.evaluation import evaluate
+from distill.lock import alone_in
+from distill.student import load_student
 from tests.stages.program import Program, require_refused, run
 from tests.stages.run_folder import contents
 
@@ -41,10 +46,11 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def test_a_checkpoint_becomes_the_student_that_was_measured_there(stopped, tmp_path):
     step = stopped / f"training/hidden/checkpoints/step-{2 * EVERY:08d}"
-    before = contents(stopped)
-    ended = run("distill.cli", "consolidate", step, tmp_path / "student")
-    assert ended.code == 0, ended.err
-    assert contents(stopped) == before
+    with alone_in(stopped):  # a run that goes on does not hold it up, nor is it disturbed
+        before = contents(stopped)
+        ended = run("distill.cli", "consolidate", step, tmp_path / "student")
+        assert ended.code == 0, ended.err
+        assert contents(stopped) == before
 
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)
     lines = [json.loads(line) for line in (stopped / "training/hidden/metrics.jsonl").open()]
@@ -58,6 +64,42 @@ def test_a_checkpoint_becomes_the_student_that_was_measured_there(stopped, tmp_p
     weights, started = (load_file(at / "model.safetensors") for at in (tmp_path / "student", stopped / "mixing"))
     changed = {name for name in weights if not torch.equal(weights[name], started[name])}
     assert changed == {name for name in weights if ".0.self_attn." in name or ".2.self_attn." in name}
+
+
+def rewrite(folder: Path, file: str, content: str) -> None:
+    """Change a file of a checkpoint, manifest included."""
+    (folder / file).write_text(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][file] = {"bytes": (folder / file).stat().st_size, "sha256": sha256_of(folder / file)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def split_weights(run: Path, stage: str, step: Path) -> None:
+    """Let the stage before a checkpoint stand in several weight files, as a large student's does."""
+    student, tokenizer = load_student(run / stage), AutoTokenizer.from_pretrained(run / stage)
+
+    def save(folder: Path) -> None:
+        student.save_pretrained(folder, max_shard_size="20KB")
+        tokenizer.save_pretrained(folder)
+        shutil.copy(run / stage / "recipe.yaml", folder)
+
+    parent = handover.write(run / stage, save, handover.read(run / stage)).as_parent()
+    loop = json.loads((step / "loop.json").read_text())
+    loop["call"]["the stage before"] = parent.sha256
+    rewrite(step, "loop.json", json.dumps(loop))
+
+
+def test_weights_in_several_files_do_not_stay_beside_the_new_ones(stopped, tmp_path):
+    copied = Path(shutil.copytree(stopped, tmp_path / "run"))
+    step = copied / f"training/hidden/checkpoints/step-{2 * EVERY:08d}"
+    split_weights(copied, "mixing", step)
+    assert len(list((copied / "mixing").glob("model-*.safetensors"))) > 1
+    consolidate(step, tmp_path / "student")
+    consolidate(stopped / step.relative_to(copied), tmp_path / "expected")
+    got, expected = (contents(tmp_path / name) for name in ("student", "expected"))
+    assert got.keys() == expected.keys()
+    assert [name for name in got if "safetensors" in name] == ["model.safetensors"]
+    assert got["model.safetensors"] == expected["model.safetensors"]
 
 
 def test_killed_while_it_writes_leaves_nothing_that_looks_whole(stopped, tmp_path):

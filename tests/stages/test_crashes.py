@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
-from transformers import PreTrainedModel
 
+import distill.run
 from distill.capture import LayerTrace, layer_traces
-from distill.objective import Batch
 from distill.training import checkpoint
 from stages import hidden
 from tests.stages.conftest import CALM, STEPS, write_recipe
@@ -222,7 +221,7 @@ def handing_on(folder: Path, stage: str) -> bool:
 
 
 MOMENTS: dict[str, tuple[int, Callable[[Path], bool]]] = {
-    "the text is being prepared": (0, lambda run: run.is_dir()),
+    "the text is being prepared": (0, lambda run: (run / ".data.parts").exists() or (run / "data").exists()),
     "the text was prepared": (1, lambda run: (run / "data").exists()),
     "converting": (0, lambda run: (run / "teacher/evaluation.json").exists()),
     "before a checkpoint": (1, lambda run: made(run, "mixing", 3)()),
@@ -257,8 +256,8 @@ def poisoned(rank: int) -> None:
     """Let one layer of this process's student read NaN from a step on."""
     steps = itertools.count(1)
 
-    def traces(teacher: PreTrainedModel, batch: Batch, layers: Collection[int]) -> dict[int, LayerTrace]:
-        captured = layer_traces(teacher, batch, layers)
+    def traces(*arguments: Any) -> dict[int, LayerTrace]:
+        captured = layer_traces(*arguments)
         if rank == 1 and next(steps) >= NAN_AT:
             captured[2].attention_input = captured[2].attention_input * math.nan
         return captured
@@ -395,6 +394,12 @@ def test_a_mistake_in_the_recipe_is_said_once(recipe, mistake):
     assert not recipe.with_name("run").exists()
 
 
+def test_a_report_that_cannot_be_made_is_said_once(uninterrupted, recipe):
+    folder = Path(shutil.copytree(uninterrupted("ddp"), recipe.with_name("run")))
+    (folder / "mixing/metrics.jsonl").write_text("no\nmetrics\n")
+    require_refused_once(Ranks("ddp", "stages.run", recipe, *CALM).wait(), "metrics.jsonl:1: is no metrics line")
+
+
 LATE = """
 import os, runpy, time
 
@@ -411,13 +416,27 @@ def test_a_mistake_is_said_once_though_the_launcher_ends_all_with_the_first(reci
     assert left.log.count("stages.mixing.lr") == 1
 
 
+def one_settles(rank: int) -> None:
+    """Let every process but the main one fail if it touches what killed runs left."""
+    if rank != 0:
+        nobody_settles(rank)
+
+
+def nobody_settles(_rank: int) -> None:
+    def settle(folder: Path) -> None:
+        raise AssertionError(folder)
+
+    distill.run.settle = settle
+
+
 def test_a_second_run_in_the_same_folder_is_refused(uninterrupted, recipe):
+    """Before it changes anything; and the main process alone changes anything."""
     expected = uninterrupted("ddp")
     folder = unfinished(expected, recipe.with_name("run"), "hidden", "logits")
     command = "ddp", "stages.run", recipe, *CALM
-    first = Ranks(*command)
+    first = Ranks(*command, before=one_settles)
     first.signal_when(signal.SIGSTOP, made(folder, "hidden", 3), rank=0)
-    require_refused_once(Ranks(*command).wait(), f"another run is at work in {folder}")
+    require_refused_once(Ranks(*command, before=nobody_settles).wait(), f"another run is at work in {folder}")
     first.signal_when(signal.SIGCONT, lambda: True, rank=0)
     require_done(first.wait())
     require_same_run(folder, expected)

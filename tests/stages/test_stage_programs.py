@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from distill.lock import LOCK, alone_in
 from tests.stages.conftest import STEPS, write_recipe
 from tests.stages.program import Ended, Program, fresh, require_refused, run
 from tests.stages.run_folder import STAGES, contents, flip_a_byte, metrics, require_same_run
@@ -80,6 +81,35 @@ def test_stages_run_one_by_one(recipe, whole):
     assert run("eval.stage", recipe, "hidden").code == 0
     assert run("stages.run", recipe).code == 0
     require_same_run(folder, whole[0])
+
+
+PROGRAMS = (("stages.run",), ("stages.prepare",), ("stages.mixing",), ("eval.stage", "teacher"))
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program[0])
+def test_another_run_is_refused_even_before_there_is_a_folder(recipe, program):
+    folder, (module, *arguments) = recipe.with_name("run"), program
+    with alone_in(folder):
+        require_refused(run(module, recipe, *arguments), f"another run is at work in {folder}")
+        assert contents(folder).keys() == {LOCK}
+    assert not folder.exists()
+
+
+def test_what_a_killed_run_left_is_seen_to_by_the_next_and_by_nobody_who_reads(finished, recipe, whole):
+    """A kill between the two renames of handing on; then another run is at work, which may be just there."""
+    (finished / "hidden").rename(finished / ".hidden.replaced")
+    with alone_in(finished):
+        before = contents(finished)
+        require_refused(run("stages.run", recipe), "another run is at work in")
+        require_refused(run("eval.stage", recipe, "hidden"), "another run is at work in")
+        assert run("distill.cli", "generate", finished / "logits", "def ", "--max-new-tokens", "4").code == 0
+        assert contents(finished) == before
+        assert run("eval.report", finished).code == 0
+        assert (finished / ".hidden.replaced").exists()
+    ended = run("stages.run", recipe)
+    assert ended.code == 0, ended.err
+    assert "hidden: already done" in ended.out
+    require_same_run(finished, whole[0])
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -158,7 +188,7 @@ def lines(folder: Path, stage: str) -> int:
 
 
 MOMENTS: dict[str, Callable[[Path], bool]] = {
-    "the text is being prepared": lambda run: run.is_dir(),
+    "the text is being prepared": lambda run: (run / ".data.parts").exists() or (run / "data").exists(),
     "the teacher was measured": lambda run: (run / "teacher/evaluation.json").exists(),
     "converted, not measured": lambda run: (run / "convert/stage.json").exists(),
     "before a checkpoint": lambda run: lines(run, "mixing") >= 3,

@@ -2,10 +2,12 @@
 
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from distill.engines import processes
 from distill.errors import UserError
@@ -146,3 +148,28 @@ def dies() -> None:
 def test_a_process_that_dies_ends_the_wait_at_once():
     with pytest.raises(AssertionError, match=r"process 0: .*(?s:.*)process 1: it died"):
         several(2, dies)
+
+
+def limit_of(group: dist.ProcessGroup) -> timedelta:
+    return group._get_backend(torch.device("cpu")).options._timeout
+
+
+def limits() -> list[timedelta]:
+    """Of exchanges, after another round in the same store with another limit; and of waiting."""
+    dist.destroy_process_group()
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    processes.LIMIT = timedelta(minutes=7)
+    processes.start("cpu")
+    return [limit_of(dist.group.WORLD), limit_of(processes._waiting_group)]
+
+
+def test_exchanges_have_a_limit_and_waiting_a_day():
+    assert several(1, limits) == [[timedelta(minutes=7), timedelta(days=1)]]
+
+
+def limit_of_a_library() -> timedelta:
+    return limit_of(dist.new_group())  # as DeepSpeed makes its own
+
+
+def test_groups_that_libraries_make_have_the_same_limit():
+    assert several(1, limit_of_a_library) == [processes.LIMIT]

@@ -34,7 +34,19 @@ def kill(*numbers: signal.Signals):
     return send
 
 
+@pytest.mark.parametrize("number", [number for number, _ in STOPS])
+def test_a_signal_that_was_ignored_from_the_start_stays_ignored(tmp_path, number):
+    handler = signal.signal(number, signal.SIG_IGN)
+    try:
+        run(tmp_path, batch=stop_at(ACCUMULATE * 6, kill(number)))
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, handler)
+    assert saved(tmp_path)[-1] == f"step-{STEPS:08d}"
+
+
 def test_a_second_sigint_does_not_wait(tmp_path):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, batch=stop_at(2, kill(signal.SIGINT, signal.SIGINT)))
 

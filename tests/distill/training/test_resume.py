@@ -20,13 +20,16 @@ pytestmark = pytest.mark.slow
 CHECKOUT = Path(__file__).parents[3]
 
 
-def start(folder: Path, *how: str) -> tuple[list[int], str]:
-    """The wait statuses of processes run one after another in ``folder``, and what they said."""
+def start(folder: Path, *how: str, under: tuple[str, ...] = ()) -> tuple[list[int], str]:
+    """The wait statuses of processes run one after another in ``folder``, and what they said.
+
+    Args:
+        under: a command that runs the command that follows it.
+    """
     script = Path(__file__).with_name("tiny_run.py")
     environment = os.environ | {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder), *how], env=environment, capture_output=True, text=True, timeout=300
-    )
+    command = [*under, sys.executable, str(script), str(folder), *how]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr
 
@@ -117,3 +120,13 @@ def test_sigterm_saves_and_exits_with_143(tmp_path, uninterrupted, how):
     assert f"continuing from {tmp_path / 'checkpoints/step-00000006'}" in said
     assert statuses[1] == 0
     require_same(tmp_path, uninterrupted)
+
+
+def test_nohup_shields_a_run(tmp_path, uninterrupted):
+    """And without it the same signal stops the run."""
+    statuses, said = start(tmp_path / "shielded", "hup:6", under=("nohup",))
+    assert statuses == [0]
+    assert "stopped by" not in said
+    require_same(tmp_path / "shielded", uninterrupted)
+    statuses, said = start(tmp_path / "bare", "hup:6")
+    assert os.waitstatus_to_exitcode(statuses[0]) == 129

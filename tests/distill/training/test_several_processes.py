@@ -1,6 +1,7 @@
 """The loop on two real processes: one run, whoever of them is asked to stop, fails, or was not there before."""
 
 import errno
+import json
 import math
 import os
 import signal
@@ -268,6 +269,67 @@ def test_what_one_process_finds_damaged_all_refuse(tmp_path):
         assert step == 16
         assert damage.startswith(f"{newest / name} was changed")
         (newest / name).write_bytes(content)
+
+
+def hide(hidden: dict[int, str], looks: float = math.inf) -> None:
+    """Let a process not see a file, as on a network file system, until it has looked for it so often."""
+    name, is_file, rglob = hidden.get(processes.rank()), Path.is_file, Path.rglob
+
+    def sees(self: Path) -> bool:
+        nonlocal looks
+        if self.name == name and looks > 0:
+            looks -= 1
+            return False
+        return is_file(self)
+
+    Path.is_file = sees
+    Path.rglob = lambda self, pattern: (path for path in rglob(self, pattern) if path.name != name or looks <= 0)
+
+
+def written_under_views(folder: Path, hidden: dict[int, str]) -> None:
+    def write_state(state: Path) -> None:
+        state.mkdir(exist_ok=True)
+        (state / f"part-{processes.rank()}").write_text("weights")
+
+    hide(hidden)
+    checkpoint.save(folder, 1, write_state, {}, keep=1)
+
+
+VIEWS: dict[str, dict[int, str]] = {
+    "the main process": {0: "part-1"},
+    "another one": {1: "rng-00000.pt"},
+    "both": {0: "rng-00001.pt", 1: "part-0"},
+}
+
+
+@pytest.mark.parametrize("who", VIEWS)
+def test_the_manifest_has_every_file_whoever_does_not_see_it_yet(tmp_path, who):
+    several(2, written_under_views, tmp_path, VIEWS[who])
+    saved = tmp_path / "step-00000001"
+    names = checkpoint_files(saved)
+    assert {"state/part-0", "state/part-1"} < {*names}
+    assert sorted(json.loads((saved / "manifest.json").read_text())["files"]) == names
+    assert checkpoint.damage_of(saved) is None
+
+
+def found_under_views(folder: Path, hidden: str, looks: float) -> str | None:
+    checkpoint.VIEW = 60.0 if math.isfinite(looks) else 0.2
+    hide({1: hidden}, looks)
+    return checkpoint.damage_of(folder)
+
+
+@pytest.mark.parametrize("hidden", ["manifest.json", "loop.json", "rng-00001.pt", "part-0"])
+def test_what_shows_late_is_waited_for(tmp_path, hidden):
+    several(2, written_under_views, tmp_path, {})
+    assert several(2, found_under_views, tmp_path / "step-00000001", hidden, 3) == [None] * 2
+
+
+def test_what_one_process_never_sees_is_named(tmp_path):
+    several(2, written_under_views, tmp_path, {})
+    saved = tmp_path / "step-00000001"
+    first, second = several(2, found_under_views, saved, "rng-00001.pt", math.inf)
+    assert first == second
+    assert first.startswith(f"{saved / 'rng-00001.pt'} is there for the main process and not for process 1")
 
 
 def checkpoint_files(folder: Path) -> list[str]:

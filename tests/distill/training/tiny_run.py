@@ -27,6 +27,7 @@ from distill.objectives import hidden_distance
 from distill.training import Cadence, Part, TrainResult, parameter_groups, schedule, train
 
 STEPS, ACCUMULATE, TOKENS = 20, 2, 2 * 3 * 8
+SIGNALS = {"step": signal.SIGKILL, "term": signal.SIGTERM, "terms": signal.SIGTERM, "hup": signal.SIGHUP}
 CADENCE = Cadence(eval_every=6, checkpoint_every=4, keep_checkpoints=2)
 
 
@@ -156,6 +157,7 @@ def start(folder: Path, how: str) -> int:
     partial:N     it is killed when the Nth half-written checkpoint appears
     term:N        it sends itself SIGTERM in the middle of its Nth step
     terms:N       the same, and again at every fsync from then on
+    hup:N         it sends itself SIGHUP in the middle of its Nth step
     """
     kind, _, number = how.partition(":")
     child = os.fork()
@@ -194,8 +196,8 @@ def _run_until(folder: Path, kind: str, number: int) -> None:
     def batch(index: int) -> dict[str, Tensor]:
         nonlocal asked
         asked += 1
-        if kind in ("step", "term", "terms") and asked == number * ACCUMULATE:
-            os.kill(os.getpid(), signal.SIGKILL if kind == "step" else signal.SIGTERM)
+        if kind in SIGNALS and asked == number * ACCUMULATE:
+            os.kill(os.getpid(), SIGNALS[kind])
         return micro_batch(index)
 
     def counted_fsync(handle: int) -> None:
