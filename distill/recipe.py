@@ -221,6 +221,8 @@ class MixingStage(LayerwiseTraining):
     # Decay would shrink the rows of the fused projection that make values and gate, which this stage never trains.
     weight_decay: NotNegative = 0.0
     """AdamW's decay, on matrices only."""
+    form: Literal["unsquared", "squared", "row_normalised"] = "unsquared"
+    """A head's distance: the Frobenius norm, its square, or the mean of the rows' relative errors."""
     train: Annotated[tuple[Literal["mixer"], ...], Some] = ("mixer",)
     """The roles that are trained; no other parameter shapes a mixing matrix."""
 

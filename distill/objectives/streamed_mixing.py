@@ -1,8 +1,8 @@
 """The mixing distance without a T×T matrix, with its gradient formed in the same sweep.
 
-`distill.objectives.mixing` defines the loss; `distill.objectives.strips` forms the two matrices, a few rows at a time,
-and from them every row's distance and the gradients of ½ Σ_t w_t ‖M_t − A_t‖². What is left for here is a factor a head,
-known at the end of the sweep, so that backward multiplies by it and by what comes from above, and computes nothing twice:
+`distill.objectives.mixing` defines the loss. `distill.objectives.strips` forms the two matrices, a few rows at a time,
+and from them every row's distance and the gradients of ½ Σ_t w_t ‖M_t − A_t‖². What is left for here is a factor a
+head, known at the end of the sweep: backward multiplies by it and by what comes from above, and computes nothing twice.
 
     form             w_t                     distance                           factor
     unsquared        1                       (Σ_t ‖M_t − A_t‖²)^½               1 / distance

@@ -46,9 +46,9 @@ from torch import Tensor
 
 from distill.ssd.factors import MatrixFactors
 
-_STRIP_BYTES = {"cpu": 2**22, "cuda": 2**28}
+_STRIP_BYTES = {"cpu": 2**22, "cuda": 2**27}
 """Of one strip, all its heads; at least one key head's query heads are looked at together."""
-_ROWS = {"cpu": 128, "cuda": 512}
+ROWS = {"cpu": 128, "cuda": 512}
 """Rows of a strip. More of them waste more above the diagonal, fewer scale the factors more often."""
 
 
@@ -108,7 +108,7 @@ def sweep(student: MatrixFactors, target: Target, *, by_row: bool, wanted: bool)
     if wanted:
         of_scalars, of_vectors = (B, T, H), student.B_BTHN.shape
         gradients = Gradients(*map(like.new_empty, (of_scalars, of_vectors, of_vectors, of_scalars, (B, H))))
-    n_rows = min(T, _ROWS[like.device.type])
+    n_rows = min(T, ROWS[like.device.type])
     for batch, keys in _groups(target, n_rows * T * like.element_size()):
         pair = _pair(student, target, batch, keys, like.dtype)
         found = _Found.empty(pair, wanted)
@@ -121,6 +121,19 @@ def sweep(student: MatrixFactors, target: Target, *, by_row: bool, wanted: bool)
         if gradients is not None:
             _store(gradients, pair, found, batch, heads)
     return rows_BHT, gradients
+
+
+def working_bytes(heads: int, width: int, state_dim: int, length: int, device: str) -> int:
+    """What a sweep takes besides gradients while it looks at a few heads of one sequence, in fp32.
+
+    Args:
+        width: D.
+        device: cpu or cuda.
+    """
+    strip = 4 * min(length, ROWS[device]) * length
+    together = max(1, min(heads, _STRIP_BYTES[device] // strip))
+    # Queries and keys; B, C, their gradients, what is written and its gradient as one strip sees them.
+    return together * (2 * strip + 4 * length * (2 * width + 6 * state_dim))
 
 
 def inverse(x: Tensor) -> Tensor:
@@ -344,7 +357,7 @@ def _factors(pair: _Pair, strip: _Strip) -> _Factors:
 def _subtract_from_student(A_YRX: Tensor, pair: _Pair, strip: _Strip, factors: _Factors) -> tuple[Tensor, Tensor]:
     """(E off the diagonal, in the place of A, and 0 on it; E's diagonal)."""
     before_YRX, inside_YRR = strip.split(A_YRX)
-    before_YRX.baddbmm_(factors.C_far_YRN, factors.b_far_YXN.mT, beta=-1)
+    torch.baddbmm(before_YRX, factors.C_far_YRN, factors.b_far_YXN.mT, beta=-1, out=before_YRX)
     diagonal_YR = inside_YRR.diagonal(dim1=-2, dim2=-1)
     own_YR = pair.own_YT[:, strip.here] - diagonal_YR
     diagonal_YR.zero_()
