@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from distill.objectives.mixing import mixing_distance
+from distill.objectives.streamed_mixing import streamed_mixing_distance
+from distill.objectives.strips import working_bytes
+
+_SHORT = 64
 
 
 class Saved(NamedTuple):
@@ -20,7 +23,7 @@ class Saved(NamedTuple):
 
     Attributes:
         a_sequence: what each sequence of the batch adds.
-        once: what is kept whatever the batch: under autocast the bfloat16 copies of the weights.
+        once: what is kept whatever the batch: under autocast the bfloat16 copies of the weights, and room to work in.
     """
 
     a_sequence: int
@@ -49,17 +52,31 @@ def of_mixer(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> S
     return _saved(mixer, lambda mixer, hidden_BTD: mixer(hidden_BTD), hidden, block, dtype)
 
 
-def of_matrix(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> Saved:
-    """What one mixer's matrix keeps up to its distance from the teacher's, that one included."""
+def of_matrix(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype, device: str = "cuda") -> Saved:
+    """What the distance of one mixer's matrix from the teacher's takes, which holds no T×T tensor: it grows with T.
+
+    That is what the mixer keeps, the gradient with respect to the matrix's factors, which is formed in the forward
+    pass, and what else is there while it is formed: the factors, the teacher's queries and keys, and the strips.
+
+    Args:
+        device: cpu or cuda, which sweep strips of different sizes.
+    """
 
     def run(mixer: Any, hidden_BTD: Tensor) -> None:
-        matrix_BHTT = mixer.mixing_matrix(hidden_BTD)
-        mixing_distance(matrix_BHTT, torch.empty_like(matrix_BHTT))
+        factors = mixer.matrix_factors(hidden_BTD)
+        B, T, H, N = factors.B_BTHN.shape
+        q_BHTN = torch.empty(B, H, T, N)
+        streamed_mixing_distance(factors, q_BHTN, q_BHTN, scaling=1.0)
 
-    heads = int(mixer.n_heads)  # type: ignore[arg-type]
-    teacher = 2 * heads * block**2 * 4  # the scores and their softmax, fp32
-    saved = _saved(mixer, run, hidden, block, dtype)
-    return Saved(teacher + saved.a_sequence, saved.once)
+    # Everything but the strips is a multiple of T. Two short runs know it all; a long one would take as many
+    # operations as a real sweep, and each costs more without data than with it.
+    one, two = (_saved(mixer, run, hidden, length, dtype) for length in (_SHORT, 2 * _SHORT))
+    kept, once = (a + (b - a) * (block - _SHORT) // _SHORT for a, b in zip(one, two, strict=True))
+    of_mixer: Any = mixer
+    heads, width, state = int(of_mixer.n_heads), int(of_mixer.head_dim), int(of_mixer.state_dim)
+    factors = block * heads * (width + 2 * state) * dtype.itemsize
+    queries_and_keys = 2 * block * heads * width * 4
+    return Saved(kept + factors + queries_and_keys, once + working_bytes(heads, width, state, block, device))
 
 
 def _saved(module: nn.Module, run: Callable[[Any, Tensor], None], hidden: int, block: int, dtype: torch.dtype) -> Saved:

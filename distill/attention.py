@@ -90,10 +90,16 @@ class AttentionView:
             hidden_BTD: what the attention layer reads (after its norm).
             position_embeddings: the (cos, sin) the decoder hands to its layers.
         """
+        q_BHTP, k_BKTP = self.queries_and_shared_keys(hidden_BTD, position_embeddings)
+        return q_BHTP, self.per_query_head(k_BKTP, dim=1)
+
+    def queries_and_shared_keys(
+        self, hidden_BTD: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """As `queries_and_keys`, with the keys once: (B, H, T, P) and (B, K, T, P)."""
         q_BHTP = self.q(hidden_BTD).unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)
         k_BKTP = self.k(hidden_BTD).unflatten(-1, (self.n_kv_heads, self.head_dim)).transpose(1, 2)
-        q_BHTP, k_BKTP = self.rotate(q_BHTP, k_BKTP, *position_embeddings)
-        return q_BHTP, self.per_query_head(k_BKTP, dim=1)
+        return self.rotate(q_BHTP, k_BKTP, *position_embeddings)
 
     def values(self, hidden_BTD: Tensor) -> Tensor:
         """Values repeated to the query heads, (B, T, H, P)."""

@@ -8,6 +8,7 @@ T         tokens a sequence, `data.block`
 D, V      hidden size, vocabulary
 H, P, N   heads, channels a head, state size a head
 Q         positions the scan takes at once, `distill.ssd.chunked.CHUNK`
+R         rows of a strip of mixing matrices, `distill.objectives.strips.ROWS`, at most T
 n_role    parameters of a role (`distill.roles`); n_role of the student, unless marked t for the teacher
 ========  =============================================================================
 
@@ -22,12 +23,12 @@ Floating-point operations a token, forward, multiplications and additions counte
 Backward costs twice the forward, and n weights that are frozen save 2 n of it. So a token of training costs::
 
     teacher     2 (n_attention + n_mlp)t + L attention
-    mixing      teacher + (L − K) 2 T H P  +  3 (2 n_mixer + (L − K) 2 T H N)
-    hidden      teacher                    +  3 (2 n_mixer + (L − K) scan)     and, with target: block,
-                                           +  3 · 2 n_mlp (L − K) / L
-    logits      teacher + head             +  3 (layers + head),  where
-                                           layers = 2 (n_mixer + n_attention + n_mlp) + (L − K) scan + K attention
-                                           +  layers again, with gradient_checkpointing
+    mixing      teacher + (L − K) (T + R) H P  +  3 (2 n_mixer + (L − K) (T + R) H N)
+    hidden      teacher                        +  3 (2 n_mixer + (L − K) scan)     and, with target: block,
+                                               +  3 · 2 n_mlp (L − K) / L
+    logits      teacher + head                 +  3 (layers + head),  where
+                                               layers = 2 (n_mixer + n_attention + n_mlp) + (L − K) scan + K attention
+                                               +  layers again, with gradient_checkpointing
 
 The first two stages never run the head, and a last stage with an offline teacher no teacher. Computing a layer again
 stops before its last product, whose result backward does not need; that fifth of it is counted all the same.
@@ -44,6 +45,7 @@ from transformers import PreTrainedModel
 from distill import activations
 from distill.data.batches import micro_batches
 from distill.layout import mixer_layers
+from distill.objectives.strips import ROWS
 from distill.recipe import HiddenStage, LogitsStage, MixingStage, Recipe, Stage
 from distill.ssd.chunked import CHUNK
 
@@ -62,7 +64,8 @@ class Kept(NamedTuple):
         graph: what autograd keeps at the worst moment.
         traces: what the teacher read and wrote in the converted layers, in the first two stages.
         weights: bfloat16 copies of the fp32 weights that the graph holds at that moment, made by autocast.
-        in_all: all that is kept, one layer after the other, as often as it is written.
+        in_all: all that is kept, one layer after the other, as often as it is written; and what is moved as often as
+            that without being kept, such as the strips of mixing matrices.
     """
 
     graph: int
@@ -89,6 +92,10 @@ class Sizes:
     @property
     def n_changed(self) -> int:
         return self.n_layers - self.n_kept
+
+    @property
+    def rows(self) -> int:
+        return min(self.block, ROWS["cuda"])
 
 
 def sizes_of(student: PreTrainedModel, block: int, teacher_roles: dict[str, int], roles: dict[str, int]) -> Sizes:
@@ -134,7 +141,7 @@ def teacher_flops_per_token(sizes: Sizes, stage: Stage) -> float:
     s = sizes
     layers = 2 * (s.teacher["attention"] + s.teacher["mlp"]) + s.n_layers * _attention(s)
     if isinstance(stage, MixingStage):
-        return layers + s.n_changed * 2 * s.block * s.heads * s.head_dim
+        return layers + s.n_changed * (s.block + s.rows) * s.heads * s.head_dim
     return layers if isinstance(stage, HiddenStage) else layers + _head(s)
 
 
@@ -144,7 +151,7 @@ def student_flops_per_token(sizes: Sizes, stage: Stage) -> float:
     chunk = min(CHUNK, s.block)
     scan = s.heads * (2 * chunk * (s.state_dim + s.head_dim) + 4 * s.head_dim * s.state_dim)
     if isinstance(stage, MixingStage):
-        return 3 * (2 * n["mixer"] + s.n_changed * 2 * s.block * s.heads * s.state_dim)
+        return 3 * (2 * n["mixer"] + s.n_changed * (s.block + s.rows) * s.heads * s.state_dim)
     if isinstance(stage, HiddenStage):
         mlp = n["mlp"] * s.n_changed / s.n_layers if stage.target == "block" else 0
         return 3 * (2 * n["mixer"] + s.n_changed * scan + 2 * mlp) - (0 if "mlp" in stage.train else 2 * mlp)
@@ -216,8 +223,11 @@ def _kept_by_layers(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrai
         return Kept(0, 0, 0, 0)
     layer = student.get_decoder().layers[mixer_layers(student.config)[0]]
     shape = (sizes.hidden, sizes.block, DTYPES[recipe.dtype])
+    moved = 0
     if isinstance(stage, MixingStage):
         saved = activations.of_matrix(layer.self_attn, *shape)
+        # Written three times, as scores, as weights and as errors, and never kept.
+        moved = sequences * sizes.n_changed * 4 * sizes.heads * sizes.block * (sizes.block + sizes.rows) // 2
     elif isinstance(stage, HiddenStage) and stage.target == "block":
         saved = activations.of_layer(layer, *shape)
     else:
@@ -225,7 +235,7 @@ def _kept_by_layers(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrai
     graph = sequences * saved.a_sequence
     tensors = _traced(stage, mixer_layers(student.config))
     traces = sequences * sizes.block * tensors * sizes.hidden * DTYPES[recipe.teacher.dtype].itemsize
-    return Kept(graph=graph, traces=traces, weights=saved.once, in_all=sizes.n_changed * graph + traces)
+    return Kept(graph=graph, traces=traces, weights=saved.once, in_all=sizes.n_changed * graph + traces + moved)
 
 
 def _traced(stage: Stage, changed: list[int]) -> int:

@@ -220,6 +220,8 @@ class MixingStage(LayerwiseTraining):
 
     weight_decay: NotNegative = 0.0
     """None: the rows of a mixer's projection that make values and gate, which this stage never trains, would shrink."""
+    form: Literal["unsquared", "squared", "row_normalised"] = "unsquared"
+    """A head's distance: the Frobenius norm, its square, or the mean of the rows' relative errors."""
     train: Annotated[tuple[Literal["mixer"], ...], Some] = ("mixer",)
     """The roles that are trained; no other parameter shapes a mixing matrix."""
 

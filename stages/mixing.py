@@ -2,8 +2,9 @@
 
     python -m stages.mixing recipes/quickstart.yaml
 
-For layer l with teacher hidden state u:  min ‖ softmax-attention(u) − mixing-matrix(u) ‖_F, a mean over heads.
-Every mixer reads the teacher's hidden state, so layers train alone and one layer's graph is alive at a time.
+For layer l with teacher hidden state u:  min ‖ softmax-attention(u) − mixing-matrix(u) ‖_F, a mean over heads, or one
+of the other forms of `distill.objectives.mixing`. Every mixer reads the teacher's hidden state, so layers train alone
+and one layer's graph is alive at a time. Neither matrix is ever written out: memory grows with T, not with T².
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from distill.attention import family_of, view
 from distill.capture import LayerTrace, layer_traces, sequence_arguments
 from distill.documents import document_index
 from distill.handover import StageRecord
-from distill.objectives import attention_matrix, mixing_distance
+from distill.objectives import Form, streamed_mixing_distance
 from distill.recipe import MixingStage
 from distill.run import Run
 from distill.student import mixers_of
@@ -32,8 +33,9 @@ class MixingObjective:
 
     layerwise = True
 
-    def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, _settings: MixingStage) -> None:
+    def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, settings: MixingStage) -> None:
         self.teacher, self.dtype = teacher, student.dtype
+        self.form: Form = settings.form
         self.mixers = mixers_of(student)
         family, self.layers = family_of(teacher.config), teacher.get_decoder().layers
         self.attention = {index: view(self.layers[index].self_attn, family) for index in self.mixers}
@@ -52,19 +54,21 @@ class MixingObjective:
         """The distance of one layer, summed over sequences."""
         attention, mixer = self.attention[index], self.mixers[index]
         with torch.no_grad():
-            q_BHTP, k_BHTP = within(
-                self.layers[index], attention.queries_and_keys, trace.attention_input, trace.position_embeddings
-            )
-            target_BHTT = attention_matrix(
-                q_BHTP,
-                k_BHTP,
-                scaling=attention.scaling,
-                document_BT=document_index(batch["position_ids"]),
-                window=attention.sliding_window,
+            q_BHTP, k_BKTP = within(
+                self.layers[index], attention.queries_and_shared_keys, trace.attention_input, trace.position_embeddings
             )
         u_BTD = trace.attention_input.to(self.dtype)
-        matrix_BHTT = within(mixer, mixer.mixing_matrix, u_BTD, **sequence_arguments(batch))
-        return mixing_distance(matrix_BHTT, target_BHTT, batch["valid"], reduction="sum")
+        return streamed_mixing_distance(
+            within(mixer, mixer.matrix_factors, u_BTD, **sequence_arguments(batch)),
+            q_BHTP,
+            k_BKTP,
+            batch["valid"],
+            scaling=attention.scaling,
+            document_BT=document_index(batch["position_ids"]),
+            window=attention.sliding_window,
+            form=self.form,
+            reduction="sum",
+        )
 
 
 def main(run: Run) -> StageRecord:

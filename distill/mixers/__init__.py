@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from distill.mixers.discrete_mamba2 import DiscreteMamba2Mixer
 from distill.mixers.mamba2 import Mamba2Mixer
+from distill.ssd.factors import MatrixFactors
 
 
 class Mixer(Protocol):
@@ -24,7 +25,13 @@ class Mixer(Protocol):
     def mixing_matrix(
         self, hidden_BTD: Tensor, *, valid_BT: Tensor | None = None, resets_BT: Tensor | None = None
     ) -> Tensor:
-        """The (B, H, T, T) matrix it multiplies its values with, which MOHAWK's first stage matches."""
+        """The (B, H, T, T) matrix it multiplies its values with, to look at; documents and padding are zeros in it."""
+        ...
+
+    def matrix_factors(
+        self, hidden_BTD: Tensor, *, valid_BT: Tensor | None = None, resets_BT: Tensor | None = None
+    ) -> MatrixFactors:
+        """What that matrix is made of, borders of documents apart; MOHAWK's first stage matches it through them."""
         ...
 
     def matrix_parameters(self) -> list[nn.Parameter]:

@@ -36,6 +36,7 @@ from distill.mixers.state_space import (
     ShortConvolution,
     cache_layer,
     consecutive,
+    factors,
     inverse_softplus,
     mask_positions,
     matrix,
@@ -43,6 +44,7 @@ from distill.mixers.state_space import (
     split_heads,
     widen,
 )
+from distill.ssd.factors import MatrixFactors
 
 
 class GatedHeadNorm(nn.Module):
@@ -158,6 +160,12 @@ class Mamba2Mixer(nn.Module):
     ) -> Tensor:
         """The (B, H, T, T) matrix that takes the values to :meth:`mix`'s output; fp32."""
         return matrix(self._terms(hidden_BTD, valid_BT, resets_BT, None)[0], resets_BT=resets_BT)
+
+    def matrix_factors(
+        self, hidden_BTD: Tensor, *, valid_BT: Tensor | None = None, resets_BT: Tensor | None = None
+    ) -> MatrixFactors:
+        """What :meth:`mixing_matrix` is made of, which grows with T and not with T²."""
+        return factors(self._terms(hidden_BTD, valid_BT, resets_BT, None)[0])
 
     def state_numel(self) -> int:
         """Numbers remembered per sequence: scan state and convolution inputs."""

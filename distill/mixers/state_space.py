@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from distill.cache import MixerCacheLayer
 from distill.ssd import causal_convolution, convolution_step, mixing_matrix, scan, scan_step
+from distill.ssd.factors import MatrixFactors
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ def matrix(terms: ScanTerms, *, resets_BT: Tensor | None) -> Tensor:
         if terms.step_BTH is not None:
             matrix_BHTT = matrix_BHTT * widen(terms.step_BTH).mT[:, :, None, :]
         return matrix_BHTT + torch.diag_embed(widen(terms.skip_H)[:, None].expand(-1, matrix_BHTT.shape[-1]))
+
+
+def factors(terms: ScanTerms) -> MatrixFactors:
+    """What :func:`matrix` is made of, documents apart."""
+    return MatrixFactors(terms.log_decay_BTH, terms.B_BTHN, terms.C_BTHN, terms.step_BTH, terms.skip_H)
 
 
 class ShortConvolution(nn.Conv1d):

@@ -6,13 +6,16 @@ or ``"sum"``, treats the teacher as a constant, and ignores what stands at paddi
 
 from distill.objectives.hidden import hidden_distance
 from distill.objectives.logits import DIVERGENCES, logit_loss, scored_positions
-from distill.objectives.mixing import attention_matrix, mixing_distance
+from distill.objectives.mixing import Form, attention_matrix, mixing_distance
+from distill.objectives.streamed_mixing import streamed_mixing_distance
 
 __all__ = [
     "DIVERGENCES",
+    "Form",
     "attention_matrix",
     "hidden_distance",
     "logit_loss",
     "mixing_distance",
     "scored_positions",
+    "streamed_mixing_distance",
 ]

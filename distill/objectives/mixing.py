@@ -3,19 +3,44 @@
 A sequence mixer is a T×T matrix applied to values: for attention the post-softmax weights, for a state-space
 layer the semiseparable matrix of its scan. Both are matched as matrices, before any value is seen:
 
-    loss = 1/(B·H) Σ_{b,h} ‖M_bh − A_bh‖_F            M student, A teacher; the norm is not squared
+    loss = 1/(B·H) Σ_{b,h} distance_bh                M student, A teacher
+
+    unsquared        distance = ‖M − A‖_F             MOHAWK's
+    squared          distance = ‖M − A‖_F²
+    row_normalised   distance = 1/n Σ_t ‖M_t − A_t‖₂ / max(‖A_t‖₂, T^-½)     n valid rows t
 
     A = softmax(mask(cap(scaling · Q Kᵀ)))            cap(x) = c·tanh(x/c) where the family caps its scores
+
+The first two grow with T; and since a row of attention has a norm between t^-½ (even) and 1 (a single peak), a diffuse
+head's norm is mostly that of its first rows. `row_normalised` is each row's relative error: every row counts alike,
+M = 0 costs 1 at every length, and, as in stage 2, one bad row weighs as its distance, not its square. T^-½ is the least
+norm that a row of T weights with sum 1 can have; it acts where padding took the weight of a row, and nowhere else.
 
 Index convention: row t (a query, an output position), column s ≤ t (a key, an input position).
 B batch, H query heads, T = S tokens, D width of a head.
 Source: MOHAWK, Bick et al. 2024 (arXiv 2408.10189), its stage 1, "matrix orientation".
+
+This is the readable form, which holds both matrices. Training uses `distill.objectives.streamed_mixing`.
 """
+
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from distill.objectives.numerics import Reduction, full_precision, reduce, require_same_shape
+
+Form = Literal["unsquared", "squared", "row_normalised"]
+
+
+def require_form(form: str) -> None:
+    """Refuse a form that there is not.
+
+    Raises:
+        ValueError: another than the three.
+    """
+    if form not in get_args(Form):
+        raise ValueError(f"form is {', '.join(map(repr, get_args(Form)))}, not {form!r}")
 
 
 def mixing_distance(
@@ -23,30 +48,49 @@ def mixing_distance(
     teacher_BHTS: Tensor,
     valid_BT: Tensor | None = None,
     *,
+    form: Form = "unsquared",
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Mean over batch and heads of the Frobenius distance between mixing matrices.
+    """Mean over batch and heads of the distance between mixing matrices.
 
     Args:
         student_BHTS: (B, H, T, T), any float dtype.
         teacher_BHTS: (B, H, T, T), a constant: no gradient flows into it.
         valid_BT: (B, T) bool; rows and columns of invalid tokens are left out. None means all count.
+        form: one of the three above.
         reduction: "mean" over batch × heads; "sum" over the batch of the mean over heads.
 
     Returns:
         A scalar in fp32 (fp64 for fp64 inputs). Where the two matrices are equal the gradient is exactly 0.
 
     Raises:
-        ValueError: different shapes, or another reduction.
+        ValueError: different shapes, another form, or another reduction.
     """
+    require_form(form)
     require_same_shape(student_BHTS, teacher_BHTS)
-    difference_BHTS = full_precision(student_BHTS) - full_precision(teacher_BHTS.detach())
+    teacher_BHTS = full_precision(teacher_BHTS.detach())
+    difference_BHTS = full_precision(student_BHTS) - teacher_BHTS
     if valid_BT is not None:
-        both_valid_BTS = valid_BT[:, :, None] & valid_BT[:, None, :]
-        difference_BHTS = difference_BHTS.masked_fill(~both_valid_BTS[:, None], 0)
-    # As in hidden.py: the norm whose gradient at 0 is 0.
-    distance_BH = torch.linalg.vector_norm(difference_BHTS, dim=(-2, -1))
+        left_out_B1TS = ~(valid_BT[:, None, :, None] & valid_BT[:, None, None, :])
+        difference_BHTS = difference_BHTS.masked_fill(left_out_B1TS, 0)
+        teacher_BHTS = teacher_BHTS.masked_fill(left_out_B1TS, 0)
+    if form == "row_normalised":
+        distance_BH = _relative_error(difference_BHTS, teacher_BHTS, valid_BT)
+    elif form == "squared":
+        distance_BH = difference_BHTS.square().sum(dim=(-2, -1))
+    else:
+        # As in hidden.py: the norm whose gradient at 0 is 0.
+        distance_BH = torch.linalg.vector_norm(difference_BHTS, dim=(-2, -1))
     return reduce(distance_BH.mean(dim=1).sum(), distance_BH.shape[0], reduction)
+
+
+def _relative_error(difference_BHTS: Tensor, teacher_BHTS: Tensor, valid_BT: Tensor | None) -> Tensor:
+    """(B, H): the mean over valid rows of a row's relative error."""
+    length = difference_BHTS.shape[-1]
+    size_BHT = torch.linalg.vector_norm(teacher_BHTS, dim=-1).clamp_min(length**-0.5)
+    error_BHT = torch.linalg.vector_norm(difference_BHTS, dim=-1) / size_BHT
+    rows: Tensor | float = length if valid_BT is None else valid_BT.sum(dim=1, keepdim=True)
+    return reduce(error_BHT.sum(dim=-1), rows, "mean")
 
 
 def attention_matrix(

@@ -25,6 +25,19 @@ def naive_distance(student: Tensor, teacher: Tensor, valid: Tensor) -> float:
     return total / (B * H)
 
 
+def naive_relative_error(student: Tensor, teacher: Tensor, valid: Tensor) -> float:
+    B, H, T, _ = student.shape
+    total = 0.0
+    for b in range(B):
+        columns = [s for s in range(T) if valid[b, s]]
+        for h in range(H):
+            for t in columns:
+                error = math.sqrt(sum(float(student[b, h, t, s] - teacher[b, h, t, s]) ** 2 for s in columns))
+                size = math.sqrt(sum(float(teacher[b, h, t, s]) ** 2 for s in columns))
+                total += error / max(size, 1 / math.sqrt(T)) / len(columns)
+    return total / (B * H)
+
+
 def naive_attention(q, k, scaling, document, window, softcap) -> Tensor:
     B, H, T, D = q.shape
     weights = torch.zeros(B, H, T, T, dtype=torch.float64)
@@ -62,9 +75,43 @@ def test_it_equals_the_loops(matrices):
     assert mixing_distance(student, teacher).item() == pytest.approx(expected, rel=1e-14)
 
 
-def test_the_gradient_is_that_of_the_value(matrices):
+def test_relative_errors_equal_the_loops(matrices):
     student, teacher, valid = matrices
-    assert torch.autograd.gradcheck(lambda s: mixing_distance(s, teacher, valid), student.requires_grad_())
+    teacher[0, 1, 2] /= 100  # a row smaller than any of attention's: its size counts as T^-1/2
+    expected = naive_relative_error(student, teacher, valid)
+    assert mixing_distance(student, teacher, valid, form="row_normalised").item() == pytest.approx(expected, rel=1e-14)
+    expected = naive_relative_error(student, teacher, torch.ones_like(valid))
+    assert mixing_distance(student, teacher, form="row_normalised").item() == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("length", [3, 30, 300])
+def test_a_student_of_zeros_has_a_relative_error_of_one_at_every_length(length):
+    q, k = torch.randn(2, 1, 2, length, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    teacher = attention_matrix(q, k, scaling=1.0)
+    loss = mixing_distance(torch.zeros_like(teacher), teacher, form="row_normalised")
+    torch.testing.assert_close(loss, torch.ones_like(loss))
+
+
+def test_the_square_is_that_of_each_heads_norm(matrices):
+    student, teacher, valid = matrices
+    heads = [
+        mixing_distance(student[b : b + 1, h : h + 1], teacher[b : b + 1, h : h + 1], valid[b : b + 1])
+        for b in range(2)
+        for h in range(3)
+    ]
+    expected = torch.stack(heads).square().mean()
+    torch.testing.assert_close(mixing_distance(student, teacher, valid, form="squared"), expected)
+
+
+@pytest.mark.parametrize("form", ["unsquared", "squared", "row_normalised"])
+def test_the_gradient_is_that_of_the_value(matrices, form):
+    student, teacher, valid = matrices
+    assert torch.autograd.gradcheck(lambda s: mixing_distance(s, teacher, valid, form=form), student.requires_grad_())
+
+
+def test_another_form_is_refused(matrices):
+    with pytest.raises(ValueError, match="form is 'unsquared', 'squared', 'row_normalised', not 'cubed'"):
+        mixing_distance(*matrices, form="cubed")
 
 
 def test_sum_is_over_sequences_of_the_mean_over_heads(matrices):
