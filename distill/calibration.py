@@ -4,24 +4,22 @@ Random tokens, because conversion must not need data: what is measured (sizes, a
 belongs to the weights rather than to the text; measured on text it serves no better (docs/experiments.md).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distill.capture import LayerTrace, watch_layers
+from distill.capture import LayerTrace, traced_layers
 
 SEQUENCES, LENGTH = 8, 128
 TOKENS_PER_DIMENSION = 2
 
 
-def calibrate(
-    teacher: PreTrainedModel, layers: Iterable[int], see: Callable[[int, LayerTrace], None], seed: int = 0
-) -> None:
-    """Show ``see`` what attention reads in each of the given layers, for a few sequences of random tokens.
+def calibrate(teacher: PreTrainedModel, layers: Iterable[int], seed: int = 0) -> Iterator[tuple[int, LayerTrace]]:
+    """What attention reads (``attention_input``) in each of the given layers, for a few sequences of random tokens.
 
-    One layer after another, so that one layer's is all that is in memory; of a trace ``attention_input`` is there.
+    One layer after another, so that one layer's is all that is in memory.
     """
     text = teacher.config.get_text_config()
     length = min(LENGTH, text.max_position_embeddings)
@@ -30,7 +28,7 @@ def calibrate(
     ids_BT = torch.randint(text.vocab_size, (sequences, length), generator=generator)
     batch = {"input_ids": ids_BT, "position_ids": torch.arange(length).expand(sequences, -1)}
     on_device = {name: tensor.to(teacher.device) for name, tensor in batch.items()}
-    watch_layers(teacher, on_device, layers, see, wants=["attention_input"])
+    return traced_layers(teacher, on_device, layers, wants=["attention_input"])
 
 
 def steady_direction(inputs_BTD: Tensor) -> Tensor:

@@ -4,14 +4,13 @@ In the first two stages every mixer is fed its teacher's hidden state and matche
 this is where both come from. The language-model head is not run.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from distill.documents import document_starts
@@ -28,7 +27,7 @@ class LayerTrace:
 
     Attributes:
         layer_input: the hidden state that enters the layer.
-        layer_kwargs: what else the decoder hands to its layers (positions, masks); always there, and the same for all.
+        layer_kwargs: what else the decoder hands to its layers (positions, masks); always there.
         attention_input: what attention reads: the layer's norm applied to its input.
         attention_output: what attention adds to the residual stream, after the output projection.
         layer_output: the hidden state that leaves the layer.
@@ -45,10 +44,13 @@ class LayerTrace:
         return self.layer_kwargs["position_embeddings"]
 
 
-def layer_traces(
+def traced_layers(
     model: PreTrainedModel, batch: Batch, layers: Iterable[int], wants: Collection[Field] = FIELDS
-) -> dict[int, LayerTrace]:
-    """Run ``model``'s decoder on a batch and keep what passes through the given layers.
+) -> Iterator[tuple[int, LayerTrace]]:
+    """What passes through the given layers, from the lowest up: a layer is computed when it is asked for.
+
+    So what is done with one layer is done before the next has any activations. Layers above the last are not run, nor
+    is the language-model head.
 
     Args:
         model: a stock Hugging Face model, usually the frozen teacher.
@@ -56,29 +58,21 @@ def layer_traces(
         layers: indices of the decoder layers to watch.
         wants: which tensors to keep; each is one (B, T, D) a layer, until the trace goes.
     """
-    traces: dict[int, LayerTrace] = {}
-    watch_layers(model, batch, layers, traces.__setitem__, wants)
-    return traces
+    watched = set(layers)
+    hidden_BTD, calls = _calls_of_layers(model, batch)
+    for index in range(max(watched, default=-1) + 1):
+        trace = LayerTrace()
+        with _watched(model.get_decoder().layers[index], trace, wants) if index in watched else nullcontext():
+            hidden_BTD = _called(model.get_decoder().layers[index], hidden_BTD, calls[index])
+        if index in watched:
+            yield index, trace
 
 
-@torch.no_grad()
-def watch_layers(
-    model: PreTrainedModel,
-    batch: Batch,
-    layers: Iterable[int],
-    see: Callable[[int, LayerTrace], None],
-    wants: Collection[Field] = FIELDS,
-) -> None:
-    """``layer_traces``, one layer at a time: ``see`` has each as the decoder leaves it, and nothing is kept here."""
-    decoder = model.get_decoder()
-    handles = [
-        handle for index in layers for handle in _watch(decoder.layers[index], partial(see, index), frozenset(wants))
-    ]
-    try:
-        within(model, decoder, input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+def layer_traces(
+    model: PreTrainedModel, batch: Batch, layers: Iterable[int], wants: Collection[Field] = FIELDS
+) -> dict[int, LayerTrace]:
+    """``traced_layers``, all of them at once."""
+    return dict(traced_layers(model, batch, layers, wants))
 
 
 def sequence_arguments(batch: Batch) -> dict[str, Tensor | None]:
@@ -90,18 +84,59 @@ def sequence_arguments(batch: Batch) -> dict[str, Tensor | None]:
     }
 
 
-def _watch(layer: Any, see: Callable[[LayerTrace], None], wants: frozenset[Field]) -> list[RemovableHandle]:
-    trace = LayerTrace()
+class _Call(NamedTuple):
+    """What a decoder hands to one of its layers besides the hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Recorder(nn.Module):
+    """Stands where a layer stands, notes what it is called with, and lets the hidden state through."""
+
+    def __init__(self, layer: nn.Module, calls: list[tuple[Tensor, _Call]]) -> None:
+        super().__init__()
+        vars(self).update(layer=layer, calls=calls)  # not as a submodule: it is the decoder's
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["layer"], name)  # some decoders ask a layer what kind it is
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        hidden_BTD, *rest = args or (kwargs.pop("hidden_states"),)
+        self.calls.append((hidden_BTD, _Call(tuple(rest), kwargs)))
+        return hidden_BTD
+
+
+@torch.no_grad()
+def _calls_of_layers(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, list[_Call]]:
+    """The hidden state that enters the first layer, and how the decoder calls each: masks differ where windows do."""
+    decoder, calls = model.get_decoder(), list[tuple[Tensor, _Call]]()
+    layers = decoder.layers
+    decoder.layers = nn.ModuleList(_Recorder(layer, calls) for layer in layers)
+    try:
+        within(model, decoder, input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    finally:
+        decoder.layers = layers
+    return calls[0][0], [call for _, call in calls]
+
+
+@torch.no_grad()
+def _called(layer: nn.Module, hidden_BTD: Tensor, call: _Call) -> Tensor:
+    output = layer(hidden_BTD, *call.args, **call.kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _watched(layer: Any, trace: LayerTrace, wants: Collection[Field]) -> Iterator[None]:
+    """Inside, a call of ``layer`` fills ``trace``."""
 
     def keep(name: Field, tensor: Tensor) -> None:
         if name in wants:
             setattr(trace, name, tensor)
 
     def enters(_layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal trace
-        trace = LayerTrace()
-        trace.layer_kwargs = dict(kwargs)
-        keep("layer_input", args[0] if args else trace.layer_kwargs.pop("hidden_states"))
+        trace.layer_kwargs = kwargs
+        keep("layer_input", args[0])
 
     def attends(_attention: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         keep("attention_input", args[0] if args else kwargs["hidden_states"])
@@ -110,14 +145,16 @@ def _watch(layer: Any, see: Callable[[LayerTrace], None], wants: frozenset[Field
         keep("attention_output", output[0])
 
     def leaves(_layer: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        nonlocal trace
         keep("layer_output", output[0] if isinstance(output, tuple) else output)
-        seen, trace = trace, LayerTrace()
-        see(seen)
 
-    return [
+    handles = [
         layer.register_forward_pre_hook(enters, with_kwargs=True),
         layer.register_forward_hook(leaves),
         layer.self_attn.register_forward_pre_hook(attends, with_kwargs=True),
         layer.self_attn.register_forward_hook(attended),
     ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

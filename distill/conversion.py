@@ -17,7 +17,6 @@ from transformers.initialization import no_init_weights
 
 from distill.attention import AttentionView, family_of, view
 from distill.calibration import calibrate
-from distill.capture import LayerTrace
 from distill.errors import UserError
 from distill.layout import layer_kinds, mixer_layers, resolve
 from distill.mixers import MIXERS
@@ -238,13 +237,8 @@ def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
 def _seed(
     student: PreTrainedModel, teacher: PreTrainedModel, replaced: dict[int, AttentionView], seed: int
 ) -> dict[int, list[Seeded]]:
-    mixers, seeded = mixers_of(student), {}
-
-    def seed_layer(index: int, trace: LayerTrace) -> None:
-        seeded[index] = seed_mixer(mixers[index], replaced[index], trace)
-
-    calibrate(teacher, replaced, seed_layer, seed)
-    return seeded
+    mixers, traces = mixers_of(student), calibrate(teacher, replaced, seed)
+    return {index: seed_mixer(mixers[index], replaced[index], trace) for index, trace in traces}
 
 
 def _count_by_role(model: PreTrainedModel) -> dict[str, int]:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distill.capture import Field, LayerTrace, layer_traces, sequence_arguments
+from distill.capture import Field, LayerTrace, sequence_arguments, traced_layers
 from distill.handover import StageRecord
 from distill.objectives import hidden_distance
 from distill.recipe import HiddenStage
@@ -50,9 +50,8 @@ class HiddenObjective:
 
     def parts(self, batch: Batch) -> Iterator[Part]:
         """One distance a layer."""
-        traces = layer_traces(self.teacher, batch, self.layers, READS[self.target])
-        for index, layer in self.layers.items():
-            yield Part(f"layers.{index}", partial(self._distance, layer, traces.pop(index), batch))
+        for index, trace in traced_layers(self.teacher, batch, self.layers, READS[self.target]):
+            yield Part(f"layers.{index}", partial(self._distance, self.layers[index], trace, batch))
 
     def _distance(self, layer: Any, trace: LayerTrace, batch: Batch) -> Tensor:
         """The distance of one layer, summed over tokens."""

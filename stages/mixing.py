@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.attention import family_of, view
-from distill.capture import LayerTrace, layer_traces, sequence_arguments
+from distill.capture import LayerTrace, sequence_arguments, traced_layers
 from distill.documents import document_index
 from distill.handover import StageRecord
 from distill.objectives import Form, streamed_mixing_distance
@@ -46,9 +46,8 @@ class MixingObjective:
 
     def parts(self, batch: Batch) -> Iterator[Part]:
         """One distance a layer."""
-        traces = layer_traces(self.teacher, batch, self.mixers, wants=["attention_input"])
-        for index in self.mixers:
-            yield Part(f"layers.{index}", partial(self._distance, index, traces.pop(index), batch))
+        for index, trace in traced_layers(self.teacher, batch, self.mixers, wants=["attention_input"]):
+            yield Part(f"layers.{index}", partial(self._distance, index, trace, batch))
 
     def _distance(self, index: int, trace: LayerTrace, batch: Batch) -> Tensor:
         """The distance of one layer, summed over sequences."""
@@ -57,18 +56,22 @@ class MixingObjective:
             q_BHTP, k_BKTP = within(
                 self.layers[index], attention.queries_and_shared_keys, trace.attention_input, trace.position_embeddings
             )
-        u_BTD = trace.attention_input.to(self.dtype)
-        return streamed_mixing_distance(
-            within(mixer, mixer.matrix_factors, u_BTD, **sequence_arguments(batch)),
-            q_BHTP,
-            k_BKTP,
-            batch["valid"],
-            scaling=attention.scaling,
-            document_BT=document_index(batch["position_ids"]),
-            window=attention.sliding_window,
-            form=self.form,
-            reduction="sum",
-        )
+
+        def distance(u_BTD: Tensor) -> Tensor:
+            return streamed_mixing_distance(
+                mixer.matrix_factors(u_BTD, **sequence_arguments(batch)),
+                q_BHTP,
+                k_BKTP,
+                batch["valid"],
+                scaling=attention.scaling,
+                document_BT=document_index(batch["position_ids"]),
+                window=attention.sliding_window,
+                form=self.form,
+                reduction="sum",
+            )
+
+        # All of it within the mixer: D is one of its weights, which engines take away when its forward ends.
+        return within(mixer, distance, trace.attention_input.to(self.dtype))
 
 
 def main(run: Run) -> StageRecord:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distill.attention import family_of, view
-from distill.capture import FIELDS, layer_traces
+from distill.capture import FIELDS, layer_traces, traced_layers
 from distill.documents import document_index
 from distill.errors import UserError
 from distill.objectives import attention_matrix
@@ -55,6 +55,35 @@ def test_a_trace_holds_what_was_asked_for(family, wants):
         assert trace.position_embeddings
         for name in wants:
             assert torch.equal(getattr(trace, name), getattr(whole[index], name))
+
+
+def test_a_layer_is_computed_when_it_is_asked_for_and_none_above_the_last(family):
+    teacher, ran = tiny(family), []
+    layers = teacher.get_decoder().layers
+    for index, layer in enumerate(layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: ran.append(index))
+    traces = traced_layers(teacher, packed_batch(97), [0, 1])
+    assert ran == []
+    assert next(traces)[0] == 0
+    assert ran == [0]
+    assert [index for index, _ in traces] == [1]
+    assert ran == [0, 1]
+    assert teacher.get_decoder().layers is layers
+
+
+def test_every_layer_is_called_as_its_decoder_calls_it():
+    """Qwen2 gives a mask with a window to some layers and one without to the others."""
+    teacher = tiny("qwen2")
+    config = teacher.config
+    config.sliding_window, config.layer_types = 4, ["full_attention", "sliding_attention", "full_attention"]
+    teacher = type(teacher)(config).eval()
+    batch = packed_batch(97)
+    hidden = teacher.get_decoder()(**batch, use_cache=False).last_hidden_state
+    traces = layer_traces(teacher, batch, range(3))
+    assert torch.equal(teacher.get_decoder().norm(traces[2].layer_output), hidden)
+    masks = [traces[index].layer_kwargs["attention_mask"] for index in range(3)]
+    assert torch.equal(masks[0], masks[2])
+    assert not torch.equal(masks[0], masks[1])
 
 
 def test_hooks_are_gone_afterwards(family):

@@ -5,12 +5,11 @@ import weakref
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from distill import UserError, convert
 from distill.attention import family_of, view
 from distill.calibration import calibrate, steady_direction
-from distill.capture import LayerTrace
 from distill.conversion import convert_with_report, empty_model, plan, report
 from distill.mixers import MIXERS
 from distill.objectives import attention_matrix
@@ -24,12 +23,6 @@ MIXER_NAMES = sorted(MIXERS)
 def tokens(vocabulary: int, *shape: int) -> torch.Tensor:
     torch.manual_seed(5)
     return torch.randint(3, vocabulary, shape)
-
-
-def calibrated(teacher: PreTrainedModel, layers: list[int], seed: int) -> dict[int, LayerTrace]:
-    traces: dict[int, LayerTrace] = {}
-    calibrate(teacher, layers, traces.__setitem__, seed)
-    return traces
 
 
 def test_with_all_attention_kept_the_student_is_the_teacher_bit_for_bit(family):
@@ -107,7 +100,7 @@ def test_projections_are_the_teachers_head_by_head_with_their_biases(family):
 def test_every_head_starts_with_a_matrix_of_attentions_size(family, mixer):
     teacher = tiny(family)
     student = convert(teacher, mixer=mixer, seed=3)
-    for index, trace in calibrated(teacher, [0, 1, 2], seed=3).items():
+    for index, trace in calibrate(teacher, [0, 1, 2], seed=3):
         attention = view(teacher.get_decoder().layers[index].self_attn, family_of(teacher.config))
         q, k = attention.queries_and_keys(trace.attention_input, trace.position_embeddings)
         theirs = attention_matrix(q, k, scaling=attention.scaling)
@@ -168,7 +161,7 @@ def test_the_steady_direction_is_fishers():
 
 
 def test_calibration_sees_what_attention_reads(family):
-    traces = calibrated(tiny(family), [0, 2], seed=1)
+    traces = dict(calibrate(tiny(family), [0, 2], seed=1))
     assert set(traces) == {0, 2}
     assert traces[0].attention_input.shape == (8, 128, 32)
 
@@ -176,12 +169,10 @@ def test_calibration_sees_what_attention_reads(family):
 def test_calibration_keeps_one_layer_in_memory(family):
     seen: list[weakref.ref] = []
 
-    def see(_index: int, trace: LayerTrace) -> None:
+    for _, trace in calibrate(tiny(family), [0, 1, 2]):
         assert not [earlier for earlier in seen if earlier() is not None]
         assert vars(trace).keys() == {"layer_kwargs", "attention_input"}
         seen.append(weakref.ref(trace.attention_input))
-
-    calibrate(tiny(family), [0, 1, 2], see)
     assert len(seen) == 3
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 import distill.run
-from distill.capture import LayerTrace, layer_traces
+from distill.capture import LayerTrace, traced_layers
 from distill.training import checkpoint
 from stages import hidden
 from tests.stages.conftest import CALM, STEPS, write_recipe
@@ -256,13 +256,14 @@ def poisoned(rank: int) -> None:
     """Let one layer of this process's student read NaN from a step on."""
     steps = itertools.count(1)
 
-    def traces(*arguments: Any) -> dict[int, LayerTrace]:
-        captured = layer_traces(*arguments)
-        if rank == 1 and next(steps) >= NAN_AT:
-            captured[2].attention_input = captured[2].attention_input * math.nan
-        return captured
+    def traces(*arguments: Any) -> Iterator[tuple[int, LayerTrace]]:
+        poison = rank == 1 and next(steps) >= NAN_AT
+        for index, trace in traced_layers(*arguments):
+            if poison and index == 2:
+                trace.attention_input = trace.attention_input * math.nan
+            yield index, trace
 
-    hidden.layer_traces = traces
+    hidden.traced_layers = traces
 
 
 @pytest.mark.parametrize("config", ENGINES)
