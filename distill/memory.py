@@ -29,7 +29,8 @@ Bytes on each process::
     zero3_offload  -        -        -          -          as zero3; and (b m + 4 n + 16 t)/R of the host's memory
     layers         b m      4 n      4 t s      8 t s      w
 
-and everywhere g + q of activations. With fsdp2 and one micro-batch a step, gradients come as activations go, so that of
+and everywhere g + q of activations; q / K with one and layers, which are done with a layer before the teacher's next
+one runs, where the other engines need a single backward for all. With fsdp2 and one micro-batch a step, gradients come as activations go, so that of
 the two the larger counts: its activations are g + q less the gradients. (Elsewhere gradients have their place from step
 to step, or are there from the micro-batches before.) DeepSpeed keeps an fp32 copy of the weights it updates beside
 weights that are fp32 already, hence 12 and not 8. Under fsdp2 what stands outside the layers is whole while a batch is
@@ -277,12 +278,13 @@ def memory(mode: str, k: Numbers) -> Memory:
     row = MODES[mode]
     gradients = ceil(row.gradients(k))
     replaced = gradients if mode == "fsdp2" and k.a == 1 else 0
+    traces = ceil(k.q / max(1, k.K)) if mode in ("one", "layers") else k.q
     return Memory(
         teacher=ceil(row.teacher(k)),
         student=ceil(row.student(k)),
         gradients=gradients,
         optimizer=ceil(row.optimizer(k)),
-        activations=max(0, k.g + k.q - replaced),
+        activations=max(0, k.g + traces - replaced),
         working=ceil(row.working(k)),
     )
 
