@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distill.objectives.streamed_mixing import streamed_mixing_distance
-from distill.objectives.strips import working_bytes
 
 _SHORT = 64
 
@@ -23,7 +22,7 @@ class Saved(NamedTuple):
 
     Attributes:
         a_sequence: what each sequence of the batch adds.
-        once: what is kept whatever the batch: under autocast the bfloat16 copies of the weights, and room to work in.
+        once: what is kept whatever the batch: under autocast the bfloat16 copies of the weights.
     """
 
     a_sequence: int
@@ -52,14 +51,12 @@ def of_mixer(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> S
     return _saved(mixer, lambda mixer, hidden_BTD: mixer(hidden_BTD), hidden, block, dtype)
 
 
-def of_matrix(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype, device: str = "cuda") -> Saved:
+def of_matrix(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> Saved:
     """What the distance of one mixer's matrix from the teacher's takes, which holds no T×T tensor: it grows with T.
 
     That is what the mixer keeps, the gradient with respect to the matrix's factors, which is formed in the forward
-    pass, and what else is there while it is formed: the factors, the teacher's queries and keys, and the strips.
-
-    Args:
-        device: cpu or cuda, which sweep strips of different sizes.
+    pass, and what else is there while it is formed: the factors, and the teacher's queries and keys. The room to form
+    it in comes on top, `distill.objectives.strips.working_bytes`.
     """
 
     def run(mixer: Any, hidden_BTD: Tensor) -> None:
@@ -68,15 +65,15 @@ def of_matrix(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype, dev
         q_BHTN = torch.empty(B, H, T, N)
         streamed_mixing_distance(factors, q_BHTN, q_BHTN, scaling=1.0)
 
-    # Everything but the strips is a multiple of T. Two short runs know it all; a long one would take as many
-    # operations as a real sweep, and each costs more without data than with it.
+    # All that is kept is linear in T, so two short runs say it. A long one would be as many operations as a real sweep,
+    # and without data each costs more than with it.
     one, two = (_saved(mixer, run, hidden, length, dtype) for length in (_SHORT, 2 * _SHORT))
     kept, once = (a + (b - a) * (block - _SHORT) // _SHORT for a, b in zip(one, two, strict=True))
     of_mixer: Any = mixer
     heads, width, state = int(of_mixer.n_heads), int(of_mixer.head_dim), int(of_mixer.state_dim)
     factors = block * heads * (width + 2 * state) * dtype.itemsize
     queries_and_keys = 2 * block * heads * width * 4
-    return Saved(kept + factors + queries_and_keys, once + working_bytes(heads, width, state, block, device))
+    return Saved(kept + factors + queries_and_keys, once)
 
 
 def _saved(module: nn.Module, run: Callable[[Any, Tensor], None], hidden: int, block: int, dtype: torch.dtype) -> Saved:

@@ -45,7 +45,7 @@ from transformers import PreTrainedModel
 from distill import activations
 from distill.data.batches import micro_batches
 from distill.layout import mixer_layers
-from distill.objectives.strips import ROWS
+from distill.objectives import strips
 from distill.recipe import HiddenStage, LogitsStage, MixingStage, Recipe, Stage
 from distill.ssd.chunked import CHUNK
 
@@ -95,7 +95,7 @@ class Sizes:
 
     @property
     def rows(self) -> int:
-        return min(self.block, ROWS["cuda"])
+        return min(self.block, strips.ROWS["cuda"])
 
 
 def sizes_of(student: PreTrainedModel, block: int, teacher_roles: dict[str, int], roles: dict[str, int]) -> Sizes:
@@ -223,11 +223,13 @@ def _kept_by_layers(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrai
         return Kept(0, 0, 0, 0)
     layer = student.get_decoder().layers[mixer_layers(student.config)[0]]
     shape = (sizes.hidden, sizes.block, DTYPES[recipe.dtype])
-    moved = 0
+    moved = room = 0
     if isinstance(stage, MixingStage):
         saved = activations.of_matrix(layer.self_attn, *shape)
+        heads = sequences * sizes.heads
+        room = strips.working_bytes(heads, sizes.head_dim, sizes.state_dim, sizes.block, "cuda")
         # Written three times, as scores, as weights and as errors, and never kept.
-        moved = sequences * sizes.n_changed * 4 * sizes.heads * sizes.block * (sizes.block + sizes.rows) // 2
+        moved = sizes.n_changed * 4 * heads * sizes.block * (sizes.block + sizes.rows) // 2
     elif isinstance(stage, HiddenStage) and stage.target == "block":
         saved = activations.of_layer(layer, *shape)
     else:
@@ -235,7 +237,7 @@ def _kept_by_layers(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrai
     graph = sequences * saved.a_sequence
     tensors = _traced(stage, mixer_layers(student.config))
     traces = sequences * sizes.block * tensors * sizes.hidden * DTYPES[recipe.teacher.dtype].itemsize
-    return Kept(graph=graph, traces=traces, weights=saved.once, in_all=sizes.n_changed * graph + traces + moved)
+    return Kept(graph=graph + room, traces=traces, weights=saved.once, in_all=sizes.n_changed * graph + traces + moved)
 
 
 def _traced(stage: Stage, changed: list[int]) -> int:

@@ -28,15 +28,13 @@ def document_index(position_ids_BT: Tensor) -> Tensor | None:
     return None if resets_BT is None else resets_BT.cumsum(1)
 
 
-def positions_from_index(seq_idx_BT: Tensor) -> Tensor:
-    """Positions that restart with every document, from a document number per position."""
-    starts_BT = F.pad(seq_idx_BT.diff(dim=1) != 0, (1, 0), value=True)
-    here_T = torch.arange(seq_idx_BT.shape[1], device=seq_idx_BT.device)
-    return here_T - torch.where(starts_BT, here_T, 0).cummax(dim=1).values
-
-
 def beginnings(document_BT: Tensor) -> Tensor:
     """Where the document of each position begins, from a document number per position: it changes where one begins."""
     starts_BT = F.pad(document_BT.diff(dim=1) != 0, (1, 0), value=True)
     here_T = torch.arange(document_BT.shape[1], device=document_BT.device)
     return torch.where(starts_BT, here_T, 0).cummax(dim=1).values
+
+
+def positions_from_index(seq_idx_BT: Tensor) -> Tensor:
+    """Positions that restart with every document, from a document number per position."""
+    return torch.arange(seq_idx_BT.shape[1], device=seq_idx_BT.device) - beginnings(seq_idx_BT)

@@ -115,19 +115,16 @@ class _Distance(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream_BH: Tensor) -> tuple[Tensor | None, ...]:
         factor_BH, *saved = ctx.saved_tensors
-        gradients = Gradients(*saved)
-        scale_B1H = (upstream_BH * factor_BH)[:, None]
-        scaled = (
-            scale_B1H * gradients.log_decay_BTH,
-            scale_B1H[..., None] * gradients.B_BTHN,
-            scale_B1H[..., None] * gradients.C_BTHN,
-            scale_B1H * gradients.step_BTH,
-            (scale_B1H[:, 0] * gradients.skip_BH).sum(dim=0),
-        )
-        returned = (
-            gradient.to(dtype) if needed else None
-            for gradient, dtype, needed in zip(scaled, ctx.dtypes, ctx.needs_input_grad, strict=False)
-        )
+        *of_positions, of_skip_BH = Gradients(*saved)
+        scale_BH = upstream_BH * factor_BH
+        scale_B1H, scale_B1H1 = scale_BH[:, None], scale_BH[:, None, :, None]
+        # One after the other: of a 16-bit factor's gradient no more than one is there in fp32 besides what was kept.
+        returned = [
+            ((scale_B1H if gradient.ndim == 3 else scale_B1H1) * gradient).to(dtype) if needed else None
+            for gradient, dtype, needed in zip(of_positions, ctx.dtypes, ctx.needs_input_grad, strict=False)
+        ]
+        of_skip_H = (scale_BH * of_skip_BH).sum(dim=0)
+        returned.append(of_skip_H.to(ctx.dtypes[4]) if ctx.needs_input_grad[4] else None)
         return *returned, None, None, None
 
 

@@ -124,9 +124,10 @@ def sweep(student: MatrixFactors, target: Target, *, by_row: bool, wanted: bool)
 
 
 def working_bytes(heads: int, width: int, state_dim: int, length: int, device: str) -> int:
-    """What a sweep takes besides gradients while it looks at a few heads of one sequence, in fp32.
+    """What a sweep takes besides its results while it looks at some of the heads, in fp32.
 
     Args:
+        heads: of all sequences together.
         width: D.
         device: cpu or cuda.
     """

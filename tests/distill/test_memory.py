@@ -1,14 +1,9 @@
 """The table of what each engine holds and sends, by numbers worked out by hand, and beside what a real step holds."""
 
 import dataclasses
-import weakref
-from collections.abc import Callable, Iterable
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill.conversion import convert_with_report
@@ -22,6 +17,7 @@ from distill.roles import roles
 from distill.training import parameter_groups
 from distill.training.gradients import Gradients
 from stages.logits import LogitObjective
+from tests.distill.live_bytes import LiveBytes
 
 # Four processes; a student of 100 numbers, 60 trained, and a teacher of 80 in two bytes each.
 SMALL = Numbers(
@@ -184,30 +180,6 @@ def test_one_process_holds_what_a_step_of_adamw_leaves_behind(stage: Stage) -> N
     assert planned.student == sum(parameter.nbytes for parameter in student.parameters())
     assert planned.gradients == sum(parameter.grad.nbytes for parameter in trained if parameter.grad is not None)
     assert planned.optimizer == sum(tensor.nbytes for tensor in moments)
-
-
-class LiveBytes(TorchDispatchMode):
-    """The most bytes of tensors that live at once while it is entered, apart from those that were there before."""
-
-    def __init__(self, before: Iterable[torch.Tensor]) -> None:
-        super().__init__()
-        self.live = {tensor.untyped_storage()._cdata: 0 for tensor in before}
-        self.now = self.most = 0
-
-    def __torch_dispatch__(
-        self, operation: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = operation(*args, **(kwargs or {}))
-        for storage in (tensor.untyped_storage() for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor)):
-            if storage._cdata not in self.live:
-                self.live[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage._cdata)
-        self.most = max(self.most, self.now)
-        return out
-
-    def _freed(self, key: int) -> None:
-        self.now -= self.live.pop(key)
 
 
 @pytest.mark.parametrize("vocabulary", [64, 4096])  # the worst moment is in the layers, or at the logits

@@ -10,6 +10,7 @@ from transformers.models.bamba.modeling_bamba import BambaMixer
 
 from distill.cache import adopt
 from distill.mixers import MIXERS, Mamba2Mixer
+from tests.distill.objectives.matrix_pairs import written_out
 
 HIDDEN, HEADS, HEAD, STATE = 24, 3, 5, 4
 
@@ -47,6 +48,17 @@ def test_matrix_times_values_is_what_forward_mixes(mixer, resets):
     y, x = mixer.mix(u, resets_BT=resets)
     product = torch.einsum("bhts,bshp->bthp", mixer.mixing_matrix(u, resets_BT=resets), x)
     torch.testing.assert_close(product, y, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("resets", [None, borders(70, 9, 40)])
+def test_the_matrix_is_that_of_its_factors(mixer, resets):
+    u = hidden(70)
+    valid = torch.ones(2, 70, dtype=torch.bool)
+    valid[1, 60:] = False
+    matrix = mixer.mixing_matrix(u, valid_BT=valid, resets_BT=resets)
+    factors = mixer.matrix_factors(u, valid_BT=valid, resets_BT=resets)
+    documents = None if resets is None else resets.cumsum(1)
+    torch.testing.assert_close(written_out(factors, documents), matrix, rtol=1e-12, atol=1e-12)
 
 
 def test_what_mix_returns_is_what_forward_uses(mixer):
