@@ -29,9 +29,10 @@ Bytes on each process::
     zero3_offload  -        -        -          -          as zero3; and (b m + 4 n + 16 t)/R of the host's memory
     layers         b m      4 n      4 t s      8 t s      w
 
-and everywhere g + q of activations; q / K with one and layers, which are done with a layer before the teacher's next
-one runs, where the other engines need a single backward for all. With fsdp2 and one micro-batch a step, gradients come as activations go, so that of
-the two the larger counts: its activations are g + q less the gradients. (Elsewhere gradients have their place from step
+and everywhere g + q of activations; but g + q / K with one and layers, which have done with a layer before the teacher's
+next one runs, where the other engines need a single backward for all. With fsdp2 and one micro-batch a step, gradients
+come as activations go, so that of the two the larger counts: its activations are g + q less the gradients.
+(Elsewhere gradients have their place from step
 to step, or are there from the micro-batches before.) DeepSpeed keeps an fp32 copy of the weights it updates beside
 weights that are fp32 already, hence 12 and not 8. Under fsdp2 what stands outside the layers is whole while a batch is
 computed, and of the layers two at a time (the one that computes and the one fetched ahead), weights and gradients,
