@@ -29,7 +29,7 @@ Bytes on each process::
     zero3_offload  -        -        -          -          as zero3; and (b m + 4 n + 16 t)/R of the host's memory
     layers         b m      4 n      4 t s      8 t s      w
 
-and everywhere g + q of activations; but g + q / K with one and layers, which have done with a layer before the teacher's
+and everywhere g + q of activations, but g + q / K with one and layers, which are done with a layer before the teacher's
 next one runs, where the other engines need a single backward for all. With fsdp2 and one micro-batch a step, gradients
 come as activations go, so that of the two the larger counts: its activations are g + q less the gradients.
 (Elsewhere gradients have their place from step
