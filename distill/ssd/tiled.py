@@ -54,9 +54,9 @@ from torch.nn import functional as F
 
 from distill.ssd.chunked import into_chunks
 
-# Blocks a thread works on at once: with 64 positions their matrices, 16 KiB each, fit the second-level cache
-# (docs/experiments.md). Other devices take all sequences and heads at once.
-_BLOCKS_A_THREAD = 32
+# Blocks a thread works on at once on CPU: a matrix of each is 1 MiB in all, which stays in cache, and calls are few
+# enough that Python does not show (docs/experiments.md). Other devices take all sequences and heads at once.
+_BLOCKS_A_THREAD = 64
 # Chunks a tile reaches over: W is quadratic in them.
 _SPAN = 16
 _LOG2_E = math.log2(math.e)
