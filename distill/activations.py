@@ -21,10 +21,12 @@ class Saved(NamedTuple):
     Attributes:
         a_sequence: what each sequence of the batch adds.
         once: what is kept whatever the batch: under autocast the bfloat16 copies of the weights.
+        widest: of what each sequence adds, the largest single tensor. Backward holds its gradient beside it.
     """
 
     a_sequence: int
     once: int
+    widest: int
 
 
 def of_layer(layer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> Saved:
@@ -59,7 +61,7 @@ def of_matrix(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> 
     heads = int(mixer.n_heads)  # type: ignore[arg-type]
     teacher = 2 * heads * block**2 * 4  # the scores and their softmax, fp32
     saved = _saved(mixer, run, hidden, block, dtype)
-    return Saved(teacher + saved.a_sequence, saved.once)
+    return saved._replace(a_sequence=teacher + saved.a_sequence)
 
 
 def _saved(module: nn.Module, run: Callable[[Any, Tensor], None], hidden: int, block: int, dtype: torch.dtype) -> Saved:
@@ -69,13 +71,17 @@ def _saved(module: nn.Module, run: Callable[[Any, Tensor], None], hidden: int, b
     """
     module = copy.deepcopy(module).to("meta")
     two, three = (_kept(module, run, (batch, block, hidden), dtype) for batch in (2, 3))
-    return Saved(a_sequence=three - two, once=3 * two - 2 * three)
+    return Saved(
+        a_sequence=sum(three) - sum(two),
+        once=3 * sum(two) - 2 * sum(three),
+        widest=max((kept // 3 for kept in three if 2 * kept / 3 in two), default=0),
+    )
 
 
 def _kept(
     module: nn.Module, run: Callable[[Any, Tensor], None], shape_BTD: tuple[int, int, int], dtype: torch.dtype
-) -> int:
-    """Bytes of all storages that autograd saves in ``run(module, hidden_BTD)``, parameters apart."""
+) -> list[int]:
+    """Bytes of every storage that autograd saves in ``run(module, hidden_BTD)``, parameters apart."""
     saved: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -91,7 +97,7 @@ def _kept(
         with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             run(module, hidden_BTD)
     parameters = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
-    return sum(storage.nbytes() for key, storage in saved.items() if key not in parameters)
+    return [storage.nbytes() for key, storage in saved.items() if key not in parameters]
 
 
 def _on_fake_cpu(module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The chunked scan with its backward pass written out, a cache-sized tile of it at a time.
+"""The chunked scan with its backward pass written out, a tile of heads and chunks at a time.
 
 The mathematics is that of :mod:`distill.ssd.chunked`. What differs is what is kept and when: the Q×Q matrices of a
 chunk live only while their tile is worked on, forward and backward alike, and between the two passes nothing is kept
@@ -251,21 +251,26 @@ def _backward(
             read_RcS = _by_pair(fading_bQP.mT @ C_bQN, last_R1S)
             dend_RcS = _carry(W_Rji[:, 1:, -1:], last_R1S, W_Rji[:, 1:, :-1], read_RcS)
             dfirst_R1S = _carry(W_Rji[:, :1, -1:], last_R1S, W_Rji[:, :1, :-1], read_RcS)
+            del read_RcS
             dend_bPN = dend_RcS.view_as(start_bPN)
             border_BHPN.copy_(dfirst_R1S.view_as(border_BHPN))
+
+            dM_bQQ = (dy_bQP @ x_bQP.mT).mul_(decays.within_bQQ)
+            dC_bQN = (dM_bQQ @ B_bQN).baddbmm_(fading_bQP, start_bPN)
+            del fading_bQP  # what is done with is let go: these matrices are the most that training a layer holds
+            tile.add_to_groups(dC_bQN, dC_BcQGN)
+            dB_bQN = (dM_bQQ.mT @ C_bQN).baddbmm_(x_bQP * decays.remaining_bQ1, dend_bPN)
+            del dM_bQQ, x_bQP
+            tile.add_to_groups(dB_bQN, dB_BcQGN)
+            passing_bQ = dC_bQN.mul_(C_bQN).addcmul_(dB_bQN, B_bQN, value=-1).sum(-1)
+            del dC_bQN, dB_bQN
 
             dx_bQP = (C_bQN @ B_bQN.mT).mul_(decays.within_bQQ).mT @ dy_bQP
             dx_bQP.baddbmm_(B_bQN * decays.remaining_bQ1, dend_bPN.mT)
             tile.put(dx_bQP, dx_BcQHP)
+            del dx_bQP, dy_bQP, B_bQN, C_bQN
 
-            dM_bQQ = (dy_bQP @ x_bQP.mT).mul_(decays.within_bQQ)
-            dC_bQN = (dM_bQQ @ B_bQN).baddbmm_(fading_bQP, start_bPN)
-            tile.add_to_groups(dC_bQN, dC_BcQGN)
-            dB_bQN = (dM_bQQ.mT @ C_bQN).baddbmm_(x_bQP * decays.remaining_bQ1, dend_bPN)
-            tile.add_to_groups(dB_bQN, dB_BcQGN)
-
-            passing_bQ = dC_bQN.mul_(C_bQN).addcmul_(dB_bQN, B_bQN, value=-1).sum(-1)
-            start_RcS = start_bPN.view_as(read_RcS)
+            start_RcS = start_bPN.view_as(dend_RcS)
             later_Rc = (dend_RcS[:, :-1] * start_RcS[:, 1:]).sum(-1)
             carried_Rc = torch.cat([(dfirst_R1S * start_RcS[:, :1]).sum(-1), later_Rc], dim=1)
             dlog_decay_bQ = carried_Rc.view(-1, 1) - F.pad(passing_bQ[:, :-1].cumsum(-1), (1, 0))
