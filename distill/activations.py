@@ -23,10 +23,12 @@ class Saved(NamedTuple):
     Attributes:
         a_sequence: what each sequence of the batch adds.
         once: what is kept whatever the batch: under autocast the bfloat16 copies of the weights.
+        widest: of what each sequence adds, the largest single tensor. Backward holds its gradient beside it.
     """
 
     a_sequence: int
     once: int
+    widest: int
 
 
 def of_layer(layer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> Saved:
@@ -68,12 +70,12 @@ def of_matrix(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> 
     # All that is kept is linear in T, so two short runs say it. A long one would be as many operations as a real sweep,
     # and without data each costs more than with it.
     one, two = (_saved(mixer, run, hidden, length, dtype) for length in (_SHORT, 2 * _SHORT))
-    kept, once = (a + (b - a) * (block - _SHORT) // _SHORT for a, b in zip(one, two, strict=True))
+    kept, once, widest = (a + (b - a) * (block - _SHORT) // _SHORT for a, b in zip(one, two, strict=True))
     of_mixer: Any = mixer
     heads, width, state = int(of_mixer.n_heads), int(of_mixer.head_dim), int(of_mixer.state_dim)
     factors = block * heads * (width + 2 * state) * dtype.itemsize
     queries_and_keys = 2 * block * heads * width * 4
-    return Saved(kept + factors + queries_and_keys, once)
+    return Saved(kept + factors + queries_and_keys, once, widest)
 
 
 def _saved(module: nn.Module, run: Callable[[Any, Tensor], None], hidden: int, block: int, dtype: torch.dtype) -> Saved:
@@ -83,13 +85,17 @@ def _saved(module: nn.Module, run: Callable[[Any, Tensor], None], hidden: int, b
     """
     module = copy.deepcopy(module).to("meta")
     two, three = (_kept(module, run, (batch, block, hidden), dtype) for batch in (2, 3))
-    return Saved(a_sequence=three - two, once=3 * two - 2 * three)
+    return Saved(
+        a_sequence=sum(three) - sum(two),
+        once=3 * sum(two) - 2 * sum(three),
+        widest=max((kept // 3 for kept in three if 2 * kept / 3 in two), default=0),
+    )
 
 
 def _kept(
     module: nn.Module, run: Callable[[Any, Tensor], None], shape_BTD: tuple[int, int, int], dtype: torch.dtype
-) -> int:
-    """Bytes of all storages that autograd saves in ``run(module, hidden_BTD)``, parameters apart."""
+) -> list[int]:
+    """Bytes of every storage that autograd saves in ``run(module, hidden_BTD)``, parameters apart."""
     saved: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -105,7 +111,7 @@ def _kept(
         with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             run(module, hidden_BTD)
     parameters = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
-    return sum(storage.nbytes() for key, storage in saved.items() if key not in parameters)
+    return [storage.nbytes() for key, storage in saved.items() if key not in parameters]
 
 
 def _on_fake_cpu(module: nn.Module) -> None:

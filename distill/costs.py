@@ -184,7 +184,8 @@ def kept_for_backward(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTr
 def _kept_by_logits(recipe: Recipe, stage: LogitsStage, sizes: Sizes, student: PreTrainedModel, sequences: int) -> Kept:
     """All layers, and what belongs to the logits; with checkpointing only the layers' inputs, and one of these two.
 
-    What of these is more is the worst moment: the logits are gone when the first layer is computed again.
+    What of these is more is the worst moment: the logits are gone when the first layer is computed again. Beside what a
+    layer kept stands the gradient that goes back through it.
     """
     dtype = DTYPES[recipe.dtype]
     every = _every_layer(sizes, student, dtype)
@@ -193,10 +194,13 @@ def _kept_by_logits(recipe: Recipe, stage: LogitsStage, sizes: Sizes, student: P
     copied_head = sizes.hidden * sizes.vocabulary * dtype.itemsize if dtype != torch.float32 else 0
     if not stage.gradient_checkpointing:
         copies = sum(layer.once for layer in every)
-        return Kept(layers + logits, traces=0, weights=copies + copied_head, in_all=layers + moved)
+        gradient = sequences * max(layer.widest for layer in every)
+        return Kept(layers + max(logits, gradient), traces=0, weights=copies + copied_head, in_all=layers + moved)
     inputs = 4 * sequences * sizes.block * sizes.hidden * len(every)  # under autocast too the hidden state is fp32
     largest = max(every, key=lambda layer: layer.a_sequence)
-    graph, weights = max((logits, copied_head), (sequences * largest.a_sequence, largest.once), key=sum)
+    graph, weights = max(
+        (logits, copied_head), (sequences * (largest.a_sequence + largest.widest), largest.once), key=sum
+    )
     return Kept(inputs + graph, traces=0, weights=weights, in_all=round(RECOMPUTED * layers) + moved)
 
 

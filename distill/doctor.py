@@ -14,6 +14,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from distill.errors import UserError
 from distill.threads import cores
 
 _REQUIRED = (
@@ -30,14 +31,16 @@ _REQUIRED = (
 # What can be added: the module that is imported, the name to install, what it is for.
 _OPTIONAL = {
     "tensorboard": ("tensorboard", "trackers: [tensorboard]"),
-    "mamba_ssm": ("mamba-ssm causal-conv1d --no-build-isolation", "scan kernels on NVIDIA GPUs"),
-    "fla": ("flash-linear-attention", "scan kernels in Triton"),
+    "mamba_ssm": (
+        "mamba-ssm causal-conv1d --no-build-isolation",
+        "kernels for students of a native class, on NVIDIA GPUs",
+    ),
+    "fla": ("flash-linear-attention", "the scan's kernels on GPUs, in Triton"),
     "deepspeed": ("deepspeed", "ZeRO across GPUs"),
     "peft": ("peft", "LoRA on a finished student"),
     "trl": ("trl", "fine-tuning and preference training"),
     "lm_eval": ("lm-eval", "the standard benchmarks"),
 }
-_SCAN_KERNELS = {"mamba-ssm": "mamba_ssm", "flash-linear-attention": "fla"}
 
 
 def diagnose() -> dict[str, Any]:
@@ -141,17 +144,27 @@ def _gpu_line(gpu: dict[str, Any]) -> str:
 
 
 def _scan_backends(devices: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Which implementation of the state-space scan runs here, and why the others do not."""
-    backends = {"torch": {"used": True, "why": "chunked matmuls in plain PyTorch, on every device"}}
-    for name, module in _SCAN_KERNELS.items():
-        if not devices["gpus"]:
-            why = "not used: it needs a CUDA device"
-        elif not find_spec(module):
-            why = f"not used: not installed (pip install {_OPTIONAL[module][0]})"
-        else:
-            why = "not used: installed, but this version of distill runs the torch scan only"
-        backends[name] = {"used": False, "why": why}
-    return backends
+    """Which implementation of the state-space scan runs here, and why the others do not: what the scan itself asks."""
+    try:
+        import torch
+
+        from distill.ssd import backends
+    except Exception as error:
+        return {"none": {"used": False, "why": f"distill.ssd does not import: {error}"}}
+    device, dtype = torch.device("cpu"), torch.float32
+    if devices["gpus"]:
+        device, dtype = torch.device("cuda"), torch.bfloat16 if devices["gpus"][0]["bfloat16"] else torch.float16
+    try:
+        used = backends.backend(device, dtype)
+    except UserError as error:
+        return {"none": {"used": False, "why": str(error)}}
+    asked = f"; {backends.CHOICE}={used} asks for it" if os.environ.get(backends.CHOICE) else ""
+    return {
+        name: {"used": True, "why": f"{what}{asked}"}
+        if name == used
+        else {"used": False, "why": f"not used: {backends.obstacle(name, device, dtype) or f'{used} comes first'}"}
+        for name, what in backends.BACKENDS.items()
+    }
 
 
 def _places() -> list[Path]:

@@ -1,4 +1,4 @@
-"""The selective state-space scan ("SSD", Mamba-2, arXiv 2405.21060): one recurrence, three ways to run it.
+"""The selective state-space scan ("SSD", Mamba-2, arXiv 2405.21060): one recurrence, and the ways to run it.
 
 ========  =================================================================================
 symbol    meaning
@@ -22,7 +22,7 @@ with the mixing matrix ``M_ts = (C_t · B_s) · a_{s+1} … a_t`` for s ≤ t in
 The step size of Mamba-2 is not an argument: callers fold it into ``x`` and ``log_decay``.
 """
 
-from distill.ssd.chunked import scan
+from distill.ssd.backends import scan
 from distill.ssd.convolution import causal_convolution, convolution_step
 from distill.ssd.reference import mixing_matrix, scan_reference
 from distill.ssd.step import scan_step

@@ -2,9 +2,10 @@
 
 The block decomposition of section 6 of "Transformers are SSMs" (arXiv 2405.21060). Layout is (B, chunks, G, R, Q, ·)
 with R = H/G heads a group, so that B and C are broadcast over the heads that share them and never copied.
-"""
 
-import functools
+This is the form to read, and the one that ``torch.compile`` gets, which fuses it and derives its backward pass. Run
+operation by operation, :mod:`distill.ssd.tiled` is faster and keeps far less.
+"""
 
 import torch
 from torch import Tensor
@@ -13,48 +14,7 @@ from torch.nn import functional as F
 CHUNK = 64  # 32 to 128 are equally fast on CPU, 256 is twice as slow (docs/experiments.md)
 
 
-def scan(
-    log_decay_BTH: Tensor,
-    B_BTGN: Tensor,
-    C_BTGN: Tensor,
-    x_BTHP: Tensor,
-    *,
-    initial_state_BHPN: Tensor | None = None,
-    resets_BT: Tensor | None = None,
-    chunk: int = CHUNK,
-) -> tuple[Tensor, Tensor]:
-    """Run S_t = a_t S_{t−1} + x_t ⊗ B_t, y_t = S_t C_t over a sequence.
-
-    Sums run in fp32 (fp64 if any input is fp64) whatever the dtype of the inputs and whether or not autocast is on.
-
-    Args:
-        log_decay_BTH: logarithm of the decay a_t, ≤ 0; 0 keeps the state (padding).
-        B_BTGN: what each position writes with; G divides H and neighbouring heads share a group.
-        C_BTGN: what each position reads with.
-        x_BTHP: inputs, step size folded in; zero at padding.
-        initial_state_BHPN: the state before the first position; zeros if None.
-        resets_BT: bool, True where a document begins: what came before is forgotten there.
-        chunk: positions handled at once; changes speed, not the result.
-
-    Returns:
-        y_BTHP in x's dtype and the final state_BHPN in the dtype of the sums.
-    """
-    inputs = (log_decay_BTH, B_BTGN, C_BTGN, x_BTHP)
-    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in inputs), torch.float32)
-    with torch.autocast(x_BTHP.device.type, enabled=False):
-        y_BTHP, state_BHPN = _scan(
-            log_decay_BTH.to(dtype),
-            B_BTGN.to(dtype),
-            C_BTGN.to(dtype),
-            x_BTHP.to(dtype),
-            None if initial_state_BHPN is None else initial_state_BHPN.to(dtype),
-            resets_BT,
-            chunk,
-        )
-    return y_BTHP.to(x_BTHP.dtype), state_BHPN
-
-
-def _scan(
+def chunked_scan(
     log_decay_BTH: Tensor,
     B_BTGN: Tensor,
     C_BTGN: Tensor,
@@ -63,15 +23,16 @@ def _scan(
     resets_BT: Tensor | None,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
+    """Arguments and results of :func:`distill.ssd.scan`, all in the dtype of the sums."""
     length, n_groups = x_BTHP.shape[1], B_BTGN.shape[2]
     chunk = min(chunk, length)
     # suffix c: chunks, Q (and K): positions in a chunk, R: heads of a group
-    log_decay_BcGRQ = _into_chunks(log_decay_BTH, chunk).unflatten(3, (n_groups, -1)).permute(0, 1, 3, 4, 2)
-    x_BcGRQP = _into_chunks(x_BTHP, chunk).unflatten(3, (n_groups, -1)).permute(0, 1, 3, 4, 2, 5)
-    B_BcGQN = _into_chunks(B_BTGN, chunk).transpose(2, 3)
-    C_BcGQN = _into_chunks(C_BTGN, chunk).transpose(2, 3)
+    log_decay_BcGRQ = into_chunks(log_decay_BTH, chunk).unflatten(3, (n_groups, -1)).permute(0, 1, 3, 4, 2)
+    x_BcGRQP = into_chunks(x_BTHP, chunk).unflatten(3, (n_groups, -1)).permute(0, 1, 3, 4, 2, 5)
+    B_BcGQN = into_chunks(B_BTGN, chunk).transpose(2, 3)
+    C_BcGQN = into_chunks(C_BTGN, chunk).transpose(2, 3)
     cumulative_BcGRQ = log_decay_BcGRQ.cumsum(-1)
-    document_BcQ = None if resets_BT is None else _into_chunks(resets_BT, chunk).cumsum(-1)
+    document_BcQ = None if resets_BT is None else into_chunks(resets_BT, chunk).cumsum(-1)
 
     # Inside a chunk: (C Bᵀ ∘ decay) x.
     decay_BcGRQK = _decay_within(cumulative_BcGRQ, document_BcQ)
@@ -93,7 +54,7 @@ def _scan(
     return y_BTHP[:, :length], final_BGRPN.flatten(1, 2)
 
 
-def _into_chunks(sequence_BT: Tensor, chunk: int) -> Tensor:
+def into_chunks(sequence_BT: Tensor, chunk: int) -> Tensor:
     """(B, T, …) to (B, c, Q, …). Zero padding at the end neither writes (x = 0) nor decays (log a = 0)."""
     missing = -sequence_BT.shape[1] % chunk
     if missing:

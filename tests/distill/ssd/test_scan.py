@@ -34,7 +34,8 @@ def outputs_and_gradients(function, arguments: tuple[Tensor, ...], initial: Tens
     state = None if initial is None else initial.clone().requires_grad_()
     y, final = function(*leaves, initial_state_BHPN=state, resets_BT=borders)
     torch.manual_seed(2)
-    weights = (torch.randn(tensor.shape, dtype=tensor.dtype) for tensor in (y, final))  # randn_like follows strides
+    # The same for every dtype; randn_like would follow strides.
+    weights = (torch.randn(tensor.shape, dtype=torch.float64).to(tensor.dtype) for tensor in (y, final))
     loss = sum((tensor * weight).sum() for tensor, weight in zip((y, final), weights, strict=True))
     gradients = torch.autograd.grad(loss, leaves if state is None else [*leaves, state])
     return y, final, *gradients
