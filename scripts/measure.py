@@ -1,0 +1,172 @@
+"""How benchmarks measure: alternating timings, peak memory in a fresh process, one JSON record, one table.
+
+    seconds({"naive": f, "ours": g})     medians of calls that take turns, so that a busy machine slows all alike
+    peak_memory(prepare, 2048, 1024)     bytes that the call which prepare(2048, 1024) returns adds at its worst moment
+    record(path, {"rows": rows})         figures, with versions, machine, thread count and date beside them
+    show("title", head, rows)            the same for eyes
+
+Figures of one run may be compared; those of different runs or machines only as ratios.
+"""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+Call = Callable[[], object]
+
+
+def seconds(contenders: Mapping[str, Call], repeats: int = 7, *, warmup: int = 1) -> dict[str, float]:
+    """The median time of each contender's calls, in seconds; they take turns, ``warmup`` rounds uncounted.
+
+    On CUDA a call ends when the device has done its work.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(warmup + repeats):
+        for name, call in contenders.items():
+            times[name].append(_once(call))
+    return {name: statistics.median(of_one[warmup:]) for name, of_one in times.items()}
+
+
+def peak_memory(prepare: Callable[..., Call], *arguments: Any, threads: int | None = None) -> int:
+    """Bytes that a call holds at its worst moment beyond what was there before it, measured in a fresh process.
+
+    On a CPU the growth of resident memory, on CUDA that of the tensors allocated on the current device.
+
+    Args:
+        prepare: a function at the top of a module; makes the inputs and returns the call to be measured.
+        arguments: of ``prepare``; they must pickle.
+        threads: torch's, in that process; its default if None.
+    """
+    # Else glibc would keep what was freed, and a peak would be that of the allocator and not of the tensors alive.
+    with (
+        _environment(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0"),
+        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh,
+    ):
+        return fresh.submit(_growth, prepare, arguments, threads).result()
+
+
+def record(path: Path, figures: Mapping[str, Any]) -> None:
+    """Write figures as JSON, with all that they depend on besides the code."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{json.dumps({**figures, 'measured_on': circumstances()}, indent=1)}\n")
+
+
+def circumstances() -> dict[str, Any]:
+    """The date, the machine, and the versions of what does the work."""
+    packages = ("torch", "transformers", "accelerate", "deepspeed", "triton", "numpy")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "versions": {name: found for name in packages if (found := _version(name))},
+        "machine": f"{platform.system()} {platform.machine()}, {_processor()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def show(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table; its first column is on the left, numbers are on the right."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for index, column in enumerate(head):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console().print(table)
+
+
+def _once(call: Call) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    call()
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _growth(prepare: Callable[..., Call], arguments: Sequence[Any], threads: int | None) -> int:
+    """In the fresh process."""
+    if threads:
+        torch.set_num_threads(threads)
+    call = prepare(*arguments)
+    if torch.cuda.is_available() and torch.cuda.memory_allocated():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        _synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    _forget_high_water()
+    before = _high_water()
+    call()
+    return _high_water() - before
+
+
+def _forget_high_water() -> None:
+    """Let the high-water mark start at what is resident now; where the kernel does not, it stays what it was."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def _high_water() -> int:
+    """The largest resident memory of this process so far, in bytes."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Inside, these variables are set, for the processes that are started there."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
