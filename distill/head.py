@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill.objectives.chunked import Head, full_dtype
-from distill.within import within
+from distill.within import opened
 
 TRIED_TOKENS = 8
 
@@ -102,7 +102,7 @@ def _gives_the_logits(model: Any, head: ModelHead) -> bool:
             if len(seen) != 1 or not isinstance(getattr(seen[0], "last_hidden_state", None), Tensor):
                 return False
             hidden_ND = seen[0].last_hidden_state[0]
-            return bool(within(head.linear, _equal, head, hidden_ND, expected_NV))
+            return opened(head.linear, _equal, head, hidden_ND, expected_NV)
     finally:
         handle.remove()
 

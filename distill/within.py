@@ -46,7 +46,8 @@ def through(wrapper: Any, module: Any, call: Callable[..., R], *args: Any, **kwa
 def opened(module: Any, call: Callable[..., R], *args: Any) -> R:
     """``call(*args)`` while the weights of ``module`` are whole; no hook of it sees what goes in or comes out.
 
-    For a frozen module beside one that trains: hooks that saw a result with gradients would wait for its backward pass.
+    For results that are no tensors, and for a frozen module beside one that trains, whose hooks would wait for the
+    backward pass of a result with gradients.
     """
     results: list[R] = []
     within(module, lambda: results.append(call(*args)))

@@ -19,7 +19,7 @@ from distill.head import ModelHead, final_states, head_of
 from distill.objectives import logit_loss, scored_positions
 from distill.objectives.logits import next_labels
 from distill.objectives.through_head import logit_loss_through_heads, topk_loss_through_head
-from distill.objectives.topk import topk_loss
+from distill.objectives.topk import TopK, topk_loss
 from distill.recipe import LogitsStage
 from distill.run import Run
 from distill.teacher_cache import CachedBatches
@@ -101,15 +101,16 @@ class OfflineLogitObjective:
             "ce_weight": self.settings.ce_weight,
             "reduction": "sum",
         }
-        teacher = [batch[name] for name in ("teacher_ids", "teacher_log_probs", "teacher_log_tail")]
+        teacher = TopK(batch["teacher_ids"], batch["teacher_log_probs"], batch["teacher_log_tail"])
         if head is None:
             return topk_loss(_logits(self.student, batch), *teacher, batch["labels"], **settings)
 
         scored_BT = scored_positions(batch["labels"])
 
         def loss(student_ND: Tensor) -> Tensor:
-            kept = (x[scored_BT] for x in (*teacher, next_labels(batch["labels"])))
-            return topk_loss_through_head(student_ND, head.whole(), *kept, **settings)
+            kept = TopK(*(x[scored_BT] for x in teacher))
+            target_N = next_labels(batch["labels"])[scored_BT]
+            return topk_loss_through_head(student_ND, head.whole(), *kept, target_N, **settings)
 
         return within(head.linear, loss, final_states(self.student, batch)[scored_BT])
 
