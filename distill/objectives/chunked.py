@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from distill.objectives.by_hand import Buffers
 
-CHUNK_BYTES = 2**27
+CHUNK_BYTES = 2**26
 """Of one chunk's fp32 logits; a divergence works on three or four such tensors."""
 
 FEWEST_ROWS, MOST_ROWS = 128, 1024
