@@ -180,7 +180,7 @@ def kept_for_backward(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTr
 def _kept_by_logits(recipe: Recipe, stage: LogitsStage, sizes: Sizes, student: PreTrainedModel, sequences: int) -> Kept:
     """All layers, a chunk of logits, and the head's gradient, which is formed with the loss.
 
-    With checkpointing the layers' inputs, and of the chunk with that gradient and a layer computed again what is more; by
+    With checkpointing the layers' inputs, and of the chunk with that gradient and a layer computed again what is more:
     then the chunk is gone, and the gradient too, unless the head is tied to the embeddings, whose own comes last.
     """
     dtype = DTYPES[recipe.dtype]
