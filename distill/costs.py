@@ -46,6 +46,7 @@ from distill import activations
 from distill.data.batches import micro_batches
 from distill.layout import mixer_layers
 from distill.objectives import strips
+from distill.objectives.chunked import VOCABULARY_SLICE, chunk_rows
 from distill.recipe import HiddenStage, LogitsStage, MixingStage, Recipe, Stage
 from distill.ssd.chunked import CHUNK
 
@@ -53,8 +54,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RECOMPUTED = 4 / 3
 """What computing a forward a second time makes of forward and backward, in operations and in bytes moved."""
 
-# The logit loss turns this many logits into fp32 at a time, in about this many copies.
-_LOSS_CHUNK, _LOSS_COPIES = 2**25, 7
+_WRITTEN = 7
+"""How often the loss writes each fp32 logit of a chunk, or a number as large (`distill.objectives.by_hand`)."""
 
 
 class Kept(NamedTuple):
@@ -66,12 +67,14 @@ class Kept(NamedTuple):
         weights: bfloat16 copies of the fp32 weights that the graph holds at that moment, made by autocast.
         in_all: all that is kept, one layer after the other, as often as it is written; and what is moved as often as
             that without being kept, such as the strips of mixing matrices.
+        head: how much of ``graph`` is the gradient of the language-model head.
     """
 
     graph: int
     traces: int
     weights: int
     in_all: int
+    head: int = 0
 
 
 @dataclass(frozen=True)
@@ -182,35 +185,51 @@ def kept_for_backward(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTr
 
 
 def _kept_by_logits(recipe: Recipe, stage: LogitsStage, sizes: Sizes, student: PreTrainedModel, sequences: int) -> Kept:
-    """All layers, and what belongs to the logits; with checkpointing only the layers' inputs, and one of these two.
+    """All layers, a chunk of logits, and the head's gradient, which is formed with the loss.
 
-    What of these is more is the worst moment: the logits are gone when the first layer is computed again. Beside what a
-    layer kept stands the gradient that goes back through it.
+    With checkpointing only the layers' inputs, and one layer computed again. Of two moments that which takes more
+    counts: at the loss, and where the widest gradient goes back through a layer. Then the chunk is gone, and the
+    head's gradient too, unless the head is tied to the embeddings, whose own comes last.
     """
     dtype = DTYPES[recipe.dtype]
     every = _every_layer(sizes, student, dtype)
     layers = sequences * sum(layer.a_sequence for layer in every)
-    logits, moved = _kept_by_head(recipe, stage, sizes, sequences)
+    chunk, gradient = _kept_by_chunk(recipe, stage, sizes, sequences), _head_gradient(stage, sizes)
+    moved = 4 * _WRITTEN * sequences * sizes.block * sizes.vocabulary
     copied_head = sizes.hidden * sizes.vocabulary * dtype.itemsize if dtype != torch.float32 else 0
+    waits = 0 if sizes.student["head"] else gradient
     if not stage.gradient_checkpointing:
-        copies = sum(layer.once for layer in every)
-        gradient = sequences * max(layer.widest for layer in every)
-        return Kept(layers + max(logits, gradient), traces=0, weights=copies + copied_head, in_all=layers + moved)
+        copies = sum(layer.once for layer in every) + copied_head
+        back = sequences * max(layer.widest for layer in every) + waits
+        graph, head = max((chunk + gradient, gradient), (back, waits))
+        return Kept(layers + graph, traces=0, weights=copies, in_all=layers + moved, head=head)
     inputs = 4 * sequences * sizes.block * sizes.hidden * len(every)  # under autocast too the hidden state is fp32
     largest = max(every, key=lambda layer: layer.a_sequence)
-    graph, weights = max(
-        (logits, copied_head), (sequences * (largest.a_sequence + largest.widest), largest.once), key=sum
-    )
-    return Kept(inputs + graph, traces=0, weights=weights, in_all=round(RECOMPUTED * layers) + moved)
+    at_head = chunk + gradient, copied_head, gradient
+    at_layer = sequences * (largest.a_sequence + largest.widest) + waits, largest.once, waits
+    graph, weights, head = max(at_head, at_layer, key=lambda moment: moment[0] + moment[1])
+    return Kept(inputs + graph, traces=0, weights=weights, in_all=round(RECOMPUTED * layers) + moved, head=head)
 
 
-def _kept_by_head(recipe: Recipe, stage: LogitsStage, sizes: Sizes, sequences: int) -> tuple[int, int]:
-    """Both models' logits, the gradient of the student's, and the loss: of one chunk of them, and of all."""
-    elements = sequences * sizes.block * sizes.vocabulary
+def _kept_by_chunk(recipe: Recipe, stage: LogitsStage, sizes: Sizes, sequences: int) -> int:
+    """Scratch tensors of a chunk, and the final hidden states of both models and the gradient of the student's."""
+    rows = sequences * sizes.block
+    chunk = min(rows, chunk_rows(sizes.vocabulary)) * sizes.vocabulary
+    if stage.ce_weight == 1 or not runs_teacher(stage):
+        tensors = 2
+    else:
+        tensors = (4 if stage.divergence == "jsd" else 3) + (stage.ce_weight > 0)
+    in_16_bits = 0
+    if DTYPES[recipe.dtype] != torch.float32:  # the gradient of the logits, and a piece of the head's
+        in_16_bits = 2 * (chunk + min(VOCABULARY_SLICE, sizes.vocabulary) * sizes.hidden)
     of_teacher = DTYPES[recipe.teacher.dtype].itemsize if runs_teacher(stage) else 0
-    logits = elements * (of_teacher + 2 * DTYPES[recipe.dtype].itemsize)
-    of_loss = 4 * _LOSS_COPIES
-    return logits + min(elements, _LOSS_CHUNK) * of_loss, logits + elements * of_loss
+    return 4 * tensors * chunk + in_16_bits + rows * sizes.hidden * (2 * 4 + of_teacher)
+
+
+def _head_gradient(stage: LogitsStage, sizes: Sizes) -> int:
+    """In fp32."""
+    role = "head" if sizes.student["head"] else "embeddings"  # where they are tied
+    return 4 * sizes.hidden * sizes.vocabulary if role in stage.train else 0
 
 
 def _every_layer(sizes: Sizes, student: PreTrainedModel, dtype: torch.dtype) -> list[activations.Saved]:

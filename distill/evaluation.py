@@ -4,13 +4,15 @@ A prediction at position t is scored when ``labels[t + 1] != -100``, so nothing 
 document border or into padding. Models are called as packed batches demand it (distill/data): with
 ``position_ids``, without a cache, without an attention mask.
 
-How numbers are summed: logits in fp32, one slice of positions at a time; totals over the data in fp64.
+How numbers are summed: logits in fp32, made by the head for a chunk of positions at a time; totals over the data in
+fp64.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -19,13 +21,14 @@ from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.errors import UserError
-from distill.within import within
+from distill.head import ModelHead, final_states, head_of
+from distill.objectives import scored_positions
+from distill.objectives.chunked import Head, chunk_rows, full_dtype
+from distill.objectives.logits import next_labels
+from distill.within import opened, within
 
-IGNORED = -100
-# A forward takes as many rows of a batch as keep its logits (or its layers' outputs) under FORWARD
-# elements; logits become fp32 in slices of at most SLICE elements.
+# A forward takes as many rows of a batch as keep its widest tensors (or its layers' outputs) under FORWARD elements.
 FORWARD = 2**28
-SLICE = 2**24
 
 # Below this many nats a token, conversion has lost nothing that a share could be a share of.
 NO_GAP = 1e-4
@@ -76,17 +79,24 @@ def evaluate(
     """
     device = device or _device(student)
     sums = torch.zeros(5, dtype=torch.float64, device=device)
-    row_elements = student.config.get_text_config().vocab_size
+    models = [student]
+    if teacher is not None and teacher is not student:
+        _require_one_vocabulary(student, teacher)
+        models.append(teacher)
     with _evaluating(student, teacher):
+        heads = [opened(model, head_of, model) for model in models]
+        row_elements = _row_elements(student, heads)
         for batch in batches:
             for rows in _rows(batch, row_elements, device):
-                sums += _score(student, teacher, rows)
+                sums += _inside(models, _score, models, heads, rows)
     tokens, *totals = (reduce(sums) if reduce else sums).tolist()
     if not tokens:
         raise UserError("there is no token to score: every document of the text is shorter than two tokens")
     loss, teacher_loss, kl, agreement = (total / tokens for total in totals)
     if teacher is None:
         return Metrics(loss, perplexity(loss), int(tokens))
+    if teacher is student:
+        return Metrics(loss, perplexity(loss), int(tokens), teacher_loss=loss, kl=0.0, agreement=1.0)
     return Metrics(loss, perplexity(loss), int(tokens), teacher_loss, kl, agreement)
 
 
@@ -196,32 +206,78 @@ def recovered_share(teacher: float, start: float, now: float) -> float | None:
     return 1 - (now - teacher) / gap
 
 
-def _score(student: PreTrainedModel, teacher: PreTrainedModel | None, rows: Batch) -> Tensor:
-    """Sums over the scored positions, (5,) fp64: tokens, loss, teacher's loss, KL, agreements."""
-    student_BTV = teacher_BTV = _logits(student, rows)
-    if teacher is not None and teacher is not student:
-        teacher_BTV = _logits(teacher, rows)
-    vocabulary = student_BTV.shape[-1]
-    if teacher_BTV.shape[-1] != vocabulary:
-        raise UserError(
-            f"the student predicts {vocabulary} tokens and the teacher {teacher_BTV.shape[-1]}: their "
-            "distributions can be compared only over one vocabulary"
-        )
-    sums = torch.zeros(5, dtype=torch.float64, device=student_BTV.device)
-    labels_BT = rows["labels"]
-    scored_N2 = (labels_BT[:, 1:] != IGNORED).nonzero()
-    for sequence_n, position_n in (part.unbind(-1) for part in scored_N2.split(max(1, SLICE // vocabulary))):
-        next_n1 = labels_BT[sequence_n, position_n + 1].unsqueeze(-1)
-        student_nV = log_softmax(student_BTV[sequence_n, position_n].float(), dim=-1)
+def _inside(modules: Iterable[nn.Module], call: Callable[..., Tensor], *args: object) -> Tensor:
+    """``call(*args)`` in the place of the forward of all ``modules``, one within the other."""
+    call = partial(call, *args)  # hooks need not see these
+    for module in modules:
+        call = partial(within, module, call)
+    return call()
+
+
+def _row_elements(model: PreTrainedModel, heads: Sequence[ModelHead | None]) -> int:
+    """The widest tensors of a forward, a token: logits, or where these come in chunks what is inside an MLP."""
+    text = model.config.get_text_config()
+    if None in heads:
+        return text.vocab_size
+    return 2 * max(getattr(text, "intermediate_size", 0), 4 * text.hidden_size)
+
+
+def _score(models: Sequence[PreTrainedModel], heads: Sequence[ModelHead | None], rows: dict[str, Tensor]) -> Tensor:
+    """Sums over the scored positions, (5,) fp64: tokens, loss, teacher's loss, KL, agreements.
+
+    Args:
+        models: the student, and its teacher if there is one; called in the place of their forward.
+        heads: of each.
+        rows: of a batch.
+    """
+    scored_BT = scored_positions(rows["labels"])
+    next_N = next_labels(rows["labels"])[scored_BT]
+    found = [head for head in heads if head is not None]
+    if len(found) < len(models):
+        logits = [_logits(model, rows)[scored_BT] for model in models]
+        return _sums([partial(_taken, logits_NV) for logits_NV in logits], next_N, logits[0].shape[-1])
+    states = [final_states(model, rows)[scored_BT] for model in models]
+
+    def through_heads() -> Tensor:
+        ways = [partial(_made, head.whole(), hidden_ND) for head, hidden_ND in zip(found, states, strict=True)]
+        return _sums(ways, next_N, found[0].whole().vocabulary)
+
+    return _inside([head.linear for head in found], through_heads)
+
+
+def _taken(logits_NV: Tensor, rows: slice) -> Tensor:
+    return logits_NV[rows].float()
+
+
+def _made(head: Head, hidden_ND: Tensor, rows: slice) -> Tensor:
+    shape = rows.stop - rows.start, head.vocabulary
+    return head.logits(hidden_ND[rows], hidden_ND.new_empty(shape, dtype=full_dtype(hidden_ND.dtype)))
+
+
+def _sums(logits: Sequence[Callable[[slice], Tensor]], next_N: Tensor, vocabulary: int) -> Tensor:
+    """As ``_score``, from what gives each model's logits (n, V) of some of the scored positions."""
+    sums = torch.zeros(5, dtype=torch.float64, device=next_N.device)
+    most = chunk_rows(vocabulary)
+    for start in range(0, len(next_N), most):
+        rows = slice(start, min(start + most, len(next_N)))
+        student_nV, *teachers = (log_softmax(of_rows(rows), dim=-1) for of_rows in logits)
+        next_n1 = next_N[rows, None]
         sums[0] += len(next_n1)
         sums[1] -= student_nV.gather(-1, next_n1).sum(dtype=torch.float64)
-        if teacher is None:
-            continue
-        teacher_nV = log_softmax(teacher_BTV[sequence_n, position_n].float(), dim=-1)
-        sums[2] -= teacher_nV.gather(-1, next_n1).sum(dtype=torch.float64)
-        sums[3] += _kl(teacher_nV, student_nV)
-        sums[4] += (teacher_nV.argmax(-1) == student_nV.argmax(-1)).sum()
+        for teacher_nV in teachers:
+            sums[2] -= teacher_nV.gather(-1, next_n1).sum(dtype=torch.float64)
+            sums[3] += _kl(teacher_nV, student_nV)
+            sums[4] += (teacher_nV.argmax(-1) == student_nV.argmax(-1)).sum()
     return sums
+
+
+def _require_one_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"the student predicts {sizes[0]} tokens and the teacher {sizes[1]}: their "
+            "distributions can be compared only over one vocabulary"
+        )
 
 
 def _kl(teacher_nV: Tensor, student_nV: Tensor) -> Tensor:
@@ -240,8 +296,8 @@ def _relative_distance(student_BTD: Tensor, teacher_BTD: Tensor, valid_BT: Tenso
 
 
 def _logits(model: PreTrainedModel, rows: Batch) -> Tensor:
-    """(B, T, V) in the model's dtype."""
-    return model(input_ids=rows["input_ids"], position_ids=rows["position_ids"], use_cache=False).logits
+    """(B, T, V) in the model's dtype; called in the place of its forward."""
+    return model.forward(input_ids=rows["input_ids"], position_ids=rows["position_ids"], use_cache=False).logits
 
 
 def _layer_outputs(model: PreTrainedModel, rows: Batch) -> list[Tensor]:

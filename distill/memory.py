@@ -10,7 +10,7 @@ m, b    parameters of the teacher, and bytes of one; m = 0 where its predictions
 u, u_t  parameters that the stage's forward runs through, of the student and of the teacher
 l, l_t  of these in the largest layer
 c, c_t  parameters of the largest layer or single matrix, whatever the stage runs
-e, e_t  parameters outside the layers, embeddings and head; f of the student's e are trained
+e, e_t  parameters outside the layers, embeddings and head; f of the student's e are trained, less what g has
 w       bfloat16 copies of the fp32 weights that the graph holds, made by autocast (bytes): of all layers in the last
         stage, of one with gradient checkpointing and in the first two stages
 g, q    what autograd keeps, and what the teacher read and wrote in the converted layers (bytes)
@@ -24,20 +24,20 @@ Bytes on each process::
     one, ddp       b m      4 n      4 t        8 t        w
     zero1          b m      4 n      4 t        12 t/R     w + 4 min(t, c)
     zero2          b m      4 n      4 t/R      12 t/R     w + 4 min(t, c)
-    fsdp2          b m/R    4 n/R    4 t/R      8 t/R      4 e + max(w + 16 l + 4 f, b (2 l_t + e_t))
+    fsdp2          b m/R    4 n/R    4 t/R      8 t/R      4 e + max(w + 16 l + 4 f, w + 8 l + b e_t, b (2 l_t + e_t))
     zero3          b m/R    4 n/R    4 t/R      12 t/R     w + 4 min(u, 2 c) + b min(u_t, 2 c_t) + 4 min(t, c)
     zero3_offload  -        -        -          -          as zero3; and (b m + 4 n + 16 t)/R of the host's memory
     layers         b m      4 n      4 t s      8 t s      w
 
 and everywhere g + q of activations, but g + q / K with one and layers, which are done with a layer before the teacher's
 next one runs, where the other engines need a single backward for all. With fsdp2 and one micro-batch a step, gradients
-come as activations go, so that of the two the larger counts: its activations are g + q less the gradients.
-(Elsewhere gradients have their place from step
-to step, or are there from the micro-batches before.) DeepSpeed keeps an fp32 copy of the weights it updates beside
-weights that are fp32 already, hence 12 and not 8. Under fsdp2 what stands outside the layers is whole while a batch is
-computed, and of the layers two at a time (the one that computes and the one fetched ahead), weights and gradients,
-first the teacher's and then the student's. DeepSpeed is told by `distill.engines.zero` to reduce c gradients together,
-and to keep at most 2 c weights of a model gathered.
+come as activations go, so that of the two the larger counts: its activations are g + q less the gradients. (Elsewhere
+gradients have their place from step to step, or are there from the micro-batches before.) DeepSpeed keeps an fp32 copy
+of the weights it updates beside weights that are fp32 already, hence 12 and not 8. Under fsdp2 what stands outside the
+layers is whole while a batch is computed, and of the layers two at a time (the one that computes and the one fetched
+ahead): first the teacher's, then the student's with the teacher's head still whole, and last the student's with
+gradients. The head's gradient is formed with the loss, and so is part of g where that is the worst moment. DeepSpeed is
+told by `distill.engines.zero` to reduce c gradients together, and to keep at most 2 c weights of a model gathered.
 
 Bytes that each process sends a step, times (R − 1)/R::
 
@@ -173,7 +173,9 @@ MODES: dict[str, Mode] = {
         student=lambda k: 4 * k.n / k.R,
         gradients=lambda k: 4 * k.t / k.R,
         optimizer=lambda k: 8 * k.t / k.R,
-        working=lambda k: 4 * k.e + max(k.w + 16 * k.l + 4 * k.f, k.b * (2 * k.l_t + k.e_t)),
+        working=lambda k: (
+            4 * k.e + max(k.w + 16 * k.l + 4 * k.f, k.w + 8 * k.l + k.b * k.e_t, k.b * (2 * k.l_t + k.e_t))
+        ),
         sent=lambda k: k.a * (8 * k.u + k.b * k.u_t + 4 * k.t),
     ),
     "zero3": Mode(
@@ -265,7 +267,7 @@ def numbers(
         c_t=max(of_teacher, embedding),
         e=of_student["embeddings"] + of_student["head"],
         e_t=teacher["embeddings"] + teacher["head"],
-        f=sum(of_student[role] for role in stage.train if role in ("embeddings", "head")),
+        f=sum(of_student[role] for role in stage.train if role in ("embeddings", "head")) - kept.head // 4,
         w=kept.weights,
         g=kept.graph,
         q=kept.traces,

@@ -43,6 +43,17 @@ def through(wrapper: Any, module: Any, call: Callable[..., R], *args: Any, **kwa
         put_back()
 
 
+def opened(module: Any, call: Callable[..., R], *args: Any) -> R:
+    """``call(*args)`` while the weights of ``module`` are whole; no hook of it sees what goes in or comes out.
+
+    For results that are no tensors, and for a frozen module beside one that trains, whose hooks would wait for the
+    backward pass of a result with gradients.
+    """
+    results: list[R] = []
+    within(module, lambda: results.append(call(*args)))
+    return results[0]
+
+
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
     """The shape of the whole parameter; of one that ZeRO-3 split up only a stump stands in the model."""
     return getattr(parameter, "ds_shape", parameter.shape)

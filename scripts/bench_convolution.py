@@ -5,15 +5,15 @@
 Medians of interleaved repeats, so that a busy machine slows both alike.
 """
 
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from distill.ssd import causal_convolution
+from scripts.measure import seconds, show
 
 SHAPES = [(2, 1024, 3072), (16, 256, 384), (8, 512, 1536)]  # batch, tokens, channels
 TAPS, REPEATS = 4, 15
@@ -24,21 +24,20 @@ def by_conv1d(x_BTC: Tensor, weight_CK: Tensor, bias_C: Tensor) -> Tensor:
     return F.conv1d(padded_BCT, weight_CK[:, None], bias_C, groups=x_BTC.shape[-1]).mT
 
 
-def seconds(convolution: Callable[..., Tensor], *leaves: Tensor) -> float:
-    start = time.perf_counter()
+def both_ways(convolution: Callable[..., Tensor], *leaves: Tensor) -> None:
     torch.autograd.grad(convolution(*leaves).sum(), leaves)
-    return time.perf_counter() - start
 
 
 def main() -> None:
-    print(f"{'batch × tokens × channels':>28} {'conv1d':>9} {'shifted':>9} {'ratio':>6}")
+    rows = []
     for batch, tokens, channels in SHAPES:
         shapes = ((batch, tokens, channels), (channels, TAPS), (channels,))
         leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
-        pairs = [(seconds(by_conv1d, *leaves), seconds(causal_convolution, *leaves)) for _ in range(REPEATS + 2)][2:]
-        library, ours = (statistics.median(times) for times in zip(*pairs, strict=True))
-        name = f"{batch} × {tokens} × {channels}"
-        print(f"{name:>28} {library * 1e3:7.1f}ms {ours * 1e3:7.1f}ms {library / ours:5.1f}×")
+        contenders = {"conv1d": by_conv1d, "shifted": causal_convolution}
+        took = seconds({name: partial(both_ways, f, *leaves) for name, f in contenders.items()}, REPEATS, warmup=2)
+        times = [f"{took[name] * 1e3:.1f} ms" for name in contenders]
+        rows.append([f"{batch} × {tokens} × {channels}", *times, f"{took['conv1d'] / took['shifted']:.1f}×"])
+    show("Short convolution", ["batch × tokens × channels", "conv1d", "shifted", "ratio"], rows)
 
 
 if __name__ == "__main__":

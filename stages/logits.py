@@ -3,10 +3,10 @@
     python -m stages.logits recipes/quickstart.yaml
 
 min (1 − w) τ² D(teacher ‖ student at temperature τ) + w CE(text), a mean over scored tokens, where D is forward KL,
-reverse KL or the Jensen-Shannon divergence.
+reverse KL or the Jensen-Shannon divergence. Both models' logits are made chunk by chunk (`distill.objectives.chunked`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -15,14 +15,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.handover import StageRecord
+from distill.head import ModelHead, final_states, head_of
 from distill.objectives import logit_loss, scored_positions
-from distill.objectives.topk import topk_loss
+from distill.objectives.logits import next_labels
+from distill.objectives.through_head import logit_loss_through_heads, topk_loss_through_head
+from distill.objectives.topk import TopK, topk_loss
 from distill.recipe import LogitsStage
 from distill.run import Run
 from distill.teacher_cache import CachedBatches
 from distill.teacher_cache.offline import complete_teacher_cache
 from distill.train_stage import train_stage
 from distill.training import Batch, Part
+from distill.within import opened, within
 from stages.command import run_program
 
 
@@ -33,6 +37,7 @@ class LogitObjective:
 
     def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, settings: LogitsStage) -> None:
         self.teacher, self.student, self.settings = teacher, student, settings
+        self.heads: tuple[ModelHead | None, ModelHead | None] | None = None
 
     def weight(self, batch: Batch) -> float:
         """Positions whose next token is in the same document."""
@@ -40,21 +45,34 @@ class LogitObjective:
 
     def parts(self, batch: Batch) -> Iterator[Part]:
         """One part: nothing of an end-to-end loss can be freed early."""
-        yield Part("logits", partial(self._divergence, batch))
+        yield Part("logits", partial(opened, self.teacher, self._divergence, batch))
 
     def _divergence(self, batch: Batch) -> Tensor:
-        """Summed over scored tokens."""
+        """Summed over scored tokens; called where the weights of both models are whole."""
+        self.heads = self.heads or (head_of(self.student), head_of(self.teacher))
+        student_head, teacher_head = self.heads
+        settings: dict[str, Any] = {
+            "divergence": self.settings.divergence,
+            "temperature": self.settings.temperature,
+            "ce_weight": self.settings.ce_weight,
+            "reduction": "sum",
+        }
+        if student_head is None or teacher_head is None:
+            with torch.no_grad():
+                teacher_BTV = _logits(self.teacher, batch)
+            return logit_loss(_logits(self.student, batch), teacher_BTV, batch["labels"], **settings)
+
+        scored_BT = scored_positions(batch["labels"])
         with torch.no_grad():
-            teacher_BTV = _logits(self.teacher, batch)
-        return logit_loss(
-            _logits(self.student.forward, batch),  # not a call: an engine has called the student around this
-            teacher_BTV,
-            batch["labels"],
-            divergence=self.settings.divergence,
-            temperature=self.settings.temperature,
-            ce_weight=self.settings.ce_weight,
-            reduction="sum",
-        )
+            teacher_ND = final_states(self.teacher, batch)[scored_BT]
+
+        def loss(student_ND: Tensor) -> Tensor:
+            heads = student_head.whole(), teacher_head.whole()
+            target_N = next_labels(batch["labels"])[scored_BT]
+            return logit_loss_through_heads(student_ND, heads[0], teacher_ND, heads[1], target_N, **settings)
+
+        student_ND = final_states(self.student, batch)[scored_BT]
+        return opened(teacher_head.linear, within, student_head.linear, loss, student_ND)
 
 
 class OfflineLogitObjective:
@@ -64,6 +82,7 @@ class OfflineLogitObjective:
 
     def __init__(self, student: PreTrainedModel, settings: LogitsStage) -> None:
         self.student, self.settings = student, settings
+        self.head: tuple[ModelHead | None] | None = None
 
     def weight(self, batch: Batch) -> float:
         """Positions whose next token is in the same document."""
@@ -74,22 +93,31 @@ class OfflineLogitObjective:
         yield Part("logits", partial(self._divergence, batch))
 
     def _divergence(self, batch: Batch) -> Tensor:
-        """Summed over scored tokens."""
-        return topk_loss(
-            _logits(self.student.forward, batch),
-            batch["teacher_ids"],
-            batch["teacher_log_probs"],
-            batch["teacher_log_tail"],
-            batch["labels"],
-            divergence=self.settings.divergence,
-            ce_weight=self.settings.ce_weight,
-            reduction="sum",
-        )
+        """Summed over scored tokens; called in the place of the student's forward."""
+        self.head = self.head or (head_of(self.student),)
+        (head,) = self.head
+        settings: dict[str, Any] = {
+            "divergence": self.settings.divergence,
+            "ce_weight": self.settings.ce_weight,
+            "reduction": "sum",
+        }
+        teacher = TopK(batch["teacher_ids"], batch["teacher_log_probs"], batch["teacher_log_tail"])
+        if head is None:
+            return topk_loss(_logits(self.student, batch), *teacher, batch["labels"], **settings)
+
+        scored_BT = scored_positions(batch["labels"])
+
+        def loss(student_ND: Tensor) -> Tensor:
+            kept = TopK(*(x[scored_BT] for x in teacher))
+            target_N = next_labels(batch["labels"])[scored_BT]
+            return topk_loss_through_head(student_ND, head.whole(), *kept, target_N, **settings)
+
+        return within(head.linear, loss, final_states(self.student, batch)[scored_BT])
 
 
-def _logits(model: Callable[..., Any], batch: Batch) -> Tensor:
-    # use_cache=False and no mask: only so do attention layers keep packed documents apart.
-    return model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+def _logits(model: Any, batch: Batch) -> Tensor:
+    # Not a call of the model: this runs in the place of its forward. No cache and no mask, as in `final_states`.
+    return model.forward(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
 
 
 def main(run: Run) -> StageRecord:

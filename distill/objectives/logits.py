@@ -59,7 +59,7 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def scored_positions(labels_BT: Tensor) -> Tensor:
     """(B, T) bool: which positions have a next token to predict. Its sum is what "mean" divides by."""
-    return _next_labels(labels_BT) != IGNORED
+    return next_labels(labels_BT) != IGNORED
 
 
 def logit_loss(
@@ -91,12 +91,12 @@ def logit_loss(
         UserError: a setting outside its range.
         ValueError: different shapes, or another reduction.
     """
-    _require_settings(divergence, temperature, ce_weight, labels_BT is not None)
+    require_settings(divergence, temperature, ce_weight, labels_BT is not None)
     require_same_shape(student_BTV, teacher_BTV)
     if labels_BT is None:
         targets_BT = torch.zeros(student_BTV.shape[:2], dtype=torch.long, device=student_BTV.device)
     else:
-        targets_BT = _next_labels(labels_BT)
+        targets_BT = next_labels(labels_BT)
 
     def chunk_sum(student_NV: Tensor, teacher_NV: Tensor, target_N: Tensor) -> Tensor:
         return _chunk_sum(student_NV, teacher_NV, target_N, DIVERGENCES[divergence], temperature, ce_weight)
@@ -113,8 +113,8 @@ def logit_loss(
     return reduce(torch.stack(sums).sum(), (targets_BT != IGNORED).sum(), reduction)
 
 
-def _next_labels(labels_BT: Tensor) -> Tensor:
-    """The label that each position has to predict; the last position has none."""
+def next_labels(labels_BT: Tensor) -> Tensor:
+    """(B, T): the label that each position has to predict; the last position has none."""
     return pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
 
 
@@ -142,7 +142,8 @@ def _chunk_sum(
     return loss_N.masked_fill(unscored_N, 0).sum()
 
 
-def _require_settings(divergence: str, temperature: float, ce_weight: float, labels_given: bool) -> None:
+def require_settings(divergence: str, temperature: float, ce_weight: float, labels_given: bool) -> None:
+    """Refuse a setting outside its range."""
     if divergence not in DIVERGENCES:
         raise UserError(f"divergence {divergence!r} is unknown; allowed: {', '.join(DIVERGENCES)}")
     if not 0 < temperature < math.inf:

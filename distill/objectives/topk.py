@@ -98,7 +98,7 @@ def topk_loss(
         UserError: a setting outside its range.
         ValueError: shapes that do not belong together, or another reduction.
     """
-    _require_settings(divergence, ce_weight)
+    require_settings(divergence, ce_weight)
     _require_shapes(student_BTV, ids_BTK, log_probs_BTK, log_tail_BT)
     targets_BT = pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
 
@@ -132,7 +132,7 @@ def _chunk_sum(
     student_NV = full_precision(student_NV).masked_fill(unscored_N1, 0)
     loss_N = student_NV.new_zeros(len(target_N))
     if ce_weight < 1:
-        p_NJ = teacher_NJ.to(student_NV.dtype).masked_fill(unscored_N1, 0).clamp(min=_nothing(student_NV))
+        p_NJ = teacher_NJ.to(student_NV.dtype).masked_fill(unscored_N1, 0).clamp(min=nothing(student_NV))
         q_NJ = _outcomes(student_NV, ids_NK.masked_fill(unscored_N1, 0))
         loss_N = loss_N + (1 - ce_weight) * divergence(p_NJ, q_NJ)
     if ce_weight > 0:
@@ -147,11 +147,11 @@ def _outcomes(logits_NV: Tensor, ids_NK: Tensor) -> Tensor:
     The others are summed themselves: 1 − Σ of the given ones would lose a small tail to rounding.
     """
     log_z_N1 = logits_NV.logsumexp(-1, keepdim=True)
-    others_N1 = logits_NV.scatter(-1, ids_NK, _nothing(logits_NV)).logsumexp(-1, keepdim=True)
+    others_N1 = logits_NV.scatter(-1, ids_NK, nothing(logits_NV)).logsumexp(-1, keepdim=True)
     return torch.cat([logits_NV.gather(-1, ids_NK), others_N1], -1) - log_z_N1
 
 
-def _nothing(like: Tensor) -> float:
+def nothing(like: Tensor) -> float:
     """A logit whose exp is 0. Finite, or the tail of an empty rest would have a gradient of NaN."""
     return torch.finfo(like.dtype).min / 2
 
@@ -160,7 +160,8 @@ def _chunk_rows(vocabulary: int) -> int:
     return max(1, logits.CHUNK_ELEMENTS // vocabulary)
 
 
-def _require_settings(divergence: str, ce_weight: float) -> None:
+def require_settings(divergence: str, ce_weight: float) -> None:
+    """Refuse a setting outside its range."""
     if divergence not in DIVERGENCES:
         raise UserError(f"divergence {divergence!r} is unknown; allowed: {', '.join(DIVERGENCES)}")
     if not 0 <= ce_weight <= 1:

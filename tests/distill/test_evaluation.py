@@ -140,12 +140,12 @@ def test_no_slice_is_larger_than_allowed_and_slicing_changes_nothing(student, te
         return logits.log_softmax(dim)
 
     monkeypatch.setattr(evaluation, "log_softmax", spy)
-    monkeypatch.setattr(evaluation, "SLICE", 3 * VOCABULARY)
-    monkeypatch.setattr(evaluation, "FORWARD", BLOCK * VOCABULARY + 1)
-    student.register_forward_hook(lambda _module, _args, out: rows.append(out.logits.shape[0]))
+    monkeypatch.setattr(evaluation, "chunk_rows", lambda vocabulary: 3)
+    monkeypatch.setattr(evaluation, "FORWARD", BLOCK * 2 * 4 * student.config.hidden_size + 1)
+    student.get_decoder().register_forward_hook(lambda _module, _args, out: rows.append(len(out.last_hidden_state)))
     assert_same(evaluate(student, teacher, [together]), whole, rel=1e-6)
     assert max(sizes) == 3 * VOCABULARY
-    assert rows == [1, 1]
+    assert rows == [1, 1, 1]  # the first to try the head
 
 
 def test_half_precision_logits_are_scored_in_fp32(student, teacher, batches):
@@ -166,12 +166,12 @@ def test_half_precision_logits_are_scored_in_fp32(student, teacher, batches):
 
 def test_a_model_is_its_own_perfect_student(teacher, batches):
     forwards = []
-    teacher.register_forward_hook(lambda *_: forwards.append(1))
+    teacher.get_decoder().register_forward_hook(lambda *_: forwards.append(1))
     metrics = evaluate(teacher, teacher, batches)
     assert metrics.kl == 0
     assert metrics.agreement == 1
     assert metrics.loss == metrics.teacher_loss
-    assert len(forwards) == len(batches), "one forward does for both"
+    assert len(forwards) == len(batches) + 1, "one forward does for both, and one tries the head"
 
 
 def test_a_copy_of_the_teacher_is_as_good(teacher, batches):
@@ -227,11 +227,10 @@ def test_models_are_called_without_cache_and_mask_in_eval_mode(student, teacher,
     def spy(module, _args, kwargs):
         calls.append((module.training, torch.is_grad_enabled(), kwargs))
 
-    student.register_forward_pre_hook(spy, with_kwargs=True)
     student.get_decoder().register_forward_pre_hook(spy, with_kwargs=True)
     evaluate(student.train(), teacher, batches)
     layer_distances(student.train(), teacher, batches)
-    assert len(calls) == 4 * len(batches)  # each time the model, whose hooks run around its decoder, and the decoder
+    assert len(calls) == 2 * len(batches) + 1  # once to try the head
     for training, grad, kwargs in calls:
         assert not training
         assert not grad

@@ -186,11 +186,21 @@ def test_one_process_holds_what_a_step_of_adamw_leaves_behind(stage: Stage) -> N
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 def test_the_worst_moment_of_a_real_step(checkpointing: bool, dtype: str, vocabulary: int) -> None:
-    stage = LogitsStage(tokens=1, gradient_checkpointing=checkpointing)
+    require_planned(LogitsStage(tokens=1, gradient_checkpointing=checkpointing), dtype, vocabulary)
+
+
+@pytest.mark.parametrize("loss", [{"divergence": "jsd", "ce_weight": 0.5}, {"ce_weight": 1}], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_the_worst_moment_of_other_losses(checkpointing: bool, loss: dict) -> None:
+    require_planned(LogitsStage(tokens=1, gradient_checkpointing=checkpointing, **loss), "float32", 4096)
+
+
+def require_planned(stage: LogitsStage, dtype: str, vocabulary: int) -> None:
+    """What lives at the worst moment of a real step is what was planned."""
     shape = {"vocab_size": vocabulary, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
     k, teacher, student = real_numbers(stage, dtype=dtype, block=128, **shape)
     student.requires_grad_(True).train()
-    if checkpointing:
+    if stage.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.zeros(2, 128, dtype=torch.long)
     batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(128).expand(2, -1)}
@@ -210,7 +220,8 @@ def test_numbers_of_the_last_stage_are_those_of_the_whole_models() -> None:
     assert (k.R, k.K, k.a, k.b) == (4, 2, 4, 2)
     assert k.n == k.u == k.t == sum(parameter.numel() for parameter in student.parameters())
     assert k.m == k.u_t == sum(parameter.numel() for parameter in teacher.parameters())
-    assert k.e == k.f == k.e_t == 2 * 96 * 64
+    assert k.e == k.e_t == 2 * 96 * 64
+    assert k.f == 96 * 64  # the head's gradient is part of g
     assert k.l == pytest.approx(sum(parameter.numel() for parameter in layers[0].parameters()), abs=norms)
     assert k.l_t == pytest.approx(
         sum(parameter.numel() for parameter in teacher.get_decoder().layers[0].parameters()), abs=128
@@ -237,5 +248,6 @@ def test_a_teacher_on_disk_takes_no_memory() -> None:
     k, _, _ = real_numbers(LogitsStage(tokens=1, offline_teacher={"top_k": 8}))
     beside, _, _ = real_numbers(LogitsStage(tokens=1))
     assert (k.m, k.u_t, k.l_t, k.e_t) == (0, 0, 0, 0)
-    assert beside.g - k.g == 2 * 32 * 96 * 2  # the teacher's logits, in bfloat16
+    # A chunk more in fp32 (its logits, or the probabilities in their place), and its hidden states in bfloat16.
+    assert beside.g - k.g == 2 * 32 * (96 * 4 + 64 * 2)
     assert memory("ddp", k).teacher == 0

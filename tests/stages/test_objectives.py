@@ -15,6 +15,8 @@ from distill.engines.engine import Groups, Parts
 from distill.engines.joint import detached, joint, total
 from distill.engines.plain import PlainEngine
 from distill.mixers import MIXERS
+from distill.objectives import chunked
+from distill.objectives.topk import top_k_and_tail
 from distill.recipe import HiddenStage, LogitsStage, MixingStage
 from distill.run import open_run
 from distill.student import mixers_of
@@ -23,7 +25,7 @@ from distill.training.gradients import Gradients
 from distill.within import within
 from stages import mixing
 from stages.hidden import HiddenObjective
-from stages.logits import LogitObjective
+from stages.logits import LogitObjective, OfflineLogitObjective
 from stages.mixing import MixingObjective
 from tests.conftest import FAMILIES, tiny
 
@@ -197,6 +199,36 @@ def test_the_step_of_a_part_reaches_its_own_layer_alone(student, teacher, batch,
     assert all(parameter.grad is None for parameter in teacher.parameters())
     if stage == "logits":
         assert len(touched) == len(list(student.parameters()))
+
+
+def offline(batch: dict[str, Tensor], teacher: PreTrainedModel) -> dict[str, Tensor]:
+    """The batch with the teacher's likeliest tokens."""
+    logits_BTV = teacher(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    names = ("teacher_ids", "teacher_log_probs", "teacher_log_tail")
+    return {**batch, **dict(zip(names, top_k_and_tail(logits_BTV, 9), strict=True))}
+
+
+@pytest.mark.parametrize("is_offline", [False, True], ids=["live", "offline"])
+def test_logits_chunk_by_chunk_are_the_logits_of_the_models(student, teacher, batch, is_offline, monkeypatch):
+    """Beside the same objective that calls both models, as for a family whose head is not understood."""
+    monkeypatch.setattr(chunked, "chunk_rows", lambda vocabulary: 7)
+    settings = LogitsStage(**SETTINGS, divergence="jsd", ce_weight=0.3)
+    found = []
+    for is_understood in (True, False):
+        if is_offline:
+            objective = OfflineLogitObjective(student, settings)
+            objective.head = None if is_understood else (None,)
+        else:
+            objective = LogitObjective(teacher, student, settings)
+            objective.heads = None if is_understood else (None, None)
+        (loss,) = losses(objective, offline(batch, teacher)).values()
+        loss.backward()
+        found.append((loss.detach(), {name: parameter.grad for name, parameter in student.named_parameters()}))
+        student.zero_grad()
+    (got, gradients), (expected, wanted) = found
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
 
 
 @pytest.mark.parametrize("stage", OBJECTIVES)
