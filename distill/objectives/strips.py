@@ -18,7 +18,7 @@ E         M − A, the error
     E_ts = (C_t · b_s) exp(ℓ_t − ℓ_s) + D δ_ts − A_ts                  A = softmax(mask(cap(scaling · Q Kᵀ)))
 
 A strip holds whole rows, so its softmax is final, and so is the norm of each row. *Before* the strip the decay comes
-apart at ℓ* = ℓ_{t0−1}: exp(ℓ_t − ℓ*) and exp(ℓ* − ℓ_s) are both ≤ 1, so reads and writes may be scaled with them, and
+apart at ℓ* = ℓ_{t0}: exp(ℓ_t − ℓ*) and exp(ℓ* − ℓ_s) are both ≤ 1, so reads and writes may be scaled with them, and
 one product makes the part's errors without an exponential a pair. *Inside*, the R×R decays are written out, masked
 before the exponential. The diagonal, which no decay touches, is kept apart as a vector: in ∂ℓ below it would be added
 and taken off again, and with a short memory nothing else would be left of the digits.
@@ -339,7 +339,7 @@ def _elsewhere(pair: _Pair, strip: _Strip) -> Tensor | None:
 def _factors(pair: _Pair, strip: _Strip) -> _Factors:
     here, before = strip.here, strip.before
     dtype, R = pair.B_YTN.dtype, strip.t1 - strip.t0
-    l_YR, border_Y1 = pair.l_YT[:, here], pair.l_YT[:, max(strip.t0 - 1, 0), None]
+    l_YR, border_Y1 = pair.l_YT[:, here], pair.l_YT[:, strip.t0, None]
     reading_YR1 = (l_YR - border_Y1).to(dtype).exp_()[..., None]
     writing_YX1 = (border_Y1 - pair.l_YT[:, before]).to(dtype).exp_()[..., None]
     not_below_RR = torch.ones(R, R, dtype=torch.bool, device=pair.B_YTN.device).triu()
