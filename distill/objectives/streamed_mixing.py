@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distill.documents import beginnings
+from distill.objectives.matrix_pair import Target
 from distill.objectives.mixing import Form, require_form
 from distill.objectives.numerics import Reduction, reduce
-from distill.objectives.strips import Gradients, Target, inverse, sweep
+from distill.objectives.strips import Gradients, inverse, sweep
 from distill.ssd.factors import MatrixFactors
 
 

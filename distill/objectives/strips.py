@@ -18,7 +18,7 @@ E         M − A, the error
     E_ts = (C_t · b_s) exp(ℓ_t − ℓ_s) + D δ_ts − A_ts                  A = softmax(mask(cap(scaling · Q Kᵀ)))
 
 A strip holds whole rows, so its softmax is final, and so is the norm of each row. *Before* the strip the decay comes
-apart at ℓ* = ℓ_{t0−1}: exp(ℓ_t − ℓ*) and exp(ℓ* − ℓ_s) are both ≤ 1, so reads and writes may be scaled with them, and
+apart at ℓ* = ℓ_{t0}: exp(ℓ_t − ℓ*) and exp(ℓ* − ℓ_s) are both ≤ 1, so reads and writes may be scaled with them, and
 one product makes the part's errors without an exponential a pair. *Inside*, the R×R decays are written out, masked
 before the exponential. The diagonal, which no decay touches, is kept apart as a vector: in ∂ℓ below it would be added
 and taken off again, and with a short memory nothing else would be left of the digits.
@@ -38,12 +38,12 @@ be worth it. A fused GPU kernel would take the place of `sweep`.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from distill.objectives.matrix_pair import Pair, Target, dot, pair_of, working_dtype
 from distill.ssd.factors import MatrixFactors
 
 _STRIP_BYTES = {"cpu": 2**22, "cuda": 2**27}
@@ -52,31 +52,9 @@ ROWS = {"cpu": 128, "cuda": 512}
 """Rows of a strip. More of them waste more above the diagonal, fewer scale the factors more often."""
 
 
-@dataclass(frozen=True)
-class Target:
-    """The teacher's matrix, unwritten, and what of it counts; as the arguments of `streamed_mixing_distance`.
-
-    Attributes:
-        start_BT: where the document of each token begins; None where nothing is packed.
-        valid_BT: None where all is.
-    """
-
-    q_BHTD: Tensor
-    k_BKTD: Tensor
-    scaling: float
-    window: int | None
-    softcap: float | None
-    start_BT: Tensor | None
-    valid_BT: Tensor | None
-
-    @property
-    def shared(self) -> int:
-        """Query heads a key head."""
-        return self.q_BHTD.shape[1] // self.k_BKTD.shape[1]
-
-    def heads(self, keys: slice) -> slice:
-        """The query heads of some key heads."""
-        return slice(keys.start * self.shared, keys.stop * self.shared)
+def _on(table: dict[str, int], device: str) -> int:
+    """Whatever is no CPU is taken for a GPU."""
+    return table["cpu" if device == "cpu" else "cuda"]
 
 
 class Gradients(NamedTuple):
@@ -102,15 +80,15 @@ def sweep(student: MatrixFactors, target: Target, *, by_row: bool, wanted: bool)
         gradients: in the same precision, or None.
     """
     B, H, T, _ = target.q_BHTD.shape
-    like = target.q_BHTD.new_empty(0, dtype=_working_dtype(student, target))
+    like = target.q_BHTD.new_empty(0, dtype=working_dtype(student, target))
     rows_BHT = like.new_empty(B, H, T)
     gradients = None
     if wanted:
         of_scalars, of_vectors = (B, T, H), student.B_BTHN.shape
         gradients = Gradients(*map(like.new_empty, (of_scalars, of_vectors, of_vectors, of_scalars, (B, H))))
-    n_rows = min(T, ROWS[like.device.type])
+    n_rows = min(T, _on(ROWS, like.device.type))
     for batch, keys in _groups(target, n_rows * T * like.element_size()):
-        pair = _pair(student, target, batch, keys, like.dtype)
+        pair = pair_of(student, target, batch, keys, like.dtype)
         found = _Found.empty(pair, wanted)
         room = like.new_empty(2, len(pair.own_YT) * n_rows * T)
         for t0 in range(0, T, n_rows):
@@ -131,8 +109,8 @@ def working_bytes(heads: int, width: int, state_dim: int, length: int, device: s
         width: D.
         device: cpu or cuda.
     """
-    strip = 4 * min(length, ROWS[device]) * length
-    together = max(1, min(heads, _STRIP_BYTES[device] // strip))
+    strip = 4 * min(length, _on(ROWS, device)) * length
+    together = max(1, min(heads, _on(_STRIP_BYTES, device) // strip))
     # Queries and keys; B, C, their gradients, what is written and its gradient as one strip sees them.
     return together * (2 * strip + 4 * length * (2 * width + 6 * state_dim))
 
@@ -142,11 +120,6 @@ def inverse(x: Tensor) -> Tensor:
     return torch.where(x == 0, 0, 1 / x)
 
 
-def _working_dtype(student: MatrixFactors, target: Target) -> torch.dtype:
-    tensors = [x for x in (*student.tensors(), target.q_BHTD, target.k_BKTD) if x is not None]
-    return reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
-
-
 def _groups(target: Target, strip_bytes: int) -> Iterator[tuple[slice, slice]]:
     """(sequences, key heads) to look at together: whole sequences where several fit, else key heads of one.
 
@@ -154,75 +127,11 @@ def _groups(target: Target, strip_bytes: int) -> Iterator[tuple[slice, slice]]:
         strip_bytes: of one query head.
     """
     B, K = target.k_BKTD.shape[:2]
-    fitting = max(1, _STRIP_BYTES[target.q_BHTD.device.type] // (strip_bytes * target.shared))
+    fitting = max(1, _on(_STRIP_BYTES, target.q_BHTD.device.type) // (strip_bytes * target.shared))
     n_keys, n_sequences = min(K, fitting), max(1, fitting // K)
     for b in range(0, B, n_sequences):
         for k in range(0, K, n_keys):
             yield slice(b, min(b + n_sequences, B)), slice(k, min(k + n_keys, K))
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """What the two matrices of some heads are made of, in the working precision; nothing is written or read at padding.
-
-    Attributes:
-        q_ZGTD: queries, scaled.
-        l_YT: ℓ, in fp64.
-        own_YT: the diagonal of M.
-        starts: of ``start_ZT``, on the host.
-    """
-
-    q_ZGTD: Tensor
-    k_ZTD: Tensor
-    l_YT: Tensor
-    B_YTN: Tensor
-    C_YTN: Tensor
-    step_YT1: Tensor
-    own_YT: Tensor
-    window: int | None
-    softcap: float | None
-    start_ZT: Tensor | None
-    starts: list[list[int]] | None
-    valid_ZT: Tensor | None
-
-
-def _pair(student: MatrixFactors, target: Target, batch: slice, keys: slice, dtype: torch.dtype) -> _Pair:
-    """Copies of the factors of some sequences and heads, with the positions of a head next to each other."""
-    n_keys, heads = keys.stop - keys.start, target.heads(keys)
-    n_sequences = batch.stop - batch.start
-
-    def by_head(x_BTH: Tensor) -> Tensor:
-        return x_BTH[batch, :, heads].transpose(1, 2).flatten(0, 1).to(dtype).contiguous()
-
-    def by_key(x_BT: Tensor | None) -> Tensor | None:
-        return None if x_BT is None else x_BT[batch].repeat_interleave(n_keys, dim=0)
-
-    B_YTN, C_YTN = by_head(student.B_BTHN), by_head(student.C_BTHN)
-    step_YT1 = torch.ones_like(B_YTN[..., :1]) if student.step_BTH is None else by_head(student.step_BTH)[..., None]
-    start_ZT, valid_ZT = by_key(target.start_BT), by_key(target.valid_BT)
-    if valid_ZT is not None:
-        invalid_YT1 = ~valid_ZT.repeat_interleave(target.shared, dim=0)[..., None]
-        B_YTN, C_YTN, step_YT1 = (x.masked_fill(invalid_YT1, 0) for x in (B_YTN, C_YTN, step_YT1))
-    own_YT = _dot(B_YTN, C_YTN) * step_YT1.squeeze(-1)
-    if student.skip_H is not None:
-        own_YT += student.skip_H[heads].to(dtype).repeat(n_sequences)[:, None]
-    if valid_ZT is not None:
-        own_YT.masked_fill_(invalid_YT1.squeeze(-1), 0)
-    q_BKGTD = target.q_BHTD[batch, heads].unflatten(1, (n_keys, target.shared))
-    return _Pair(
-        q_ZGTD=q_BKGTD.flatten(0, 1).to(dtype) * target.scaling,
-        k_ZTD=target.k_BKTD[batch, keys].flatten(0, 1).to(dtype),
-        l_YT=by_head(student.log_decay_BTH).double().cumsum(-1),
-        B_YTN=B_YTN,
-        C_YTN=C_YTN,
-        step_YT1=step_YT1,
-        own_YT=own_YT,
-        window=target.window,
-        softcap=target.softcap,
-        start_ZT=start_ZT,
-        starts=None if start_ZT is None else start_ZT.tolist(),
-        valid_ZT=valid_ZT,
-    )
 
 
 @dataclass(frozen=True)
@@ -240,7 +149,7 @@ class _Found:
     wanted: bool
 
     @staticmethod
-    def empty(pair: _Pair, wanted: bool) -> "_Found":
+    def empty(pair: Pair, wanted: bool) -> "_Found":
         """Every place is written by its own strip before others add to it."""
         like_matrix = pair.B_YTN if wanted else pair.B_YTN[:, :0]
         rows_YT, own_YT = torch.empty_like(pair.own_YT), torch.empty_like(pair.own_YT)
@@ -280,7 +189,7 @@ class _Factors(NamedTuple):
     writing_YX1: Tensor
 
 
-def _compare(pair: _Pair, strip: _Strip, found: _Found, by_row: bool) -> None:
+def _compare(pair: Pair, strip: _Strip, found: _Found, by_row: bool) -> None:
     """Write the strip's rows of what is found, and add what they contribute to the columns before."""
     A_YRX = _attention(pair, strip)
     factors = _factors(pair, strip)
@@ -300,7 +209,7 @@ def _compare(pair: _Pair, strip: _Strip, found: _Found, by_row: bool) -> None:
         _add_gradients(E_YRX, found, strip, factors)
 
 
-def _attention(pair: _Pair, strip: _Strip) -> Tensor:
+def _attention(pair: Pair, strip: _Strip) -> Tensor:
     """A of a strip, 0 at padding; (Y, R, X)."""
     Z, G, _, _ = pair.q_ZGTD.shape
     t0, t1, first, room = strip
@@ -327,7 +236,7 @@ def _attention(pair: _Pair, strip: _Strip) -> Tensor:
     return A_ZGRX.flatten(0, 1)
 
 
-def _elsewhere(pair: _Pair, strip: _Strip) -> Tensor | None:
+def _elsewhere(pair: Pair, strip: _Strip) -> Tensor | None:
     """Where a column stands before the beginning of a row's document, (Z, 1, R, X); None where none does."""
     if pair.starts is None or all(starts[strip.t1 - 1] <= strip.first for starts in pair.starts):
         return None
@@ -336,10 +245,10 @@ def _elsewhere(pair: _Pair, strip: _Strip) -> Tensor | None:
     return column_X < pair.start_ZT[:, None, strip.here, None]
 
 
-def _factors(pair: _Pair, strip: _Strip) -> _Factors:
+def _factors(pair: Pair, strip: _Strip) -> _Factors:
     here, before = strip.here, strip.before
     dtype, R = pair.B_YTN.dtype, strip.t1 - strip.t0
-    l_YR, border_Y1 = pair.l_YT[:, here], pair.l_YT[:, max(strip.t0 - 1, 0), None]
+    l_YR, border_Y1 = pair.l_YT[:, here], pair.l_YT[:, strip.t0, None]
     reading_YR1 = (l_YR - border_Y1).to(dtype).exp_()[..., None]
     writing_YX1 = (border_Y1 - pair.l_YT[:, before]).to(dtype).exp_()[..., None]
     not_below_RR = torch.ones(R, R, dtype=torch.bool, device=pair.B_YTN.device).triu()
@@ -355,7 +264,7 @@ def _factors(pair: _Pair, strip: _Strip) -> _Factors:
     )
 
 
-def _subtract_from_student(A_YRX: Tensor, pair: _Pair, strip: _Strip, factors: _Factors) -> tuple[Tensor, Tensor]:
+def _subtract_from_student(A_YRX: Tensor, pair: Pair, strip: _Strip, factors: _Factors) -> tuple[Tensor, Tensor]:
     """(E off the diagonal, in the place of A, and 0 on it; E's diagonal)."""
     before_YRX, inside_YRR = strip.split(A_YRX)
     torch.baddbmm(before_YRX, factors.C_far_YRN, factors.b_far_YXN.mT, beta=-1, out=before_YRX)
@@ -381,20 +290,16 @@ def _add_gradients(E_YRX: Tensor, found: _Found, strip: _Strip, factors: _Factor
     found.b_YTN[:, strip.before].addcmul_(torch.bmm(before_YRX.mT, factors.C_far_YRN), factors.writing_YX1)
 
 
-def _store(gradients: Gradients, pair: _Pair, found: _Found, batch: slice, heads: slice) -> None:
+def _store(gradients: Gradients, pair: Pair, found: _Found, batch: slice, heads: slice) -> None:
     """From the gradients of C and b without the diagonal to those of all factors, in their own layout."""
     step_YT, own_YT = pair.step_YT1.squeeze(-1), found.own_YT
-    read_YT, written_YT = _dot(pair.C_YTN, found.C_YTN), _dot(pair.B_YTN, found.b_YTN)
+    read_YT, written_YT = dot(pair.C_YTN, found.C_YTN), dot(pair.B_YTN, found.b_YTN)
     through_YT = (read_YT - step_YT * written_YT).double()
     found.C_YTN.addcmul_(pair.B_YTN, (own_YT * step_YT)[..., None])
     found.b_YTN.addcmul_(pair.C_YTN, own_YT[..., None])
-    written_YT += own_YT * _dot(pair.B_YTN, pair.C_YTN)
+    written_YT += own_YT * dot(pair.B_YTN, pair.C_YTN)
     by_head = (through_YT.flip(-1).cumsum(-1).flip(-1), found.b_YTN.mul_(pair.step_YT1), found.C_YTN, written_YT)
     for gradient, x_YT in zip(gradients, by_head, strict=False):
         place = gradient[batch, :, heads]
         place.copy_(x_YT.unflatten(0, (place.shape[0], place.shape[2])).transpose(1, 2))
     gradients.skip_BH[batch, heads] = own_YT.sum(-1).view_as(gradients.skip_BH[batch, heads])
-
-
-def _dot(x_YTN: Tensor, y_YTN: Tensor) -> Tensor:
-    return (x_YTN * y_YTN).sum(-1)

@@ -10,12 +10,14 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from distill import convert
+from distill.attention import family_of, view
+from distill.capture import layer_traces
 from distill.convert_stage import convert_stage
 from distill.engines.engine import Groups, Parts
 from distill.engines.joint import detached, joint, total
 from distill.engines.plain import PlainEngine
 from distill.mixers import MIXERS
-from distill.objectives import chunked
+from distill.objectives import attention_matrix, chunked, mixing_distance
 from distill.objectives.topk import top_k_and_tail
 from distill.recipe import HiddenStage, LogitsStage, MixingStage
 from distill.run import open_run
@@ -118,6 +120,22 @@ def test_mixing_is_the_distance_to_the_teachers_own_matrices(student, teacher, e
     objective = OBJECTIVES["mixing"](teacher, student)
     close(losses(objective, batch), expected)
     assert objective.weight(batch) == len(ROWS)
+
+
+@pytest.mark.parametrize("form", ["squared", "row_normalised"])
+def test_mixing_takes_the_form_of_the_recipe(teacher, student, batch, form):
+    """One document, so that a row's matrices can be written out as they are."""
+    batch = {name: rows[:1] for name, rows in batch.items()}
+    traces = layer_traces(teacher, batch, mixers_of(student))
+    expected = {}
+    for index, mixer in mixers_of(student).items():
+        attention = view(teacher.model.layers[index].self_attn, family_of(teacher.config))
+        u = traces[index].attention_input
+        with torch.no_grad():
+            q, k = attention.queries_and_keys(u, traces[index].position_embeddings)
+            theirs = attention_matrix(q, k, scaling=attention.scaling, window=attention.sliding_window)
+        expected[index] = mixing_distance(mixer.mixing_matrix(u), theirs, form=form, reduction="sum").detach()
+    close(losses(MixingObjective(teacher, student, MixingStage(**SETTINGS, form=form)), batch), expected)
 
 
 def attention_output(attention: nn.Module, u_1TD: Tensor, matrix_HTS: Tensor) -> Tensor:
