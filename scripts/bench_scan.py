@@ -14,7 +14,7 @@ Times are medians of calls that take turns; memory is what a call adds at its wo
 """
 
 import importlib
-import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +51,9 @@ def attention(x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tenso
 def transformers_scan(chunk: int) -> Scan:
     from transformers.models.mamba2 import modeling_mamba2
 
-    function: Any = modeling_mamba2.mamba2_chunk_scan  # since 5.23; before, it stood inside the layer's torch_forward
+    # Since 5.23; before, it stood inside the layer's torch_forward. Unwrapped, as it would turn into mamba-ssm's kernel
+    # wherever that can be imported, on CPU tensors too.
+    function: Any = inspect.unwrap(modeling_mamba2.mamba2_chunk_scan)
     return lambda x, step, A, B, C: function(x, step, A, B, C, chunk_size=chunk)
 
 
