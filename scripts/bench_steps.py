@@ -20,7 +20,8 @@ bare: the forward passes without the objective's bookkeeping, a loss that costs 
 
 So a floor is not reachable, but a step near it spends its time where the models are. Random weights, one document a
 sequence, every layer but one in ``--keep-every`` converted. Steps and floors take turns on the same weights and the
-same optimizer; medians. ``--parts`` times the floor's parts one by one.
+same optimizer; medians. ``--parts`` times the floor's parts one by one. ``TFLOP/s`` counts the step's matrix products as
+torch sees them, so not those inside another library's kernels.
 """
 
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from distill.attention import family_of, view
@@ -120,7 +122,7 @@ def main(
     shape = Shape(hidden, layers, heads, kv_heads, intermediate, vocab, keep_every, length, batch)
     rows = [measure(name, shape, device, getattr(torch, dtype), repeats, parts) for name in stage or list(OBJECTIVES)]
     title = f"{layers} layers × {hidden}, vocabulary {vocab}, {batch} × {length} tokens, {dtype} on {device}"
-    head = ("stage", "step, ms", "floor, ms", "step / floor", "at most", "tokens/s")
+    head = ("stage", "step, ms", "floor, ms", "step / floor", "at most", "tokens/s", "TFLOP/s")
     show(title, head, (_shown(row, batch * length) for row in rows))
     if parts:
         lines = [(row["stage"], name, f"{took * 1e3:.1f}") for row in rows for name, took in row["parts"].items()]
@@ -136,9 +138,17 @@ def measure(name: str, shape: Shape, device: str, dtype: torch.dtype, repeats: i
     setting = made(shape, settings, torch.device(device), dtype)
     objective = make_objective(setting.teacher, setting.student, settings)
     parts = FLOORS[name](setting)
-    times = seconds({"step": step(setting, objective, settings), "floor": partial(in_order, parts)}, repeats)
-    ratio = times["step"] / times["floor"]
-    row = {"stage": name, **times, "ratio": ratio, "target": TARGETS[name]}
+    trains = step(setting, objective, settings)
+    with FlopCounterMode(display=False) as counted:
+        trains()
+    times = seconds({"step": trains, "floor": partial(in_order, parts)}, repeats)
+    row = {
+        "stage": name,
+        **times,
+        "ratio": times["step"] / times["floor"],
+        "target": TARGETS[name],
+        "flops": counted.get_total_flops() / times["step"],
+    }
     # They take turns, so that AdamW always finds the gradients that the mixers have just made.
     return row | ({"parts": seconds(parts, max(1, repeats // 2), warmup=0)} if with_parts else {})
 
@@ -313,6 +323,7 @@ def _shown(row: dict[str, Any], tokens: int) -> tuple[str, ...]:
         f"{row['ratio']:.3f}",
         f"{row['target']:.2f}{within}",
         f"{tokens / row['step']:,.0f}",
+        f"{row['flops'] / 1e12:.2f}",
     )
 
 
