@@ -10,8 +10,8 @@ everything it checks, and the engine's step with clipping. Its *floor* is what n
 bare: the forward passes without the objective's bookkeeping, a loss that costs nothing (a sum), no clipping, no check.
 
     mixing   holds      the teacher's layers up to the last converted one; per converted layer the rotated queries and
-                        keys, the mixer's factors forward and backward, and the streamed distance forward and backward on
-                        factors of the same shapes and dtypes; AdamW
+                        keys, the mixer's factors forward and backward, and the streamed distance forward and backward
+                        on factors of the same shapes and dtypes; AdamW
              leaves out hooks, casts of the hidden states, documents, scaling of the loss, clipping
     hidden   holds      the teacher's layers up to the last converted one; each mixer forward and backward; AdamW
              leaves out hooks, casts, the distance to the teacher's output, clipping
@@ -20,8 +20,8 @@ bare: the forward passes without the objective's bookkeeping, a loss that costs 
 
 So a floor is not reachable, but a step near it spends its time where the models are. Random weights, one document a
 sequence, every layer but one in ``--keep-every`` converted. Steps and floors take turns on the same weights and the
-same optimizer; medians. ``--parts`` times the floor's parts one by one. ``TFLOP/s`` counts the step's matrix products as
-torch sees them, so not those inside another library's kernels.
+same optimizer; medians. ``--parts`` times the floor's parts one by one. ``TFLOP/s`` counts the step's matrix products
+as torch sees them, so not those inside another library's kernels.
 """
 
 from collections.abc import Callable
@@ -55,7 +55,7 @@ from stages.mixing import MixingObjective
 
 TARGETS = {"mixing": 1.25, "hidden": 1.25, "logits": 1.10}
 """The most that a step may take, as a multiple of its floor."""
-OBJECTIVES: dict[str, tuple[type[Stage], Callable[..., Objective]]] = {
+OBJECTIVES: dict[str, tuple[Any, Callable[..., Objective]]] = {
     "mixing": (MixingStage, MixingObjective),
     "hidden": (HiddenStage, HiddenObjective),
     "logits": (LogitsStage, LogitObjective),
@@ -134,7 +134,7 @@ def main(
 def measure(name: str, shape: Shape, device: str, dtype: torch.dtype, repeats: int, with_parts: bool) -> dict[str, Any]:
     """One row; the models are made anew, so that one stage's optimizer is gone when the next begins."""
     make_settings, make_objective = OBJECTIVES[name]
-    settings = make_settings(tokens=TOKENS)
+    settings = make_settings.model_validate({"tokens": TOKENS})
     setting = made(shape, settings, torch.device(device), dtype)
     objective = make_objective(setting.teacher, setting.student, settings)
     parts = FLOORS[name](setting)
@@ -224,12 +224,13 @@ def mixing_floor(setting: Setting) -> dict[str, Call]:
         for mixer in mixers.values():
             with setting.autocast():
                 made = mixer.matrix_factors(u_BTD)
-                total = sum(tensor.sum(dtype=torch.float32) for tensor in made.tensors() if tensor is not None)
-            total.backward()
+                sums = [tensor.sum(dtype=torch.float32) for tensor in made.tensors() if tensor is not None]
+            torch.stack(sums).sum().backward()
         return made
 
     q_BHTP, k_BKTP = queries_and_keys()
-    leaves = MatrixFactors(*(None if x is None else x.detach().requires_grad_() for x in factors().tensors()))
+    made_once: list[Any] = [None if x is None else x.detach().requires_grad_() for x in factors().tensors()]
+    leaves = MatrixFactors(*made_once)
     setting.engine.forget()
 
     def distance() -> None:
@@ -295,9 +296,7 @@ def teacher_layers(setting: Setting) -> None:
     decoder.layers = layers[: max(mixers_of(setting.student)) + 1]
     try:
         with setting.autocast():
-            decoder(
-                input_ids=setting.batch["input_ids"], position_ids=setting.batch["position_ids"], use_cache=False
-            )
+            decoder(input_ids=setting.batch["input_ids"], position_ids=setting.batch["position_ids"], use_cache=False)
     finally:
         decoder.layers = layers
 

@@ -105,7 +105,7 @@ def scans(device: torch.device) -> Iterator[Row]:
                     leaves = [x.to(device) for x in inputs]
                     got = outputs_and_gradients(contender(name, None), leaves, weight.to(device))
             except (ImportError, UserError) as problem:
-                yield Row(what, str(dtype), None, allowed, f"not here: {str(problem).partition(". ")[0]}")
+                yield Row(what, str(dtype), None, allowed, f"not here: {str(problem).partition('. ')[0]}")
             else:
                 yield Row(what, str(dtype), error(got, expected), allowed)
 
@@ -125,56 +125,63 @@ def _recurrence(x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Ten
 def mixing(device: torch.device) -> Iterator[Row]:
     """The streamed distance beside both matrices written out; grouped keys, padding and two documents."""
     for dtype in TOLERANCES:
-        torch.manual_seed(1)
-        step = F.softplus(torch.randn(2, 150, 4))
-        B, C = (torch.randn(2, 150, 4, 32).mul(32**-0.5).to(dtype) for _ in range(2))
-        factors = [-step * torch.logspace(-2, -6, 4, base=2), B, C, step, torch.randn(4)]
-        q, k = torch.randn(2, 4, 150, 32).to(dtype), torch.randn(2, 2, 150, 32).to(dtype)
-        valid, document = torch.ones(2, 150, dtype=torch.bool), torch.zeros(2, 150, dtype=torch.long)
-        valid[0, 140:], document[1, 70:] = False, 1
+        yield Row("mixing distance, streamed", str(dtype), _mixing_error(device, dtype), TOLERANCES[dtype])
 
-        def streamed(*leaves: Tensor) -> Tensor:
-            constants = (tensor.to(leaves[0].device) for tensor in (q, k, valid))  # noqa: B023 (called at once)
-            return streamed_mixing_distance(
-                MatrixFactors(*leaves), *constants, scaling=0.2, document_BT=document.to(leaves[0].device)
-            )
 
-        def written_out(*leaves: Tensor) -> Tensor:
-            log_decay, B, C, step, skip = leaves
-            starts = F.pad(document.diff() != 0, (1, 0), value=True)
-            keys = k.double().repeat_interleave(2, dim=1)  # noqa: B023
-            teacher = attention_matrix(q.double(), keys, scaling=0.2, document_BT=document)  # noqa: B023
-            student = mixing_matrix(log_decay, B, C, resets_BT=starts) * step.mT[:, :, None]
-            student = student + torch.diag_embed(skip[:, None].expand(-1, 150))
-            return mixing_distance(student, teacher, valid)
+def _mixing_error(device: torch.device, dtype: torch.dtype) -> float:
+    torch.manual_seed(1)
+    step = F.softplus(torch.randn(2, 150, 4))
+    B, C = (torch.randn(2, 150, 4, 32).mul(32**-0.5).to(dtype) for _ in range(2))
+    factors = [-step * torch.logspace(-2, -6, 4, base=2), B, C, step, torch.randn(4)]
+    q, k = torch.randn(2, 4, 150, 32).to(dtype), torch.randn(2, 2, 150, 32).to(dtype)
+    valid, document = torch.ones(2, 150, dtype=torch.bool), torch.zeros(2, 150, dtype=torch.long)
+    valid[0, 140:], document[1, 70:] = False, 1
 
-        expected = outputs_and_gradients(written_out, [x.double() for x in factors])
-        got = outputs_and_gradients(streamed, [x.to(device) for x in factors])
-        yield Row("mixing distance, streamed", str(dtype), error(got, expected), TOLERANCES[dtype])
+    def streamed(*leaves: Tensor) -> Tensor:
+        constants = q.to(device), k.to(device), valid.to(device)
+        return streamed_mixing_distance(
+            MatrixFactors(*leaves), *constants, scaling=0.2, document_BT=document.to(device)
+        )
+
+    def written_out(*leaves: Tensor) -> Tensor:
+        log_decay, B, C, step, skip = leaves
+        starts = F.pad(document.diff() != 0, (1, 0), value=True)
+        keys = k.double().repeat_interleave(2, dim=1)
+        teacher = attention_matrix(q.double(), keys, scaling=0.2, document_BT=document)
+        student = mixing_matrix(log_decay, B, C, resets_BT=starts) * step.mT[:, :, None]
+        return mixing_distance(student + torch.diag_embed(skip[:, None].expand(-1, 150)), teacher, valid)
+
+    expected = outputs_and_gradients(written_out, [x.double() for x in factors])
+    return error(outputs_and_gradients(streamed, [x.to(device) for x in factors]), expected)
 
 
 def logits(device: torch.device) -> Iterator[Row]:
-    """The loss through the heads beside whole logits; as in training, the student's weights are fp32."""
+    """The loss through the heads beside whole logits."""
     for dtype in TOLERANCES:
-        torch.manual_seed(2)
-        student, teacher = ((torch.randn(300, 64), torch.randn(3000, 64) * 64**-0.5) for _ in range(2))
-        teacher_ND, teacher_VD = (x.to(dtype) for x in teacher)
-        target_N = torch.randint(3000, (300,))
         for divergence in ("forward_kl", "reverse_kl", "jsd"):
-            options: dict[str, Any] = {"divergence": divergence, "reduction": "sum"}
+            apart = _logits_error(device, dtype, divergence)
+            yield Row(f"logit loss in chunks: {divergence}", str(dtype), apart, TOLERANCES[dtype])
 
-            def through(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
-                constants = teacher_ND.to(device), Head(teacher_VD.to(device)), target_N.to(device)  # noqa: B023
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):  # noqa: B023
-                    return logit_loss_through_heads(hidden_ND, Head(weight_VD), *constants, **options)  # noqa: B023
 
-            def whole(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
-                teacher_NV = teacher_ND.double() @ teacher_VD.double().T  # noqa: B023
-                return logit_loss((hidden_ND @ weight_VD.T)[None], teacher_NV[None], **options)  # noqa: B023
+def _logits_error(device: torch.device, dtype: torch.dtype, divergence: str) -> float:
+    """As in training, the student's weights are fp32, under autocast, and the teacher's in ``dtype``."""
+    torch.manual_seed(2)
+    student, (teacher_ND, teacher_VD) = ((torch.randn(300, 64), torch.randn(3000, 64) * 64**-0.5) for _ in range(2))
+    teacher_ND, teacher_VD = teacher_ND.to(dtype), teacher_VD.to(dtype)
+    target_N = torch.randint(3000, (300,))
+    options: dict[str, Any] = {"divergence": divergence, "reduction": "sum"}
 
-            expected = outputs_and_gradients(whole, [x.double() for x in student])
-            got = outputs_and_gradients(through, [x.to(device) for x in student])
-            yield Row(f"logit loss in chunks: {divergence}", str(dtype), error(got, expected), TOLERANCES[dtype])
+    def through(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+        constants = teacher_ND.to(device), Head(teacher_VD.to(device)), target_N.to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return logit_loss_through_heads(hidden_ND, Head(weight_VD), *constants, **options)
+
+    def whole(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+        teacher_NV = teacher_ND.double() @ teacher_VD.double().T
+        return logit_loss((hidden_ND @ weight_VD.T)[None], teacher_NV[None], **options)
+
+    expected = outputs_and_gradients(whole, [x.double() for x in student])
+    return error(outputs_and_gradients(through, [x.to(device) for x in student]), expected)
 
 
 def decoding(device: torch.device) -> Iterator[Row]:
@@ -189,7 +196,8 @@ def decoding(device: torch.device) -> Iterator[Row]:
         num_key_value_heads=2,
         initializer_range=0.2,
     )
-    student = convert(LlamaForCausalLM(config).eval(), keep_attention=[1]).to(device)
+    student: Any = convert(LlamaForCausalLM(config).eval(), keep_attention=[1])
+    student.to(device)
     ids = torch.randint(300, (2, 24), device=device)
     ways: dict[str, Callable[..., Any]] = {"dynamic cache": student, "static cache": student}
     mode, backend = ("reduce-overhead", "inductor") if device.type == "cuda" else (None, "eager")
@@ -198,7 +206,9 @@ def decoding(device: torch.device) -> Iterator[Row]:
         expected = student(ids, use_cache=False).logits[:, 8:].double().cpu()
         for way, forward in ways.items():
             static = way.startswith("static")
-            cache = StaticCache(config=student.config, max_cache_len=32) if static else DynamicCache(config=student.config)
+            cache = (
+                StaticCache(config=student.config, max_cache_len=32) if static else DynamicCache(config=student.config)
+            )
             student(ids[:, :8], past_key_values=cache)
             # Cloned, since a CUDA graph writes every step's logits to the same place.
             steps = [forward(ids[:, t : t + 1], past_key_values=cache).logits.clone() for t in range(8, 24)]

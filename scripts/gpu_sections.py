@@ -80,17 +80,17 @@ BENCHMARKS = (
         40,
     ),
     Section(
-        "decoding 1B compiled",
-        "scripts.bench_decode",
-        f"{ONE_B} --layers 8 --context 131072 --steps 16 --blocks 5 --memory 60 --compile",
-        None,
-        100,
-    ),
-    Section(
         "decoding 8B",
         "scripts.bench_decode",
         f"{EIGHT_B} --layers 8 --context 131072 --batch 4 --steps 16 --blocks 3 --memory 70",
         None,
         40,
+    ),
+    Section(
+        "decoding 1B compiled",
+        "scripts.bench_decode",
+        f"{ONE_B} --layers 8 --context 131072 --steps 16 --blocks 5 --memory 60 --compile",
+        None,
+        100,
     ),
 )
