@@ -24,6 +24,7 @@ same optimizer; medians. ``--parts`` times the floor's parts one by one. ``TFLOP
 as torch sees them, so not those inside another library's kernels.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -155,6 +156,7 @@ def measure(name: str, shape: Shape, device: str, dtype: torch.dtype, repeats: i
 
 def made(shape: Shape, settings: Stage, device: torch.device, dtype: torch.dtype) -> Setting:
     """A random teacher in ``dtype``, its seeded student in fp32, and the optimizer of what the stage trains."""
+    gc.collect()  # the stage before may still hold its optimizer
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=shape.vocab,

@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+from torch import device, tensor
 
 from scripts.gpu_check import Check
+from scripts.gpu_parity import Row, _caught, error
 from scripts.gpu_report import page
 from scripts.gpu_sections import BENCHMARKS, PARITY, Section
 from tests.conftest import CHECKOUT
@@ -87,17 +89,24 @@ def test_without_parity_the_page_says_so():
     assert "mean nothing" in text
 
 
-@pytest.mark.slow
 def test_what_is_wrong_fails():
-    from scripts.gpu_parity import Row, error
-    from torch import tensor
-
     assert Row("scan", "float32", float("nan"), 1.0).failed
     assert Row("scan", "float32", 2.0, 1.0).failed
     assert not Row("scan", "float32", 1.0, 1.0).failed
     assert not Row("scan", "float32", None, 1.0).failed
     assert error([tensor([1.0, 1.0]), tensor([3.0])], [tensor([1.0, 1.0]), tensor([2.0])]) == 0.5
     assert error([tensor([float("nan")]), tensor([1.0])], [tensor([1.0]), tensor([1.0])]) == float("inf")
+
+
+def test_a_check_that_raises_is_a_row_that_fails():
+    def broken(device):
+        yield Row("first", "float32", 0.0, 1.0)
+        raise RuntimeError("an illegal memory access")
+
+    first, last = _caught(broken, device("cpu"))
+    assert not first.failed
+    assert last.failed
+    assert (last.what, last.note) == ("broken: all that follows", "RuntimeError")
 
 
 @pytest.mark.slow
