@@ -1,4 +1,4 @@
-"""How well a student does its teacher's work: loss, divergence, agreement, distance per layer, samples.
+"""How well a student does its teacher's work: loss, divergence, agreement, distance per layer.
 
 A prediction at position t is scored when ``labels[t + 1] != -100``, so nothing is ever predicted across a
 document border or into padding. Models are called as packed batches demand it (distill/data): with
@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from distill.errors import UserError
 from distill.head import ModelHead, final_states, head_of
@@ -77,13 +76,13 @@ def evaluate(
     Raises:
         UserError: nothing can be scored, or the two vocabularies differ in size.
     """
-    device = device or _device(student)
+    device = device or device_of(student)
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     models = [student]
     if teacher is not None and teacher is not student:
         _require_one_vocabulary(student, teacher)
         models.append(teacher)
-    with _evaluating(student, teacher):
+    with evaluating(student, teacher):
         heads = [opened(model, head_of, model) for model in models]
         row_elements = _row_elements(student, heads)
         for batch in batches:
@@ -118,7 +117,7 @@ def layer_distances(
     Raises:
         UserError: the models differ in depth, or no token is valid.
     """
-    device = device or _device(student)
+    device = device or device_of(student)
     depth, teacher_depth = (len(model.get_decoder().layers) for model in (student, teacher))
     if depth != teacher_depth:
         raise UserError(
@@ -128,7 +127,7 @@ def layer_distances(
     tokens = 0
     sums_L = torch.zeros(depth, dtype=torch.float64, device=device)
     row_elements = 2 * depth * student.config.get_text_config().hidden_size
-    with _evaluating(student, teacher):
+    with evaluating(student, teacher):
         for batch in batches:
             for rows in _rows(batch, row_elements, device):
                 tokens += int(rows["valid"].sum())
@@ -138,37 +137,6 @@ def layer_distances(
     if not tokens:
         raise UserError("there is no valid token to compare the layers on")
     return (sums_L / tokens).tolist()
-
-
-def completions(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    new_tokens: int,
-    *,
-    bos: bool = False,
-    sharded: bool = False,
-) -> list[str]:
-    """The greedy continuation of each prompt, without the prompt, up to ``new_tokens`` or an end of text.
-
-    Prompts of different lengths are padded on the left into one batch where the tokenizer has a padding
-    token, else they run one by one.
-
-    Args:
-        bos: begin every prompt with the tokenizer's BOS, as ``data.bos`` does for documents, even where the
-            tokenizer would not; never twice.
-        sharded: several processes call this, each with its part of the weights, so that none may stop before the last.
-            Given the same prompts they would stop together, if it were not for GPUs of different makes, which may take
-            another token where two are as likely.
-
-    Raises:
-        UserError: a prompt has no token at all.
-    """
-    encoded = [_encode_prompt(tokenizer, prompt, bos) for prompt in prompts]
-    groups = [encoded] if tokenizer.pad_token_id is not None and encoded else [[ids] for ids in encoded]
-    with _evaluating(model):
-        generated = [ids for group in groups for ids in _generate(model, tokenizer, group, new_tokens, sharded)]
-    return [_continuation(tokenizer, *ids) for ids in zip(encoded, generated, strict=True)]
 
 
 def perplexity(loss: float) -> float:
@@ -330,61 +298,8 @@ def _rows(batch: Batch, elements_per_token: int, device: torch.device) -> Iterat
     return (dict(zip(split, rows, strict=True)) for rows in zip(*split.values(), strict=True))
 
 
-def _encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, bos: bool) -> list[int]:
-    ids = list(tokenizer(prompt)["input_ids"])
-    if bos and tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
-        ids.insert(0, tokenizer.bos_token_id)
-    if not ids:
-        raise UserError(f"the prompt {prompt!r} has no token to continue from: give it some text")
-    return ids
-
-
-def _generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    group: Sequence[list[int]],
-    new_tokens: int,
-    sharded: bool,
-) -> list[list[int]]:
-    """New ids for each prompt of ids, ended before the first end-of-text token."""
-    eos = model.generation_config.eos_token_id if model.generation_config else None
-    ends = [eos] if isinstance(eos, int) else eos or []
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), None)
-    width = max(map(len, group))
-    ids_BT = torch.tensor([[pad or 0] * (width - len(ids)) + ids for ids in group], device=_device(model))
-    mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in group], device=ids_BT.device)
-    # A checkpoint's generation config may ask for sampling or penalties: this is the model, plain.
-    unset = dict.fromkeys(("temperature", "top_p", "top_k", "repetition_penalty"))
-    out_BT = cast(Callable[..., Tensor], model.generate)(
-        input_ids=ids_BT,
-        attention_mask=mask_BT,
-        max_new_tokens=new_tokens,
-        pad_token_id=pad,
-        do_sample=False,
-        num_beams=1,
-        synced_gpus=sharded,
-        **unset,
-    )
-    return [_until(row[width:], ends) for row in out_BT.tolist()]
-
-
-def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
-    cut = next((index for index, token in enumerate(ids) if token in ends), len(ids))
-    return ids[:cut]
-
-
-def _continuation(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], new_ids: list[int]) -> str:
-    """What the new ids add to the text; decoded with the prompt, or many tokenizers drop the space."""
-
-    def text(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
-
-    before, whole = text(prompt_ids), text(prompt_ids + new_ids)
-    return whole[len(before) :] if whole.startswith(before) else text(new_ids)
-
-
 @contextmanager
-def _evaluating(*models: PreTrainedModel | None) -> Iterator[None]:
+def evaluating(*models: PreTrainedModel | None) -> Iterator[None]:
     """Evaluation mode without gradients; every module's own mode comes back at the end.
 
     ``no_grad`` and not ``inference_mode``: dynamic rotary embeddings rewrite their buffers in a forward, and
@@ -401,5 +316,5 @@ def _evaluating(*models: PreTrainedModel | None) -> Iterator[None]:
             module.training = training
 
 
-def _device(model: PreTrainedModel) -> torch.device:
+def device_of(model: PreTrainedModel) -> torch.device:
     return next(model.parameters()).device

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 
 from distill.attention import family_of, view
 from distill.capture import layer_traces, sequence_arguments
+from distill.completions import completions
 from distill.engines import processes
 from distill.engines.placement import place_student
 from distill.errors import UserError
-from distill.evaluation import completions, evaluate, layer_distances
+from distill.evaluation import evaluate, layer_distances
 from distill.evaluation_record import MATRIX_TOKENS, Evaluation, MatrixPair, Sample, read_evaluation, write_evaluation
 from distill.objectives import attention_matrix
 from distill.programs import quiet_unless_watched, report_user_errors

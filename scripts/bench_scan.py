@@ -40,11 +40,13 @@ def ours(x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
 
 
 def readable(x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    return chunked_scan(step * A, B, C, x * step[..., None], None, None, CHUNK)[0]
+    # All in fp32, as `scan` has it; in 16 bits x times its step would be wider than B and C.
+    decay, write, read, value = (tensor.float() for tensor in (step * A, B, C, x * step[..., None]))
+    return chunked_scan(decay, write, read, value, None, None, CHUNK)[0].to(x.dtype)
 
 
 def attention(x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    q, k, v = (tensor.transpose(1, 2) for tensor in (C, B, x * step[..., None]))
+    q, k, v = (tensor.transpose(1, 2) for tensor in (C, B, (x * step[..., None]).to(x.dtype)))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 

@@ -50,12 +50,12 @@ class HiddenObjective:
 
     def parts(self, batch: Batch) -> Iterator[Part]:
         """One distance a layer."""
+        sequence = sequence_arguments(batch)  # once, not per layer: a GPU finishes its work before it can answer
         for index, trace in traced_layers(self.teacher, batch, self.layers, READS[self.target]):
-            yield Part(f"layers.{index}", partial(self._distance, self.layers[index], trace, batch))
+            yield Part(f"layers.{index}", partial(self._distance, self.layers[index], trace, batch, sequence))
 
-    def _distance(self, layer: Any, trace: LayerTrace, batch: Batch) -> Tensor:
+    def _distance(self, layer: Any, trace: LayerTrace, batch: Batch, sequence: dict[str, Tensor | None]) -> Tensor:
         """The distance of one layer, summed over tokens."""
-        sequence = sequence_arguments(batch)
         if self.target == "mixer":
             output_BTD, _ = layer.self_attn(trace.attention_input.to(self.dtype), **sequence)
             target_BTD = trace.attention_output

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from distill.attention import family_of, view
 from distill.capture import LayerTrace, sequence_arguments, traced_layers
-from distill.documents import document_index
 from distill.handover import StageRecord
 from distill.objectives import Form, streamed_mixing_distance
 from distill.recipe import MixingStage
@@ -46,10 +45,11 @@ class MixingObjective:
 
     def parts(self, batch: Batch) -> Iterator[Part]:
         """One distance a layer."""
+        sequence = sequence_arguments(batch)  # once, not per layer: a GPU finishes its work before it can answer
         for index, trace in traced_layers(self.teacher, batch, self.mixers, wants=["attention_input"]):
-            yield Part(f"layers.{index}", partial(self._distance, index, trace, batch))
+            yield Part(f"layers.{index}", partial(self._distance, index, trace, **sequence))
 
-    def _distance(self, index: int, trace: LayerTrace, batch: Batch) -> Tensor:
+    def _distance(self, index: int, trace: LayerTrace, valid_BT: Tensor | None, resets_BT: Tensor | None) -> Tensor:
         """The distance of one layer, summed over sequences."""
         attention, mixer = self.attention[index], self.mixers[index]
         with torch.no_grad():
@@ -59,12 +59,12 @@ class MixingObjective:
 
         def distance(u_BTD: Tensor) -> Tensor:
             return streamed_mixing_distance(
-                mixer.matrix_factors(u_BTD, **sequence_arguments(batch)),
+                mixer.matrix_factors(u_BTD, valid_BT=valid_BT, resets_BT=resets_BT),
                 q_BHTP,
                 k_BKTP,
-                batch["valid"],
+                valid_BT,
                 scaling=attention.scaling,
-                document_BT=document_index(batch["position_ids"]),
+                document_BT=None if resets_BT is None else resets_BT.cumsum(1),
                 window=attention.sliding_window,
                 form=self.form,
                 reduction="sum",

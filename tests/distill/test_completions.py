@@ -9,11 +9,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from distill import convert
+from distill.completions import completions
 from distill.engines import processes
 from distill.engines.launched import Launched
 from distill.engines.placement import place_student
 from distill.errors import UserError
-from distill.evaluation import completions
 from tests.distill.engines.several import several
 
 

@@ -14,7 +14,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from distill.evaluation import completions, evaluate, layer_distances
+from distill.completions import completions
+from distill.evaluation import evaluate, layer_distances
 from distill.evaluation_record import Evaluation, MatrixPair, Sample, write_evaluation
 
 NOISE = {"convert": 0.4, "mixing": 0.3, "hidden": 0.1, "logits": 0.03}

@@ -1,0 +1,138 @@
+"""Parity and speed on one GPU, in one call: `bash scripts/gpu_check.sh`, which says what it needs.
+
+First whether every kernel, loss and stage computes on this device what its reference does (`scripts.gpu_parity`), then
+how fast the benchmarks run beside what the device reaches (`scripts.ceilings`). Every section is a process of its own,
+since a kernel that goes wrong takes its process's device down with it, and is ended when its time or everybody's is
+up; the others go on. What comes out is a page of Markdown. Exit code 1 if parity failed or could not be established.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from scripts.gpu_report import page
+from scripts.gpu_sections import BENCHMARKS, PARITY, Section
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a section ended.
+
+    Attributes:
+        section: its name.
+        said: "done", or why not.
+        failed: it did not end well; one that was left out did not fail.
+        seconds: it took.
+        figures: what it wrote down, if anything.
+    """
+
+    section: str
+    said: str
+    failed: bool
+    seconds: float
+    figures: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Check:
+    """What all sections share."""
+
+    device: str
+    dtype: str
+    small: bool
+    place: Path
+    ends_at: float
+
+    def run(self, section: Section) -> Outcome:
+        """A section in its own process; what it printed is shown where it failed."""
+        if self.small and section.small is None:
+            return Outcome(section.name, "left out: no small form", False, 0.0, None)
+        if section.module == "pytest" and find_spec("pytest") is None:
+            return Outcome(section.name, "left out: pytest is not installed", False, 0.0, None)
+        left = min(section.seconds * (4 if self.small else 1), self.ends_at - time.monotonic())
+        if left < 5:
+            return Outcome(section.name, "no time was left", True, 0.0, None)
+        print(f"== {section.name}, at most {left:.0f} s", flush=True)
+        file = self.place / f"{section.name.replace(' ', '-')}.json"
+        started = time.monotonic()
+        said = self._said(self._command(section, file), left)
+        took = time.monotonic() - started
+        print(f"   {said}, {took:.0f} s", flush=True)
+        return Outcome(
+            section.name, said, said != "done", took, json.loads(file.read_text()) if file.exists() else None
+        )
+
+    def _command(self, section: Section, file: Path) -> list[str]:
+        options = shlex.split((section.small if self.small else section.real) or "")
+        if section.module != "pytest":
+            options += ["--device", self.device]
+        if section.typed:
+            options += ["--dtype", self.dtype]
+        if section.output:
+            options += [section.output, str(file)]
+        return [sys.executable, "-m", section.module, *options]
+
+    def _said(self, command: list[str], limit: float) -> str:
+        log = self.place / "log"
+        with open(log, "w") as said:
+            # A session of its own: what a section starts ends with it.
+            process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+            try:
+                code = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                return f"ended after its {limit:.0f} s"
+        text = log.read_text()
+        # Tables in full; of what failed the end, where the reason stands.
+        print(text if code == 0 else text[-4000:], flush=True)
+        return "done" if code == 0 else f"failed with code {code}"
+
+
+def main(
+    device: Annotated[str, typer.Option(help="cuda, or cpu to try this program.")] = "cuda",
+    small: Annotated[bool, typer.Option("--small", help="Tiny sizes: the timings mean nothing.")] = False,
+    folder: Annotated[Path, typer.Option(help="Gets the page, named after the device.")] = Path("docs/benchmarks"),
+    minutes: Annotated[float, typer.Option(help="After which no section runs any more.")] = 7.5,
+) -> None:
+    """Check and measure everything, and write the page."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("error: torch finds no CUDA device here (--device cpu --small tries the program without one)")
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    with tempfile.TemporaryDirectory() as place:
+        check = Check(device, dtype, small, Path(place), time.monotonic() + 60 * minutes)
+        parity = [check.run(section) for section in PARITY]
+        benchmarks = [check.run(section) for section in BENCHMARKS]
+    ended = [(each.section, each.said, each.seconds) for each in parity + benchmarks]
+    figures = {each.section: each.figures for each in parity + benchmarks if each.figures}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{_name(device)}{'-small' if small else ''}.md"
+    path.write_text(page(device, dtype, small, ended, figures))
+    wrong = [each for each in parity if each.failed]
+    unmeasured = [each.section for each in benchmarks if each.failed]
+    print(f"wrote {path}" + (f"; without {', '.join(unmeasured)}" if unmeasured else ""))
+    for each in wrong:
+        print(f"parity is not established: {each.section} {each.said}", file=sys.stderr)
+    raise typer.Exit(int(bool(wrong)))
+
+
+def _name(device: str) -> str:
+    """Of the file: "nvidia-h100-80gb-hbm3", or "cpu"."""
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    return "-".join(name.lower().replace("/", " ").split())
+
+
+if __name__ == "__main__":
+    typer.run(main)
