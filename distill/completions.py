@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.errors import UserError
-from distill.evaluation import device_of, evaluating
+from distill.evaluating import evaluating
+from distill.evaluation import device_of
 
 
 def completions(

@@ -10,7 +10,6 @@ fp64.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +19,7 @@ from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 from distill.errors import UserError
+from distill.evaluating import evaluating
 from distill.head import ModelHead, final_states, head_of
 from distill.objectives import scored_positions
 from distill.objectives.chunked import Head, chunk_rows, full_dtype
@@ -296,24 +296,6 @@ def _rows(batch: Batch, elements_per_token: int, device: torch.device) -> Iterat
     names = ("input_ids", "position_ids", "labels", "valid")
     split = {name: batch[name].to(device).split(n_rows) for name in names if name in batch}
     return (dict(zip(split, rows, strict=True)) for rows in zip(*split.values(), strict=True))
-
-
-@contextmanager
-def evaluating(*models: PreTrainedModel | None) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode comes back at the end.
-
-    ``no_grad`` and not ``inference_mode``: dynamic rotary embeddings rewrite their buffers in a forward, and
-    buffers born in inference mode would break the next training step.
-    """
-    modes = {module: module.training for model in models if model is not None for module in model.modules()}
-    try:
-        for module in modes:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def device_of(model: PreTrainedModel) -> torch.device:

@@ -9,8 +9,7 @@ quantised weights, a family with a head of its own) has no ``ModelHead`` and goe
 """
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from distill.evaluating import evaluating
 from distill.objectives.chunked import Head, full_dtype
 from distill.within import opened
 
@@ -96,7 +96,8 @@ def _gives_the_logits(model: Any, head: ModelHead) -> bool:
     ids_BT = torch.arange(TRIED_TOKENS, device=model.device)[None] % model.config.get_text_config().vocab_size
     handle = decoder.register_forward_hook(lambda _module, _arguments, output: seen.append(output))
     try:
-        with _evaluating(model), torch.autocast(model.device.type, enabled=False):
+        # Nothing random: a resumed run tries its head too, and must not draw a number for it.
+        with evaluating(model), torch.autocast(model.device.type, enabled=False):
             batch = {"input_ids": ids_BT, "position_ids": torch.arange(TRIED_TOKENS, device=model.device)[None]}
             expected_NV = model.forward(**batch, use_cache=False).logits[0]
             if len(seen) != 1 or not isinstance(getattr(seen[0], "last_hidden_state", None), Tensor):
@@ -115,15 +116,3 @@ def _equal(head: ModelHead, hidden_ND: Tensor, expected_NV: Tensor) -> bool:
     got_NV = whole.logits(hidden_ND, expected_NV.new_empty(expected_NV.shape, dtype=full_dtype(expected_NV.dtype)))
     allowed = 16 * torch.finfo(expected_NV.dtype).eps * expected_NV.abs().max()
     return bool((got_NV - expected_NV).abs().max() <= allowed)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, nothing is random: a resumed run tries its head too, and must not draw a number for it."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

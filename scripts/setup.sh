@@ -39,7 +39,7 @@ fi
 if [ "$extras" = dev ]; then
     # From source, next to the torch that is there, without compiling: ZeRO needs none of its kernels on a CPU.
     python -m pip install --quiet setuptools wheel ninja py-cpuinfo psutil packaging
-    DS_BUILD_OPS=0 python -m pip install --quiet --no-build-isolation 'deepspeed>=0.17'
+    DS_BUILD_OPS=0 python -m pip install --quiet --no-build-isolation 'deepspeed>=0.19.8'
 fi
 python -m pip install --quiet --editable ".${extras:+[$extras]}"
 echo "$wanted" >"$stamp"
