@@ -28,7 +28,7 @@ CHUNK_BYTES = 2**26
 """Of one chunk's fp32 logits; a divergence works on three or four such tensors."""
 
 FEWEST_ROWS, MOST_ROWS = 128, 1024
-"""Fewer would wait for the head's weights, whatever the vocabulary; more gain nothing."""
+"""Fewer would wait for the head's weights, whatever the vocabulary; with more, little is left to gain."""
 
 VOCABULARY_SLICE = 2**14
 """Rows of the head's gradient that a product in 16 bits is made of at a time, before it is added in fp32."""
