@@ -39,7 +39,7 @@ def main(
     lengths: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = ",".join(map(str, LENGTHS)),
     keys: Annotated[int, typer.Option(help="Key heads of the teacher.")] = HEADS,
     repeats: Annotated[int, typer.Option(help="Timed calls of each form.")] = 5,
-    path: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")] = Path("runs/bench/mixing.json"),
+    output: Annotated[Path | None, typer.Option(help="Also write the figures here, as JSON.")] = None,
 ) -> None:
     """Measure, print a table, and write the figures down."""
     rows = []
@@ -56,7 +56,8 @@ def main(
         rows.append({"tokens": length, "seconds": times, "peak_bytes": peaks})
         typer.echo(f"{length} tokens: {times}, {peaks}", err=True)
     about = {"heads": HEADS, "key_heads": keys, "width": WIDTH, "state": STATE, "device": device, "dtype": dtype}
-    record(path, {**about, "rows": rows})
+    if output:
+        record(output, {**about, "rows": rows})
     head = ("tokens", "streamed", "written out", "ratio", "peak, streamed", "peak, written out", "ratio")
     show(f"mixing distance, forward and backward, {HEADS} heads, {device}, {dtype}", head, map(_shown, rows))
 

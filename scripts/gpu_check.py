@@ -81,7 +81,7 @@ class Check:
         if section.typed:
             options += ["--dtype", self.dtype]
         if section.output:
-            options += [section.output, str(file)]
+            options += ["--output", str(file)]
         return [sys.executable, "-m", section.module, *options]
 
     def _said(self, command: list[str], limit: float) -> str:

@@ -22,7 +22,7 @@ class Section:
         real: options at real sizes.
         small: options that take seconds on a CPU; None leaves it out there.
         seconds: after which it is ended; it may take less.
-        output: the option that names its file of figures; None where it writes none.
+        output: whether it writes its figures to the file that --output names.
         typed: whether it takes a device and a dtype.
     """
 
@@ -31,12 +31,12 @@ class Section:
     real: str
     small: str | None
     seconds: int
-    output: str | None = "--output"
+    output: bool = True
     typed: bool = True
 
 
 PARITY = (
-    Section("kernels", "pytest", "tests/distill/ssd/test_kernels.py", None, 60, None, False),
+    Section("kernels", "pytest", "tests/distill/ssd/test_kernels.py", None, 60, output=False, typed=False),
     Section("parity", "scripts.gpu_parity", "", "", 100, typed=False),
 )
 BENCHMARKS = (
@@ -55,7 +55,7 @@ BENCHMARKS = (
         None,
         35,
     ),
-    Section("mixing", "scripts.bench_mixing", "--lengths 2048,4096", "--lengths 64 --repeats 1", 60, "--path"),
+    Section("mixing", "scripts.bench_mixing", "--lengths 2048,4096", "--lengths 64 --repeats 1", 60),
     Section(
         "logits 1B",
         "scripts.bench_logits",
