@@ -23,7 +23,6 @@ BACKENDS = {
 }
 """What may run the scan, in the order in which they are tried: fla before mamba_ssm, since it serves every mixer."""
 
-
 _LIBRARIES = {
     "fla": ("fla.ops.simple_gla", "flash-linear-attention"),
     "mamba_ssm": ("mamba_ssm.ops.triton.ssd_combined", "mamba-ssm causal-conv1d --no-build-isolation"),
