@@ -33,7 +33,7 @@ _OPTIONAL = {
     "tensorboard": ("tensorboard", "trackers: [tensorboard]"),
     "mamba_ssm": (
         "mamba-ssm causal-conv1d --no-build-isolation",
-        "kernels for students of a native class, on NVIDIA GPUs",
+        "the scan's kernels for mamba2 and for students of a native class, on NVIDIA GPUs",
     ),
     "fla": ("flash-linear-attention", "the scan's kernels on GPUs, in Triton"),
     "deepspeed": ("deepspeed", "ZeRO across GPUs"),
@@ -41,6 +41,8 @@ _OPTIONAL = {
     "trl": ("trl", "fine-tuning and preference training"),
     "lm_eval": ("lm-eval", "the standard benchmarks"),
 }
+# The mixers, and whether they have the step and the rate that one of the scan's backends wants.
+_STEPPED = {"mamba2": True, "discrete_mamba2": False}
 
 
 def diagnose() -> dict[str, Any]:
@@ -154,17 +156,29 @@ def _scan_backends(devices: dict[str, Any]) -> dict[str, dict[str, Any]]:
     device, dtype = torch.device("cpu"), torch.float32
     if devices["gpus"]:
         device, dtype = torch.device("cuda"), torch.bfloat16 if devices["gpus"][0]["bfloat16"] else torch.float16
-    try:
-        used = backends.backend(device, dtype)
-    except UserError as error:
-        return {"none": {"used": False, "why": str(error)}}
-    asked = f"; {backends.CHOICE}={used} asks for it" if os.environ.get(backends.CHOICE) else ""
-    return {
-        name: {"used": True, "why": f"{what}{asked}"}
-        if name == used
-        else {"used": False, "why": f"not used: {backends.obstacle(name, device, dtype) or f'{used} comes first'}"}
-        for name, what in backends.BACKENDS.items()
-    }
+    served: dict[str, list[str]] = {}
+    refused: dict[str, str] = {}
+    for mixer, stepped in _STEPPED.items():
+        try:
+            served.setdefault(backends.backend(device, dtype, stepped=stepped), []).append(mixer)
+        except UserError as error:
+            refused[mixer] = str(error)
+    if not served:
+        return {"none": {"used": False, "why": next(iter(refused.values()))}}
+    asked = os.environ.get(backends.CHOICE)
+    passed_over = (
+        f"{backends.CHOICE}={asked} asks for another" if asked else f"{next(iter(served))} comes first, for both mixers"
+    )
+    told: dict[str, dict[str, Any]] = {}
+    for name, what in backends.BACKENDS.items():
+        if name in served:
+            only = "" if len(served[name]) == len(_STEPPED) else f"; runs {', '.join(served[name])} here"
+            chosen = f"; {backends.CHOICE}={name} asks for it" if asked else ""
+            told[name] = {"used": True, "why": f"{what}{only}{chosen}"}
+        else:
+            why = backends.obstacle(name, device, dtype, stepped=True) or passed_over
+            told[name] = {"used": False, "why": f"not used: {why}"}
+    return told | {mixer: {"used": False, "why": why} for mixer, why in refused.items()}
 
 
 def _places() -> list[Path]:

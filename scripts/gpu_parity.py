@@ -93,7 +93,7 @@ def main(
 
 
 def scans(device: torch.device) -> Iterator[Row]:
-    """Every backend of ours, and mamba-ssm's kernel, which is measured beside them."""
+    """Every backend of ours; mamba-ssm's through its wrapper, since it takes step and rate, which `scan` does not."""
     for dtype in TOLERANCES:
         inputs, weight = scan_inputs(dtype)
         expected = outputs_and_gradients(_recurrence, [x.double() for x in inputs], weight.double())

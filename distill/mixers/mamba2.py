@@ -179,13 +179,15 @@ class Mamba2Mixer(nn.Module):
         xBC_BTC = F.silu(self.conv1d(xBC_BTC, valid_BT=valid_BT, resets_BT=resets_BT, cache=cache))
         x_BTI, B_BTI, C_BTI = xBC_BTC.split([self.inner, self.wide, self.wide], dim=-1)
         step_BTH = mask_positions(F.softplus(widen(dt_BTH) + widen(self.dt_bias)), valid_BT)
+        rate_H = -widen(self.A_log).exp()
         terms = ScanTerms(
             x_BTHP=split_heads(mask_positions(x_BTI, valid_BT), self.n_heads),
             B_BTHN=split_heads(B_BTI, self.n_heads),
             C_BTHN=split_heads(C_BTI, self.n_heads),
-            log_decay_BTH=-step_BTH * widen(self.A_log).exp(),
+            log_decay_BTH=step_BTH * rate_H,
             step_BTH=step_BTH,
             skip_H=self.D,
+            rate_H=rate_H,
         )
         return terms, z_BTI
 

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from distill.cache import MixerCacheLayer
 from distill.ssd import causal_convolution, convolution_step, mixing_matrix, scan, scan_step
+from distill.ssd.backends import backend
 from distill.ssd.factors import MatrixFactors
+from distill.ssd.kernels import mamba_ssm_scan
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class ScanTerms:
         log_decay_BTH: logarithm of the decay, ≤ 0; 0 at padding.
         step_BTH: step size that scales what is written; None means 1.
         skip_H: weight D of the position's own value.
+        rate_H: A < 0 of a mixer whose log decay is Δ A; None where the decay is not made of the step size.
     """
 
     x_BTHP: Tensor
@@ -31,31 +34,49 @@ class ScanTerms:
     log_decay_BTH: Tensor
     step_BTH: Tensor | None
     skip_H: Tensor
+    rate_H: Tensor | None = None
 
 
 def run(terms: ScanTerms, *, resets_BT: Tensor | None, cache: MixerCacheLayer | None) -> Tensor:
     """y_BTHP = scan + D x in fp32. With a cache the scan continues from its state, which is then brought up to date."""
     x_BTHP = widen(terms.x_BTHP)
-    written_BTHP = x_BTHP if terms.step_BTH is None else x_BTHP * terms.step_BTH[..., None]
     state_BHPN = None if cache is None else cache.state()
     if state_BHPN is not None and is_step(x_BTHP, resets_BT, cache) and not _in_graph(terms, state_BHPN):
+        written_BTHP = _written(x_BTHP, terms.step_BTH)
         y_BTHP = scan_step(
             terms.log_decay_BTH[:, 0], terms.B_BTHN[:, 0], terms.C_BTHN[:, 0], written_BTHP[:, 0], state_BHPN
         ).unsqueeze(1)
     else:
-        y_BTHP, final_BHPN = scan(
-            terms.log_decay_BTH,
-            terms.B_BTHN,
-            terms.C_BTHN,
-            written_BTHP,
-            initial_state_BHPN=state_BHPN,
-            resets_BT=resets_BT,
-        )
+        y_BTHP, final_BHPN = _scan(terms, x_BTHP, state_BHPN, resets_BT)
         if cache is not None:
             cache.replace_state(final_BHPN)
     if cache is not None:
         cache.advance(x_BTHP.shape[1])
     return torch.addcmul(y_BTHP, widen(terms.skip_H)[:, None], x_BTHP)
+
+
+def _scan(
+    terms: ScanTerms, x_BTHP: Tensor, state_BHPN: Tensor | None, resets_BT: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """y_BTHP and the final state; x is the terms' own, widened. A kernel that wants Δ and A apart is asked here."""
+    if terms.step_BTH is not None and terms.rate_H is not None:
+        dtype = torch.promote_types(terms.B_BTHN.dtype, terms.C_BTHN.dtype)
+        if backend(terms.x_BTHP.device, dtype, stepped=True) == "mamba_ssm":
+            inputs = terms.step_BTH, terms.rate_H, terms.B_BTHN, terms.C_BTHN, terms.x_BTHP
+            y_BTHP, final_BHPN = mamba_ssm_scan(*inputs, state_BHPN, resets_BT)
+            return widen(y_BTHP), final_BHPN
+    return scan(
+        terms.log_decay_BTH,
+        terms.B_BTHN,
+        terms.C_BTHN,
+        _written(x_BTHP, terms.step_BTH),
+        initial_state_BHPN=state_BHPN,
+        resets_BT=resets_BT,
+    )
+
+
+def _written(x_BTHP: Tensor, step_BTH: Tensor | None) -> Tensor:
+    return x_BTHP if step_BTH is None else x_BTHP * step_BTH[..., None]
 
 
 def _in_graph(terms: ScanTerms, state_BHPN: Tensor) -> bool:

@@ -19,7 +19,8 @@ Per head, with decay a_t = exp(log_decay_t) in (0, 1]::
 A *reset* at t sets S_{t−1} to zero first: a new document begins. Written out over time this is ``y = M x``
 with the mixing matrix ``M_ts = (C_t · B_s) · a_{s+1} … a_t`` for s ≤ t in the same document.
 
-The step size of Mamba-2 is not an argument: callers fold it into ``x`` and ``log_decay``.
+The step size of Mamba-2 is not an argument: callers fold it into ``x`` and ``log_decay``. One library's kernel wants it
+apart (:func:`distill.ssd.kernels.mamba_ssm_scan`), and is called by who has it.
 """
 
 from distill.ssd.backends import scan

@@ -18,9 +18,16 @@ CHOICE = "DISTILL_SCAN"
 
 BACKENDS = {
     "fla": "flash-linear-attention's Triton kernels",
+    "mamba_ssm": "mamba-ssm's Triton kernels, which serve mamba2 only",
     "torch": "chunked matmuls in plain PyTorch, on every device",
 }
-"""What may run the scan, the fastest first."""
+"""What may run the scan, in the order in which they are tried: fla before mamba_ssm, since it serves every mixer."""
+
+_LIBRARIES = {
+    "fla": ("fla.ops.simple_gla", "flash-linear-attention"),
+    "mamba_ssm": ("mamba_ssm.ops.triton.ssd_combined", "mamba-ssm causal-conv1d --no-build-isolation"),
+}
+"""The module that has a backend's kernel, and what to install for it."""
 
 
 def scan(
@@ -67,33 +74,44 @@ def scan(
     return y_BTHP.to(x_BTHP.dtype), state_BHPN
 
 
-def backend(device: torch.device, dtype: torch.dtype) -> str:
+def backend(device: torch.device, dtype: torch.dtype, *, stepped: bool = False) -> str:
     """Which of `BACKENDS` runs the scan of B and C of this dtype on this device.
+
+    Args:
+        stepped: the caller has the step Δ and the rate A that decay and input are made of, as ``mamba2`` has.
 
     Raises:
         UserError: if DISTILL_SCAN names none of them, or one that cannot.
     """
     asked = os.environ.get(CHOICE)
     if not asked:
-        return next(name for name in BACKENDS if not obstacle(name, device, dtype))
+        return next(name for name in BACKENDS if not obstacle(name, device, dtype, stepped=stepped))
     if asked not in BACKENDS:
         raise UserError(f"{CHOICE}={asked}: the scan runs by one of {', '.join(BACKENDS)}. Set one, or unset it.")
-    if why := obstacle(asked, device, dtype):
+    if why := obstacle(asked, device, dtype, stepped=stepped):
         raise UserError(f"{CHOICE}={asked}: not here, {why}. Set {CHOICE}=torch, or unset it.")
     return asked
 
 
-def obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot run the scan of B and C of this dtype on this device; None if it can."""
+def obstacle(name: str, device: torch.device, dtype: torch.dtype, *, stepped: bool = False) -> str | None:
+    """Why a backend cannot run the scan of B and C of this dtype on this device; None if it can.
+
+    Args:
+        stepped: as in :func:`backend`.
+    """
     if name == "torch":
         return None
+    if name == "mamba_ssm" and not stepped:
+        return "it serves mamba2 only: it makes decay and input of a step Δ and a rate A"
+    if name == "mamba_ssm" and torch.compiler.is_compiling():
+        return "its kernels cannot be traced by torch.compile"
     if device.type != "cuda":
         return f"it needs a CUDA device, not the {device.type}"
     if dtype == torch.float64:
         return "it does not calculate in fp64"
     if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
         return 'it would round fp32 to TF32, which torch.set_float32_matmul_precision("high") allows'
-    return _import_problem("fla.ops.simple_gla", "flash-linear-attention")
+    return _import_problem(*_LIBRARIES[name])
 
 
 @functools.cache

@@ -6,10 +6,19 @@ flash-linear-attention's *simple GLA* (a gate per head) is the same recurrence i
 
     q = C     k = B     v = x     g = log decay     scale = 1     S transposed: (N × P) there, (P × N) here
 
-mamba-ssm's kernel is not here. It takes a step Δ and one A per head and forms both the decay exp(Δ A) and the input Δ x
-from them. Our scan takes decay and input apart (MOHAWK's mixer has no step at all), and to reach it from there x would
-have to be divided by Δ, which is infinite where nothing decays. Its inner kernels take them apart too, but they are
-private and their backward pass would have to be put together anew.
+mamba-ssm's *chunk scan* is Mamba-2 in its own words: a step Δ and one rate A < 0 per head make both decay and input::
+
+    S_t = exp(Δ_t A) S_{t−1} + Δ_t x_t ⊗ B_t      y_t = S_t C_t
+
+    dt = Δ     A, B, C, x as here     S (P × N), as here     seq_idx = number of the document, from 0
+
+It serves the mixer that has Δ and A, which is ``mamba2``. MOHAWK's has no step at all, and to reach Δ x from decay and
+input x would have to be divided by Δ, which is infinite where nothing decays.
+
+Documents. The kernel gives the initial state to document 0 alone, in outputs and in gradients, and the final state is
+that of the last position's document. So positions are numbered by the borders behind them: document 0 is what continues
+the initial state, and where the first position is a border there is no document 0. D and z stay out: the skip and the
+gate are modules of their own, which adapters and quantisation may replace.
 
 Libraries are imported when a wrapper is called: this module imports on every machine.
 """
@@ -29,6 +38,9 @@ FORGET = -104.0
 No lower than it must be. Kernels add log decays up inside a chunk, and behind a reset these sums are rounded to the
 resolution of fp32 at their size: 8e-6 at 104, a hundred times more at 10⁴, which would shift every decay behind it.
 """
+
+MAMBA_SSM_CHUNK = 256
+"""Positions that mamba-ssm's kernels handle at once: the chunk of the library's own layer."""
 
 
 def fla_scan(
@@ -63,3 +75,44 @@ def fla_scan(
         output_final_state=True,
     )
     return y_BTHP.to(x_BTHP.dtype), state_BHNP.mT
+
+
+def mamba_ssm_scan(
+    step_BTH: Tensor,
+    rate_H: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
+    x_BTHP: Tensor,
+    initial_state_BHPN: Tensor | None,
+    resets_BT: Tensor | None,
+    kernel: Callable[..., Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`distill.ssd.scan` of the decay Δ A and the input Δ x; the final state is fp32.
+
+    Products are of the dtype of B and C; Δ, A and the initial state are read in fp32.
+
+    Args:
+        step_BTH: Δ ≥ 0; 0 keeps the state (padding).
+        rate_H: A < 0.
+        x_BTHP: inputs, the step size not folded in.
+        kernel: a function of the signature of ``mamba_chunk_scan_combined``, which is the default.
+    """
+    if kernel is None:
+        kernel = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    dtype = torch.promote_types(B_BTGN.dtype, C_BTGN.dtype)
+    y_BTHP, state_BHPN = kernel(
+        x_BTHP.to(dtype),
+        _at_least_fp32(step_BTH),
+        _at_least_fp32(rate_H),
+        B_BTGN.to(dtype),
+        C_BTGN.to(dtype),
+        MAMBA_SSM_CHUNK,
+        initial_states=None if initial_state_BHPN is None else _at_least_fp32(initial_state_BHPN),
+        seq_idx=None if resets_BT is None else resets_BT.cumsum(-1, dtype=torch.int32),
+        return_final_states=True,
+    )
+    return y_BTHP.to(x_BTHP.dtype), state_BHPN
+
+
+def _at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -143,7 +143,7 @@ def test_a_choice_is_followed_or_refused(monkeypatch, fla_imports):
     with pytest.raises(UserError, match=r"DISTILL_SCAN=fla: not here, it needs a CUDA device, not the cpu"):
         scan(*inputs(3, 1, device=CPU, dtype=torch.float32))
     monkeypatch.setenv(backends.CHOICE, "triton")
-    with pytest.raises(UserError, match="one of fla, torch"):
+    with pytest.raises(UserError, match="one of fla, mamba_ssm, torch"):
         backends.backend(CPU, torch.float32)
 
 
