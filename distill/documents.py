@@ -22,12 +22,6 @@ def document_starts(position_ids_BT: Tensor, valid_BT: Tensor | None = None) -> 
     return resets_BT if bool(resets_BT.any()) else None
 
 
-def document_index(position_ids_BT: Tensor) -> Tensor | None:
-    """A number per position that differs between the documents of a row, or None where nothing is packed."""
-    resets_BT = document_starts(position_ids_BT)
-    return None if resets_BT is None else resets_BT.cumsum(1)
-
-
 def beginnings(document_BT: Tensor) -> Tensor:
     """Where the document of each position begins, from a document number per position: it changes where one begins."""
     starts_BT = F.pad(document_BT.diff(dim=1) != 0, (1, 0), value=True)

@@ -5,7 +5,7 @@ import torch
 
 from distill.attention import family_of, view
 from distill.capture import FIELDS, layer_traces, traced_layers
-from distill.documents import document_index
+from distill.documents import document_starts
 from distill.errors import UserError
 from distill.objectives import attention_matrix
 from tests.conftest import tiny
@@ -29,7 +29,7 @@ def test_attention_recomputed_through_the_view_is_the_modules_output(family, win
         seen = view(teacher.get_decoder().layers[index].self_attn, family_of(teacher.config))
         assert seen.sliding_window == window
         q, k = seen.queries_and_keys(trace.attention_input, trace.position_embeddings)
-        documents = document_index(batch["position_ids"])
+        documents = document_starts(batch["position_ids"]).cumsum(1)
         matrix = attention_matrix(q, k, scaling=seen.scaling, document_BT=documents, window=window)
         mixed = torch.einsum("bhts,bshp->bthp", matrix, seen.values(trace.attention_input)).flatten(2)
         torch.testing.assert_close(seen.o(mixed), trace.attention_output, rtol=1e-5, atol=1e-5)

@@ -242,11 +242,11 @@ def test_a_missing_teacher_is_named(tmp_path):
 def test_packed_positions_agree_with_transformers_own_rule():
     from transformers.masking_utils import find_packed_sequence_indices
 
-    from distill.documents import document_index, positions_from_index
+    from distill.documents import document_starts, positions_from_index
 
     positions = torch.cat([torch.arange(n) for n in (5, 1, 1, 8)])[None]
     theirs = find_packed_sequence_indices(positions)
-    assert torch.equal(document_index(positions), theirs)
+    assert torch.equal(document_starts(positions).cumsum(1), theirs)
     assert torch.equal(positions_from_index(theirs), positions)
 
 
