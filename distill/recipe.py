@@ -41,10 +41,11 @@ from distill.recipe_fields import (
 )
 from distill.recipe_file import read_recipe_file
 
-Role = Literal["mixer", "attention", "norms", "mlp", "embeddings", "head"]
+Role = Literal["mixer", "attention", "norms", "mlp", "embeddings", "head", "connector", "vision"]
 StageName = Literal["mixing", "hidden", "logits"]
 Step = Literal["convert"] | StageName
 ROLES: tuple[Role, ...] = get_args(Role)
+TEXT_ROLES: tuple[Role, ...] = tuple(role for role in ROLES if role not in ("connector", "vision"))
 STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
 
 
@@ -114,6 +115,8 @@ class Student(Section):
     """Numbers of state for each channel of a head; null for the size of the teacher's heads."""
     conv_width: Count = 4
     """Positions the mixers' short convolution looks at."""
+    bidirectional: Literal["refuse", "causal"] = "refuse"
+    """For teachers that read images in both directions (PaliGemma, Gemma 3): causal lets mixers read them one way."""
 
 
 class HeldOut(Section):
@@ -123,6 +126,15 @@ class HeldOut(Section):
     """The fraction of the documents (by: hash) or of the characters (by: tail)."""
     by: Literal["hash", "tail"] = "hash"
     """hash: by the hash of a document's name; tail: the end of the text, cut between two documents."""
+
+
+class Images(Section):
+    """How image-text rows are read."""
+
+    score: Literal["answers", "text", "all"] = "answers"
+    """The tokens whose predictions are compared: of answers, of all text, or image placeholders too."""
+    processor: dict[Text, int | float | str] = {}
+    """Settings for the teacher's processor, such as {max_pixels: 401408}."""
 
 
 class Data(Section):
@@ -148,9 +160,13 @@ class Data(Section):
     """Training tokens that are enough, such as 10B; null for all that the source holds."""
     workers: Count = 1
     """Processes that tokenise; more are faster, and the result is the same."""
+    images: Images | None = None
+    """Read image-text rows from .jsonl or .parquet, such as {score: answers}; null for text. See docs/vision.md."""
 
     @model_validator(mode="after")
     def _known_beforehand(self) -> "Data":
+        if self.images is not None and (self.limit or self.streaming or self.held_out.by == "tail"):
+            raise ValueError("images: rows with images know neither limit nor streaming nor held_out: {by: tail}")
         if self.limit is not None and self.limit < self.block:
             raise ValueError(f"limit: {self.limit} tokens are less than one block of {self.block}")
         if self.held_out.by == "tail" and self.limit is not None:
@@ -269,8 +285,8 @@ class LogitsStage(Training):
     """Compute each layer's forward again in backward: a third more time, and one layer's activations in memory."""
     offline_teacher: OfflineTeacher | None = None
     """Read the teacher's predictions from disk, such as {top_k: 64}; null to run it beside the student."""
-    train: Annotated[tuple[Role, ...], Some] = ROLES
-    """The roles that are trained."""
+    train: Annotated[tuple[Role, ...], Some] = TEXT_ROLES
+    """The roles that are trained; a vision-language model's connector and vision tower only when they are named."""
 
     @model_validator(mode="after")
     def _tail_at_temperature_1(self) -> "LogitsStage":
