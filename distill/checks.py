@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from distill.errors import UserError
 from distill.recipe import Keep, LayerwiseTraining, Recipe, StageName
+from distill.vision_checks import check_image_rows, check_images
 from distill.weight_files import TensorFacts, stored_tensors
 
 if TYPE_CHECKING:  # imported where used: they take seconds, and most recipes fail sooner or later than here
@@ -83,7 +84,10 @@ def check(recipe: Recipe, *, ranks: int = 1, planning: bool = False) -> RecipeFa
                 tokenizer_size = _check_vocabulary(tokenizer, text.vocab_size)
                 for key, wanted in (("bos", recipe.data.bos), ("eos", recipe.data.eos)):
                     with found.at(f"data.{key}"):
-                        _check_special_token(tokenizer, key, wanted)
+                        _check_special_token(tokenizer, key, wanted and recipe.data.images is None)
+        with found.at("data.images"):
+            if recipe.data.images is not None and not config_alone and not found.lines:
+                check_images(recipe, config)
         with found.at("student.keep_attention"):
             kept = kept_layers(recipe.student.keep_attention, text.num_hidden_layers)
             _check_mixers(text.num_hidden_layers - len(kept), recipe)
@@ -168,6 +172,9 @@ def _check_trackers(trackers: tuple[str, ...]) -> None:
 
 def _check_source(recipe: Recipe) -> None:
     """Every source has at least one document; what is on the Hub is left to the data preparation."""
+    if recipe.data.images is not None:
+        check_image_rows(recipe)
+        return
     from distill.data.corpus import DATASET_PREFIX, read_documents
 
     for source in recipe.data.source:

@@ -24,6 +24,7 @@ from distill.head import ModelHead, final_states, head_of
 from distill.objectives import scored_positions
 from distill.objectives.chunked import Head, chunk_rows, full_dtype
 from distill.objectives.logits import next_labels
+from distill.vision import has_images, model_arguments, trunk_of
 from distill.within import opened, within
 
 # A forward takes as many rows of a batch as keep its widest tensors (or its layers' outputs) under FORWARD elements.
@@ -265,7 +266,7 @@ def _relative_distance(student_BTD: Tensor, teacher_BTD: Tensor, valid_BT: Tenso
 
 def _logits(model: PreTrainedModel, rows: Batch) -> Tensor:
     """(B, T, V) in the model's dtype; called in the place of its forward."""
-    return model.forward(input_ids=rows["input_ids"], position_ids=rows["position_ids"], use_cache=False).logits
+    return model.forward(**model_arguments(model.config, rows), use_cache=False).logits
 
 
 def _layer_outputs(model: PreTrainedModel, rows: Batch) -> list[Tensor]:
@@ -281,7 +282,7 @@ def _layer_outputs(model: PreTrainedModel, rows: Batch) -> list[Tensor]:
     decoder = model.get_decoder()
     hooks = [layer.register_forward_hook(keep) for layer in decoder.layers]
     try:
-        within(model, decoder, input_ids=rows["input_ids"], position_ids=rows["position_ids"], use_cache=False)
+        within(model, trunk_of(model), **model_arguments(model.config, rows), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -290,7 +291,12 @@ def _layer_outputs(model: PreTrainedModel, rows: Batch) -> list[Tensor]:
 
 
 def _rows(batch: Batch, elements_per_token: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """The batch on ``device``, split along B so that one forward's output stays under FORWARD elements."""
+    """The batch on ``device``, split along B so that one forward's output stays under FORWARD elements.
+
+    One with images stays whole: how pixels belong to rows is the processor's affair.
+    """
+    if has_images(batch):
+        return iter([{name: tensor.to(device) for name, tensor in batch.items()}])
     per_row = batch["input_ids"].shape[1] * elements_per_token
     n_rows = max(1, FORWARD // per_row)
     names = ("input_ids", "position_ids", "labels", "valid")

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from distill.evaluating import evaluating
 from distill.objectives.chunked import Head, full_dtype
+from distill.vision import model_arguments, trunk_of
 from distill.within import opened
 
 TRIED_TOKENS = 8
@@ -45,10 +46,7 @@ class ModelHead:
 
 def final_states(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """(B, T, D): what the head reads. Called in the place of ``model``'s forward."""
-    # use_cache=False and no mask: only so do attention layers keep packed documents apart.
-    return model.get_decoder()(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-    ).last_hidden_state
+    return trunk_of(model)(**model_arguments(model.config, batch), use_cache=False).last_hidden_state
 
 
 @torch.no_grad()

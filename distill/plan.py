@@ -29,7 +29,9 @@ from distill.costs import (
     teacher_flops_per_token,
 )
 from distill.data.batches import steps_for
+from distill.data.image_text import read_image_manifest
 from distill.data.pack import MANIFEST, Blocks
+from distill.data.splits import TRAIN
 from distill.machine import FITS, Machine, Wanted, machine
 from distill.memory import ENGINES, MODES, Memory, bytes_sent, memory, modes_for, numbers, sharing
 from distill.recipe import LogitsStage, Recipe, Stage, StageName
@@ -199,6 +201,9 @@ def make_plan(
 def prepared_tokens(recipe: Recipe) -> int | None:
     """Tokens of the training text, if an earlier run has prepared it."""
     folder = recipe.run_dir / "data"
+    if recipe.data.images is not None:
+        manifest = read_image_manifest(folder)
+        return None if manifest is None else manifest.rows[TRAIN] * recipe.data.block
     return Blocks(folder, "train", recipe.data.block).n_tokens if (folder / MANIFEST).is_file() else None
 
 

@@ -14,8 +14,6 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
@@ -24,6 +22,7 @@ from pydantic import (
 )
 
 from distill import marked_yaml
+from distill.recipe_data import Data
 from distill.recipe_fields import (
     Beta,
     Count,
@@ -32,10 +31,9 @@ from distill.recipe_fields import (
     Fraction,
     Integer,
     NotNegative,
-    Number,
     Positive,
+    Section,
     Some,
-    Sources,
     Text,
     Tokens,
 )
@@ -53,12 +51,6 @@ STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
 _LABELS = ("name", "run_dir", "device", "trackers")
 _CUT = ("micro_batch_size", "parallel", "gradient_checkpointing")
 _CADENCE = ("eval_every", "checkpoint_every", "keep_checkpoints")
-
-
-class Section(BaseModel):
-    """A part of a recipe: immutable, and without room for unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Teacher(Section):
@@ -117,65 +109,6 @@ class Student(Section):
     """Positions the mixers' short convolution looks at."""
     bidirectional: Literal["refuse", "causal"] = "refuse"
     """For teachers that read images in both directions (PaliGemma, Gemma 3): causal lets mixers read them one way."""
-
-
-class HeldOut(Section):
-    """The part of the documents that is never trained on."""
-
-    fraction: Annotated[Number, Field(gt=0, lt=1)] = 0.1
-    """The fraction of the documents (by: hash) or of the characters (by: tail)."""
-    by: Literal["hash", "tail"] = "hash"
-    """hash: by the hash of a document's name; tail: the end of the text, cut between two documents."""
-
-
-class Images(Section):
-    """How image-text rows are read."""
-
-    score: Literal["answers", "text", "all"] = "answers"
-    """The tokens whose predictions are compared: of answers, of all text, or image placeholders too."""
-    processor: dict[Text, int | float | str] = {}
-    """Settings for the teacher's processor, such as {max_pixels: 401408}."""
-
-
-class Data(Section):
-    """The text that all stages train on."""
-
-    source: Sources
-    """python-stdlib, a file, folder or glob, dataset:org/name[:config][:split], or a list of these."""
-    text_key: Text = "text"
-    """The column that holds the text in .jsonl, .parquet and datasets."""
-    separator: Text | None = None
-    """What stands between documents in a text file; null for one document a file."""
-    block: Annotated[Integer, Field(ge=2)] = 256
-    """Tokens a training sequence."""
-    bos: Flag = True
-    """Put the tokenizer's beginning-of-sequence token before every document."""
-    eos: Flag = False
-    """Put the tokenizer's end-of-sequence token after every document."""
-    held_out: HeldOut = HeldOut()
-    """The split kept for evaluation."""
-    streaming: Flag = False
-    """Fetch the rows of dataset: sources while they are read, instead of downloading all first."""
-    limit: Tokens | None = None
-    """Training tokens that are enough, such as 10B; null for all that the source holds."""
-    workers: Count = 1
-    """Processes that tokenise; more are faster, and the result is the same."""
-    images: Images | None = None
-    """Read image-text rows from .jsonl or .parquet, such as {score: answers}; null for text. See docs/vision.md."""
-
-    @model_validator(mode="after")
-    def _known_beforehand(self) -> "Data":
-        if self.images is not None and (self.limit or self.streaming or self.held_out.by == "tail"):
-            raise ValueError("images: rows with images know neither limit nor streaming nor held_out: {by: tail}")
-        if self.limit is not None and self.limit < self.block:
-            raise ValueError(f"limit: {self.limit} tokens are less than one block of {self.block}")
-        if self.held_out.by == "tail" and self.limit is not None:
-            raise ValueError("limit stops before the tail is reached; use it with held_out: {by: hash}")
-        if self.held_out.by == "tail" and self.streaming:
-            raise ValueError(
-                "streaming: the length of a stream is not known, so it has no tail; use held_out: {by: hash}"
-            )
-        return self
 
 
 class Training(Section):

@@ -4,7 +4,7 @@ import re
 from decimal import Decimal
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, Strict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, Strict
 
 
 def _token_count(value: object) -> object:
@@ -51,3 +51,9 @@ Tokens = Annotated[Count, BeforeValidator(_token_count)]
 Distinct = AfterValidator(_distinct)
 Some = AfterValidator(_some)
 Sources = Annotated[tuple[Text, ...], BeforeValidator(_as_list), Some, PlainSerializer(_one_as_text)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, and without room for unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

@@ -7,9 +7,13 @@ from transformers import PreTrainedModel
 
 from distill.layout import mixer_layers
 from distill.student import is_student
+from distill.vision import is_vision
 
-Role = Literal["mixer", "attention", "norms", "mlp", "embeddings", "head"]
+Role = Literal["mixer", "attention", "norms", "mlp", "embeddings", "head", "connector", "vision"]
 ROLES: tuple[Role, ...] = get_args(Role)
+
+# What brings image features into the decoder's space: LLaVA, PaliGemma and Gemma 3; Idefics 3 and SmolVLM; Qwen-VL.
+_CONNECTORS = ("multi_modal_projector", "connector", "visual.merger")
 
 
 def roles(model: PreTrainedModel) -> dict[str, Role]:
@@ -17,6 +21,7 @@ def roles(model: PreTrainedModel) -> dict[str, Role]:
 
     Decided by where a parameter stands, never by a substring of its name: what ``self_attn`` holds is a mixer or
     attention, what a norm module holds is a norm, what else a decoder layer holds belongs to its MLP (experts too).
+    Around the decoder of a vision-language model stand its connector and its vision tower.
     """
     decoder = model.get_decoder()
     changed = set(mixer_layers(model.config)) if is_student(model) else set()
@@ -35,6 +40,10 @@ def roles(model: PreTrainedModel) -> dict[str, Role]:
             mark(module, "norms")
     for layer in decoder.layers:
         mark(layer, "mlp")
+    if is_vision(model.config):
+        for name in _CONNECTORS:
+            mark(dict(model.base_model.named_modules()).get(name), "connector")
+        mark(model.base_model, "vision")
     unknown = [name for name, parameter in model.named_parameters() if id(parameter) not in by_id]
     assert not unknown, f"parameters without a role: {unknown}"
     return {name: by_id[id(parameter)] for name, parameter in model.named_parameters()}

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -24,7 +24,9 @@ from distill import handover
 from distill.atomic import replace_file, settle
 from distill.capture import Batch
 from distill.checks import RecipeFacts, check
-from distill.data import Blocks, TrainingBatches, evaluation_batches, prepare_recipe_text
+from distill.data import Blocks, Rows, TrainingBatches, evaluation_batches, prepare_recipe_text
+from distill.data.image_text import ImageTextRows, prepare_image_text
+from distill.data.splits import HELD_OUT, TRAIN
 from distill.engines import processes
 from distill.engines.launched import Launched, launched
 from distill.engines.placement import place_teacher
@@ -32,7 +34,9 @@ from distill.errors import UserError
 from distill.evaluation_record import read_evaluation
 from distill.handover import Parent, StageRecord
 from distill.lock import alone_in
+from distill.processor import copy_processor, image_token_id, read_processor
 from distill.recipe import Recipe, StageName, Step, load_recipe
+from distill.vision import is_vision
 
 CONVERT: Literal["convert"] = "convert"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -70,17 +74,36 @@ class Run:
         vars(self).pop("teacher", None)
 
     @cached_property
-    def blocks(self) -> tuple[Blocks, Blocks]:
-        """Training and held-out blocks, tokenised on first use; from then on the run's recipe is in its folder.
+    def blocks(self) -> tuple[Rows, Rows]:
+        """Training and held-out rows, prepared on first use; from then on the run's recipe is in its folder.
 
         So a text that cannot be used leaves nothing behind.
         """
         processes.on_main(self._prepare)
-        folder, block = self.recipe.run_dir / "data", self.recipe.data.block
-        return Blocks(folder, "train", block), Blocks(folder, "held_out", block)
+        data, folder = self.recipe.data, self.recipe.run_dir / "data"
+        if data.images is None:
+            return Blocks(folder, TRAIN, data.block), Blocks(folder, HELD_OUT, data.block)
+        image = image_token_id(self.facts.config)
+        train, held_out = (
+            ImageTextRows(folder, split, data.block, self.processor, image, data.images.score)
+            for split in (TRAIN, HELD_OUT)
+        )
+        return train, held_out
+
+    @cached_property
+    def processor(self) -> Any:
+        """The teacher's, with the recipe's settings; only of a vision-language teacher."""
+        images = self.recipe.data.images
+        return read_processor(self.recipe.teacher.path, images.processor if images else None)
 
     def _prepare(self) -> None:
-        prepare_recipe_text(self.recipe.data, self.tokenizer, self.recipe.run_dir / "data")
+        data, folder = self.recipe.data, self.recipe.run_dir / "data"
+        if data.images is None:
+            prepare_recipe_text(data, self.tokenizer, folder)
+        else:
+            image = image_token_id(self.facts.config)
+            fraction = data.held_out.fraction
+            prepare_image_text(data.source, self.processor, image, folder, block=data.block, fraction=fraction)
         replace_file(self.recipe.run_dir / "recipe.yaml", self.recipe.dump().encode())
 
     def held_out(self) -> Iterator[Batch]:
@@ -103,6 +126,8 @@ class Run:
     def save_beside(self, folder: Path) -> None:
         """Write what stands beside the weights in every stage's folder."""
         self.tokenizer.save_pretrained(folder)
+        if is_vision(self.facts.config):
+            copy_processor(self.recipe.teacher.path, folder)
         (folder / "recipe.yaml").write_text(self.recipe.dump())
 
     def training_batches(self, stage: StageName, size: int) -> TrainingBatches:

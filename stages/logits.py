@@ -26,6 +26,7 @@ from distill.teacher_cache import CachedBatches
 from distill.teacher_cache.offline import complete_teacher_cache
 from distill.train_stage import train_stage
 from distill.training import Batch, Part
+from distill.vision import model_arguments
 from distill.within import opened, within
 from stages.command import run_program
 
@@ -116,8 +117,8 @@ class OfflineLogitObjective:
 
 
 def _logits(model: Any, batch: Batch) -> Tensor:
-    # Not a call of the model: this runs in the place of its forward. No cache and no mask, as in `final_states`.
-    return model.forward(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    # Not a call of the model: this runs in the place of its forward.
+    return model.forward(**model_arguments(model.config, batch), use_cache=False).logits
 
 
 def main(run: Run) -> StageRecord:

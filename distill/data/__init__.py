@@ -1,6 +1,6 @@
 """Text to batches: read documents, tokenise them once into memory-mapped blocks, serve blocks in seeded order."""
 
-from distill.data.batches import TrainingBatches, evaluation_batches, micro_batches, steps_for
+from distill.data.batches import Rows, TrainingBatches, evaluation_batches, micro_batches, steps_for
 from distill.data.blocks import Blocks
 from distill.data.corpus import Document, read_documents
 from distill.data.pack import prepare
@@ -10,6 +10,7 @@ from distill.data.splits import split_documents
 __all__ = [
     "Blocks",
     "Document",
+    "Rows",
     "TrainingBatches",
     "evaluation_batches",
     "micro_batches",

@@ -1,13 +1,33 @@
 """Which blocks make which batch: a seeded permutation, open at any step, so that resuming is one integer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
-from distill.data.blocks import Blocks
 from distill.errors import UserError
+
+
+class Rows(Protocol):
+    """What batches are made of: token blocks (``Blocks``) or image-text rows (``ImageTextRows``).
+
+    Attributes:
+        block: the most tokens a row has.
+        n_full: rows without padding of a last one that is cut short; training reads these.
+        n_tokens: of all rows.
+        fingerprint: changes when a batch may.
+    """
+
+    block: int
+    n_full: int
+    n_tokens: int
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]: ...
 
 
 class TrainingBatches:
@@ -17,7 +37,7 @@ class TrainingBatches:
     is dropped where an epoch does not divide into batches: its last batch is filled up from the next epoch.
     """
 
-    def __init__(self, blocks: Blocks, batch_size: int, seed: int) -> None:
+    def __init__(self, blocks: Rows, batch_size: int, seed: int) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; allowed: at least 1")
         if not blocks.n_full:
@@ -33,11 +53,11 @@ class TrainingBatches:
         return [int(_permutation(n, self.seed, place // n)[place % n]) for place in places]
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """Batch ``step`` as in ``Blocks.batch``; the same whatever was asked for before."""
+        """Batch ``step`` as in ``batch`` of the rows; the same whatever was asked for before."""
         return self.blocks.batch(self.indices(step))
 
 
-def evaluation_batches(blocks: Blocks, batch_size: int, max_tokens: int | None = None) -> Iterator[dict[str, Tensor]]:
+def evaluation_batches(blocks: Rows, batch_size: int, max_tokens: int | None = None) -> Iterator[dict[str, Tensor]]:
     """The blocks in order, the short last one included, until ``max_tokens`` are reached (None: all)."""
     n = len(blocks) if max_tokens is None else min(len(blocks), -(-max_tokens // blocks.block))
     for first in range(0, n, batch_size):

@@ -64,10 +64,8 @@ class ImageEncoder:
         if row.kind != self.kind:
             raise UserError(f"{row.where}: has {row.kind} where the rows before have {self.kind}; give one kind")
         if self.takes_answers and row.kind != "prompt":
-            raise UserError(
-                f"{row.where}: has {row.kind}, which {type(self.processor).__name__} reads in both directions; give prompt"
-                " and answer, of which only the answer is predicted"
-            )
+            name = type(self.processor).__name__
+            raise UserError(f"{row.where}: has {row.kind}; {name} reads all but answers in both directions: give these")
         with _about(row.where):
             if row.kind == "messages":
                 return self._conversation(row)
@@ -185,7 +183,9 @@ def read_image(path: Path) -> Any:
     try:
         from PIL import Image
     except ImportError:
-        raise UserError("images are read with Pillow, which is not installed: pip install 'distill-ssm[vision]'") from None
+        raise UserError(
+            "images are read with Pillow, which is not installed: pip install 'distill-ssm[vision]'"
+        ) from None
     try:
         with Image.open(path) as image:
             return image.convert("RGB")

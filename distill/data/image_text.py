@@ -63,12 +63,13 @@ class ImageTextRows:
         fingerprint: of the rows and images of both splits.
     """
 
-    def __init__(self, folder: Path, split: str, block: int, encoder: ImageEncoder, score: Score) -> None:
+    def __init__(self, folder: Path, split: str, block: int, processor: Any, image_token_id: int, score: Score) -> None:
         """Open split ``"train"`` or ``"held_out"``; raises UserError if the folder is not prepared."""
         manifest = read_image_manifest(folder)
         if manifest is None:
             raise UserError(f"{folder}: holds no prepared image-text rows; prepare them first")
-        self.block, self.encoder, self.score = block, encoder, score
+        self.block, self.score = block, score
+        self.encoder = ImageEncoder(processor, manifest.kind, image_token_id)
         self.n_full = self.n_documents = manifest.rows[split]
         self.n_tokens = manifest.tokens[split]
         self.fingerprint = manifest.fingerprint
@@ -93,7 +94,7 @@ class ImageTextRows:
 
 def prepare_image_text(
     sources: Sequence[str], processor: Any, image_token_id: int, folder: Path, *, block: int, fraction: float
-) -> ImageEncoder:
+) -> ImageManifest:
     """Read all rows once into ``folder``, or keep what is there when it was made from the same things.
 
     Args:
@@ -111,9 +112,9 @@ def prepare_image_text(
     listed = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     settings = [FORMAT, tokenizer_hash(processor.tokenizer), processor.chat_template, _of_processor(processor)]
     request = _digest([settings, listed, block, fraction])
-    manifest = read_image_manifest(folder)
-    if manifest is not None and manifest.request == request and _is_intact(folder, manifest):
-        return ImageEncoder(processor, manifest.kind, image_token_id)
+    there = read_image_manifest(folder)
+    if there is not None and there.request == request and _is_intact(folder, there):
+        return there
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
         raise UserError(f"{folder}: holds something other than prepared data; give a new or empty folder")
     rows = read_image_rows(files)
@@ -123,9 +124,11 @@ def prepare_image_text(
     encoder = ImageEncoder(processor, first.kind, image_token_id)
     with whole_folder(folder.resolve()) as partial:
         made = _write(partial, _all(first, rows), encoder, block, fraction, folder)
-        whole = ImageManifest(FORMAT, request, _digest([settings, made.digest.hexdigest()]), first.kind, **made.counts())
-        (partial / MANIFEST).write_text(json.dumps(asdict(whole), indent=1))
-    return encoder
+        manifest = ImageManifest(
+            FORMAT, request, _digest([settings, made.digest.hexdigest()]), first.kind, **made.counts()
+        )
+        (partial / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
+    return manifest
 
 
 def read_image_manifest(folder: Path) -> ImageManifest | None:

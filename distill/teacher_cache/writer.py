@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from distill.data import Blocks
+from distill.data import Rows
 from distill.errors import UserError
 from distill.objectives.topk import TopK, top_k_and_tail
 from distill.teacher_cache.store import TeacherCache
 from distill.units import duration, size
+from distill.vision import model_arguments
 
 
 def missing_shards(cache: TeacherCache, *, rank: int = 0, world: int = 1) -> list[int]:
@@ -47,7 +48,7 @@ def require_space(cache: TeacherCache, missing: Sequence[int]) -> None:
 def write_shards(
     cache: TeacherCache,
     missing: Sequence[int],
-    blocks: Blocks,
+    blocks: Rows,
     teacher: PreTrainedModel,
     *,
     batch_size: int,
@@ -95,10 +96,9 @@ def _batches(cache: TeacherCache, shard: int, batch_size: int) -> list[list[int]
 
 
 @torch.no_grad()
-def _predict(teacher: PreTrainedModel, blocks: Blocks, numbers: Sequence[int], device: torch.device, k: int) -> TopK:
+def _predict(teacher: PreTrainedModel, blocks: Rows, numbers: Sequence[int], device: torch.device, k: int) -> TopK:
     batch = {name: rows.to(device) for name, rows in blocks.batch(numbers).items()}
-    # use_cache=False and no mask: only so do attention layers keep packed documents apart.
-    output = teacher(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    output = teacher(**model_arguments(teacher.config, batch), use_cache=False)
     top = top_k_and_tail(output.logits, k)
     if top.log_probs_BTK.isnan().any():
         raise UserError(

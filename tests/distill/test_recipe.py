@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from distill import marked_yaml
 from distill.errors import UserError
-from distill.recipe import ROLES, STAGE_NAMES, Keep, Recipe, Student, load_recipe
+from distill.recipe import ROLES, STAGE_NAMES, TEXT_ROLES, Keep, Recipe, Student, load_recipe
 from distill.schema_errors import nearest
 
 SMALL = """\
@@ -55,7 +55,7 @@ def test_defaults_are_filled_in(small: Path) -> None:
     assert recipe.stages.mixing is None
     assert recipe.student.keep_attention == Keep(layers=())
     logits = recipe.stages.named()["logits"]
-    assert (logits.tokens, logits.lr, logits.mixer_lr, logits.train) == (1_500_000, 1e-3, 1e-3, ROLES)
+    assert (logits.tokens, logits.lr, logits.mixer_lr, logits.train) == (1_500_000, 1e-3, 1e-3, TEXT_ROLES)
     assert recipe.stages.named()["hidden"].train == ("mixer",)
 
 

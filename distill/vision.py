@@ -1,0 +1,79 @@
+"""What is particular about a vision-language model: it is a decoder with more around it.
+
+    model                                 logits = head(hidden)
+      .base_model   the trunk             hidden = decoder(text embeddings, image features in the placeholders' places)
+        .vision_tower, .connector, …      image features
+        .get_decoder()                    the text decoder, whose layers convert as in any other model
+
+Of a text model the trunk is the decoder. All that a processor returns goes into the trunk; masks, image features and
+positions reach the decoder ready made. In Qwen-VL a position is three numbers (time, row, column), all the same within
+text, that stand still or jump inside an image, so they say nothing of where a document begins.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+NOT_FOR_MODELS = ("labels", "valid", "teacher_ids", "teacher_log_probs", "teacher_log_tail")
+"""Entries of a batch that objectives read."""
+
+_BOTH_WAYS = {
+    "paligemma": "the image and the prompt, up to the answer",
+    "gemma3": "the tokens of an image",
+}
+
+
+def is_vision(config: PreTrainedConfig) -> bool:
+    """Whether a model of this config reads images."""
+    return getattr(config, "vision_config", None) is not None
+
+
+def trunk_of(model: Any) -> Any:
+    """What makes a batch into final hidden states: the decoder, or what stands around it and feeds it images."""
+    return model.base_model if is_vision(model.config) else model.get_decoder()
+
+
+def read_both_ways(config: PreTrainedConfig) -> str | None:
+    """What the attention of a teacher reads in both directions, which no mixer can; None if nothing."""
+    return _BOTH_WAYS.get(config.model_type.removeprefix("distilled_"))
+
+
+def has_images(batch: Mapping[str, Tensor]) -> bool:
+    """Whether a batch is of image-text rows; in one of packed text positions restart with every document."""
+    return "position_ids" not in batch
+
+
+def model_arguments(config: PreTrainedConfig, batch: Any) -> dict[str, Any]:
+    """What a trunk, or a model, is called with for a batch.
+
+    Args:
+        config: the model's.
+        batch: of packed text (``distill.data.Blocks``): input_ids and position_ids (B, T); or of image-text rows
+            (``distill.data.image_text``): input_ids and valid (B, T), and whatever the family's processor adds.
+    """
+    if has_images(batch):
+        given = {name: tensor for name, tensor in batch.items() if name not in NOT_FOR_MODELS}
+        return {**given, "attention_mask": batch["valid"].long()}
+    # Without a mask: only so do attention layers keep packed documents apart.
+    return {"input_ids": batch["input_ids"], "position_ids": packed_positions(config, batch["position_ids"])}
+
+
+def packed_positions(config: PreTrainedConfig, position_ids_BT: Tensor) -> Tensor:
+    """Positions as the decoder wants them to keep packed documents apart.
+
+    With M-RoPE that is (4, B, T): the token's place in its document, which masks are made from, and the three that
+    are rotated by. From (B, T) alone such a decoder makes no mask, and documents leak.
+    """
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    if "mrope_section" not in rope or position_ids_BT.ndim != 2:
+        return position_ids_BT
+    return position_ids_BT.expand(4, *position_ids_BT.shape)
+
+
+def places(position_ids: Tensor | None) -> Tensor | None:
+    """(B, T) places of tokens in their documents, from positions of any kind; None where they do not say."""
+    if position_ids is None or position_ids.ndim == 2:
+        return position_ids
+    return position_ids[0] if position_ids.shape[0] == 4 else None
