@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, RenderableType
 
+from distill.errors import UserError
 from distill.programs import quiet_unless_watched, report_user_errors
 
 app = typer.Typer(
@@ -113,16 +114,34 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seeds the samples.")] = 0,
     bos: Annotated[bool, typer.Option("--bos", help="Begin with the BOS token though the tokenizer does not.")] = False,
+    image: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="An image the prompt is about; several by several.")
+    ] = None,
 ) -> None:
     """Continue a text; a single one is printed as it is written, several run as one batch.
+
+    With --image the prompt is a question to a vision-language model, and its answer is printed.
 
     Example: `distill generate runs/quickstart/logits "def main(" --temperature 0.8`
     """
     quiet_unless_watched()
+    from distill.generation import answer, load
     from distill.generation import generate as generate_text
-    from distill.generation import load
+    from distill.processor import processor_for_images
 
     model, tokenizer = load(folder)
+    if image:
+        settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        answer(
+            model,
+            processor_for_images(folder, model.config),
+            _only(prompts),
+            image,
+            max_new_tokens=max_new_tokens,
+            stream=True,
+            **settings,
+        )
+        return
     texts = generate_text(
         model,
         tokenizer,
@@ -136,6 +155,12 @@ def generate(
     )
     if len(texts) > 1:
         typer.echo("\n\n".join(texts))
+
+
+def _only(prompts: list[str]) -> str:
+    if len(prompts) > 1:
+        raise UserError(f"{len(prompts)} prompts are given with --image; give one, and run the others by themselves")
+    return prompts[0]
 
 
 @app.command()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
+    AutoConfig,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -14,9 +14,11 @@ from transformers import (
     TextStreamer,
 )
 
-import distill.student  # noqa: F401  (makes students known to AutoModelForCausalLM)
+import distill.student  # noqa: F401  (makes students known to transformers' Auto classes)
+from distill.data.image_encoding import prompt_inputs
 from distill.errors import UserError
 from distill.layout import ATTENTION
+from distill.vision import auto_class
 from distill.weight_files import stored_tensors
 
 
@@ -35,7 +37,7 @@ def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     stored_tensors(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        model = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype="auto")
     except Exception as error:  # json, tokenizers and transformers each raise their own
         raise UserError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
@@ -77,22 +79,65 @@ def generate(
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     ids_BT = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
     mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
-    # A checkpoint's own generation settings may ask for sampling; only where a text ends is taken from them.
-    ends = model.generation_config.eos_token_id
-    settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, **sampling)
-    causal_lm: Any = model  # transformers types PreTrainedModel without generate
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        out_BT = causal_lm.generate(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            generation_config=settings,
-            streamer=TextStreamer(tokenizer, skip_special_tokens=True) if stream and len(rows) == 1 else None,
-        )
+    sampling = _sampling(temperature, top_p)
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=_ends(model), pad_token_id=pad, **sampling)
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream and len(rows) == 1 else None
+    out_BT = _generated(model, {"input_ids": ids_BT, "attention_mask": mask_BT}, settings, streamer, seed)
+    ends = _ends(model)
     stops = {ends} if isinstance(ends, int) else set(ends or ())
     texts = (row + _until(ids[width:], stops) for row, ids in zip(rows, out_BT.tolist(), strict=True))
     return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in texts]
+
+
+def answer(
+    model: PreTrainedModel,
+    processor: Any,
+    prompt: str,
+    images: Sequence[Path],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stream: bool = False,
+) -> str:
+    """What a vision-language model says to a prompt about images; the other arguments are those of `generate`.
+
+    Raises:
+        UserError: as `generate`; or an image cannot be read, or the model reads none.
+    """
+    _check_settings(max_new_tokens, temperature, top_p)
+    inputs = prompt_inputs(processor, prompt, images)
+    width = inputs["input_ids"].shape[1]
+    _check_length(model, width, max_new_tokens)
+    tokenizer = processor.tokenizer
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=_ends(model),
+        pad_token_id=tokenizer.pad_token_id,
+        **_sampling(temperature, top_p),
+    )
+    on_device = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    out_BT = _generated(model, on_device, settings, streamer, seed)
+    return str(tokenizer.decode(out_BT[0, width:], skip_special_tokens=True))
+
+
+def _ends(model: PreTrainedModel) -> Any:
+    """Where a text ends: all that is taken from a checkpoint's own generation settings, which may ask for sampling."""
+    return model.generation_config.eos_token_id
+
+
+def _sampling(temperature: float, top_p: float) -> dict[str, Any]:
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+
+
+def _generated(
+    model: Any, inputs: dict[str, torch.Tensor], settings: GenerationConfig, streamer: TextStreamer | None, seed: int
+) -> torch.Tensor:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return model.generate(**inputs, generation_config=settings, streamer=streamer)
 
 
 def _check_settings(max_new_tokens: int, temperature: float, top_p: float) -> None:

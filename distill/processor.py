@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.errors import UserError
+from distill.vision import is_vision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -36,6 +37,17 @@ def read_processor(path: Path | str, settings: dict[str, Any] | None = None) -> 
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token  # any id will do: the mask keeps it out
     return processor
+
+
+def processor_for_images(folder: Path, config: "PreTrainedConfig") -> Any:
+    """The processor of a student or teacher that shall read images.
+
+    Raises:
+        UserError: it is no vision-language model, or has no processor.
+    """
+    if not is_vision(config):
+        raise UserError(f"{folder} holds a {config.model_type}, which reads no images; leave --image out")
+    return read_processor(folder)
 
 
 def has_processor(folder: Path) -> bool:

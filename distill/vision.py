@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 NOT_FOR_MODELS = ("labels", "valid", "teacher_ids", "teacher_log_probs", "teacher_log_tail")
 """Entries of a batch that objectives read."""
@@ -28,6 +28,11 @@ _BOTH_WAYS = {
 def is_vision(config: PreTrainedConfig) -> bool:
     """Whether a model of this config reads images."""
     return getattr(config, "vision_config", None) is not None
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers that loads a model of this config, student or teacher."""
+    return AutoModelForImageTextToText if is_vision(config) else AutoModelForCausalLM
 
 
 def trunk_of(model: Any) -> Any:

@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 from distill.errors import UserError
-from distill.vision import is_vision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -32,6 +31,7 @@ def check_images(recipe: "Recipe", config: "PreTrainedConfig") -> None:
     from distill.data.image_encoding import ImageEncoder
     from distill.data.image_rows import find_row_files, read_image_rows
     from distill.processor import image_token_id, read_processor
+    from distill.vision import is_vision
 
     if not is_vision(config):
         raise UserError(f"the teacher is a {config.model_type}, which reads no images; leave images out")

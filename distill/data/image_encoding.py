@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distill.data.blocks import IGNORED
-from distill.data.image_rows import MARK, ImageRow, Kind
+from distill.data.image_rows import MARK, ImageRow, Kind, parts_of
 from distill.errors import UserError
 
 Score = Literal["answers", "text", "all"]
@@ -96,7 +96,7 @@ class ImageEncoder:
             UserError: an image can no longer be read, or the processor makes another length of a row than before.
         """
         with _about(", ".join(image for row in rows for image in row.images) or "these rows"):
-            made = self._call(rows)
+            made = _processed(self.processor, rows)
         inputs = {name: tensor for name, tensor in made.items() if name not in _FOR_MODELS_ONLY}
         valid_BT = made["attention_mask"].bool()
         for row, n_tokens in zip(rows, valid_BT.sum(1).tolist(), strict=True):
@@ -147,22 +147,26 @@ class ImageEncoder:
 
     def _ids(self, text: str, answer: str, images: tuple[str, ...]) -> list[int]:
         row = Encoded(text, answer, images, 0, ())
-        return self._call([row])["input_ids"][0].tolist()
+        return _processed(self.processor, [row])["input_ids"][0].tolist()
 
-    def _call(self, rows: Sequence[Encoded]) -> Any:
-        pictures = [[read_image(Path(image)) for image in row.images] for row in rows]
-        bos = self.processor.tokenizer.bos_token
-        answers = {"suffix": [row.answer for row in rows]} if any(row.answer for row in rows) else {}
-        return self.processor(
-            text=[row.text for row in rows],
-            images=pictures if any(pictures) else None,
-            padding=True,
-            padding_side="right",
-            # A template that writes the BOS itself must not get a second one, as in transformers' apply_chat_template.
-            add_special_tokens=not (bos and rows[0].text.startswith(bos)),
-            return_tensors="pt",
-            **answers,
-        )
+
+def prompt_inputs(processor: Any, prompt: str, images: Sequence[Path]) -> dict[str, Tensor]:
+    """What ``generate`` is called with for a question about images, which stand in front of it.
+
+    Through the chat template where the processor has one; a prompt with ``<image>`` marks says itself where they stand.
+
+    Raises:
+        UserError: an image cannot be read, or the processor refuses them.
+    """
+    marked = prompt if MARK in prompt else MARK * len(images) + prompt
+    with _about(f"the prompt {prompt!r:.40}"):
+        if processor.chat_template:
+            asked = [{"role": "user", "content": parts_of(marked)}]
+            text = processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        else:
+            text = marked.replace(MARK, image_mark(processor))
+        made = _processed(processor, [Encoded(text, "", tuple(map(str, images)), 0, ())])
+    return {name: tensor for name, tensor in made.items() if name != "labels"}
 
 
 def image_mark(processor: Any) -> str:
@@ -172,6 +176,23 @@ def image_mark(processor: Any) -> str:
     mark = str(processor.image_token)
     tokens = processor.tokenizer.get_added_vocab()
     return f"<|vision_start|>{mark}<|vision_end|>" if "<|vision_start|>" in tokens and "|" in mark else mark
+
+
+def _processed(processor: Any, rows: Sequence[Encoded]) -> Any:
+    """All that the processor makes of rows, padded on the right."""
+    pictures = [[read_image(Path(image)) for image in row.images] for row in rows]
+    answers = {"suffix": [row.answer for row in rows]} if any(row.answer for row in rows) else {}
+    bos = processor.tokenizer.bos_token
+    return processor(
+        text=[row.text for row in rows],
+        images=pictures if any(pictures) else None,
+        padding=True,
+        padding_side="right",
+        # A template that writes the BOS itself must not get a second one, as in transformers' apply_chat_template.
+        add_special_tokens=not (bos and rows[0].text.startswith(bos)),
+        return_tensors="pt",
+        **answers,
+    )
 
 
 def read_image(path: Path) -> Any:

@@ -144,12 +144,12 @@ def _messages(messages: Any, where: str) -> list[dict[str, Any]]:
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise UserError(f"{where}: a message needs role and content; given: {message!r:.80}")
         content = message["content"]
-        parts = _parts(content) if isinstance(content, str) else [_part(part, where) for part in content]
+        parts = parts_of(content) if isinstance(content, str) else [_part(part, where) for part in content]
         read.append({"role": message["role"], "content": parts})
     return read
 
 
-def _parts(text: str) -> list[dict[str, str]]:
+def parts_of(text: str) -> list[dict[str, str]]:
     """A text with marks as parts: images where the marks stand."""
     parts: list[dict[str, str]] = []
     for index, piece in enumerate(text.split(MARK)):
