@@ -5,6 +5,7 @@ from typing import Literal, get_args
 from torch import nn
 from transformers import PreTrainedModel
 
+from distill.decoder import attention_of, layers_of
 from distill.layout import mixer_layers
 from distill.student import is_student
 from distill.vision import is_vision
@@ -19,9 +20,10 @@ _CONNECTORS = ("multi_modal_projector", "connector", "visual.merger")
 def roles(model: PreTrainedModel) -> dict[str, Role]:
     """The role of every parameter, by its name in ``model.named_parameters()`` (tied parameters appear once).
 
-    Decided by where a parameter stands, never by a substring of its name: what ``self_attn`` holds is a mixer or
-    attention, what a norm module holds is a norm, what else a decoder layer holds belongs to its MLP (experts too).
-    Around the decoder of a vision-language model stand its connector and its vision tower.
+    Decided by where a parameter stands, never by a substring of its name: what stands in attention's place is a
+    mixer or attention, what a norm module holds is a norm, what else a decoder layer holds belongs to its MLP (experts
+    too), and learned positions are embeddings. Around the decoder of a vision-language model stand its connector and
+    its vision tower.
     """
     decoder = model.get_decoder()
     changed = set(mixer_layers(model.config)) if is_student(model) else set()
@@ -33,13 +35,16 @@ def roles(model: PreTrainedModel) -> dict[str, Role]:
 
     mark(model.get_input_embeddings(), "embeddings")
     mark(model.get_output_embeddings(), "head")
-    for index, layer in enumerate(decoder.layers):
-        mark(layer.self_attn, "mixer" if index in changed else "attention")
+    for index, layer in enumerate(layers_of(model)):
+        mark(attention_of(layer), "mixer" if index in changed else "attention")
     for module in decoder.modules():
         if type(module).__name__.endswith("Norm"):
             mark(module, "norms")
-    for layer in decoder.layers:
+    for layer in layers_of(model):
         mark(layer, "mlp")
+    for module in decoder.modules():
+        if isinstance(module, nn.Embedding):
+            mark(module, "embeddings")
     if is_vision(model.config):
         for name in _CONNECTORS:
             mark(dict(model.base_model.named_modules()).get(name), "connector")
