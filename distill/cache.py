@@ -114,20 +114,31 @@ class CountingMixerCacheLayer(MixerCacheLayer, CacheLayerMixin):  # type: ignore
 
     The library reads a cache's length off its first attention layer; a student whose every layer is a mixer has none.
     The count is a tensor, as in the library's static layers: a number would make a compiled step stale every time.
+    By ``is_initialized`` of such layers PaliGemma tells the call with the prompt from those behind it.
     """
 
+    supports_early_init = True
     cumulative_length: Tensor  # type: ignore[assignment]
 
     def __init__(self) -> None:
         super().__init__()
         self.cumulative_length = torch.zeros((), dtype=torch.long)
+        self.is_initialized = False
+
+    def lazy_initialization(self, *args: object, **kwargs: object) -> None:
+        """What is remembered has its shape from the first call."""
 
     def advance(self, n_tokens: int) -> None:
         count = _writable(self.cumulative_length.to(self.device))
         if not self.has_past():
             _kept_in_place(count.zero_())
         self.cumulative_length = count.add_(n_tokens)
+        self.is_initialized = True
         super().advance(n_tokens)
+
+    def reset(self) -> None:
+        super().reset()
+        self.is_initialized = False
 
     def get_seq_length(self) -> Tensor | int:  # type: ignore[override]
         return self.cumulative_length if self.has_past() else 0

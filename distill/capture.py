@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from distill.decoder import attention_of, layers_of, replace_layers
 from distill.decoder_inputs import told
 from distill.documents import document_starts
+from distill.vision import has_images, model_arguments, trunk_of
 from distill.within import within
 
 Batch = dict[str, Tensor]
@@ -58,7 +59,7 @@ def traced_layers(
 
     Args:
         model: a stock Hugging Face model, usually the frozen teacher.
-        batch: ``input_ids`` and ``position_ids`` (B, T); positions restart with every packed document.
+        batch: packed text, or image-text rows (``distill.vision.model_arguments``).
         layers: indices of the decoder layers to watch.
         wants: which tensors to keep; each is one (B, T, D) a layer, until the trace goes.
     """
@@ -90,7 +91,7 @@ def sequence_arguments(batch: Batch) -> dict[str, Tensor | None]:
     valid_BT = batch["valid"]
     return {
         "valid_BT": None if bool(valid_BT.all()) else valid_BT,
-        "resets_BT": document_starts(batch["position_ids"]),
+        "resets_BT": None if has_images(batch) else document_starts(batch["position_ids"]),
     }
 
 
@@ -133,9 +134,8 @@ def _first_layer(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, list[_Ca
     """What leaves the first layer, and how the decoder calls each: masks differ where windows do."""
     layers, calls, outputs = layers_of(model), list[_Call](), list[Any]()
     replace_layers(model, nn.ModuleList(_Recorder(layer, calls, outputs) for layer in layers))
-    decoder = model.get_decoder()
     try:
-        within(model, decoder, input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+        within(model, trunk_of(model), **model_arguments(model.config, batch), use_cache=False)
     finally:
         replace_layers(model, layers)
     return _hidden(outputs[0]), calls

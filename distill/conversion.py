@@ -31,6 +31,7 @@ from distill.student import (
     student_config,
     teacher_class,
 )
+from distill.vision import refuse_both_ways
 
 CONTEXTS = (1024, 4096, 32768, 131072)
 
@@ -73,6 +74,7 @@ def convert(
     seed_from_attention: bool = True,
     state_dim: int | None = None,
     conv_width: int = 4,
+    bidirectional: str = "refuse",
 ) -> PreTrainedModel:
     """Turn a pretrained Transformer into a student with Mamba-2 layers.
 
@@ -85,6 +87,7 @@ def convert(
         seed_from_attention: copy the attention weights into the mixers; False starts the mixers at random.
         state_dim: state size of a head; None means the teacher's head size.
         conv_width: taps of the mixers' short convolution.
+        bidirectional: for a teacher that reads images in both directions; ``"causal"`` lets mixers read them one way.
 
     Returns:
         A ``PreTrainedModel`` in eval mode: in fp32 if ``teacher`` is a folder, in a loaded teacher's dtype and on its
@@ -102,6 +105,7 @@ def convert(
         seed_from_attention=seed_from_attention,
         state_dim=state_dim,
         conv_width=conv_width,
+        bidirectional=bidirectional,
     )
     return student
 
@@ -115,10 +119,16 @@ def convert_with_report(
     seed_from_attention: bool = True,
     state_dim: int | None = None,
     conv_width: int = 4,
+    bidirectional: str = "refuse",
 ) -> tuple[PreTrainedModel, Report]:
     """:func:`convert`, with the account of what was done."""
     config = plan(
-        teacher.config, mixer=mixer, keep_attention=keep_attention, state_dim=state_dim, conv_width=conv_width
+        teacher.config,
+        mixer=mixer,
+        keep_attention=keep_attention,
+        state_dim=state_dim,
+        conv_width=conv_width,
+        bidirectional=bidirectional,
     )
     replaced = views(teacher, mixer_layers(config))
 
@@ -137,6 +147,7 @@ def plan(
     keep_attention: Sequence[int] = (),
     state_dim: int | None = None,
     conv_width: int = 4,
+    bidirectional: str = "refuse",
 ) -> PreTrainedConfig:
     """The student's config, everything checked, without a weight in memory.
 
@@ -152,6 +163,8 @@ def plan(
     if (state_dim is not None and state_dim < 1) or conv_width < 1:
         raise UserError(f"state_dim is {state_dim} and conv_width {conv_width}; both must be at least 1")
     family_of(teacher)
+    if bidirectional != "causal" and len(kept) < text.num_hidden_layers:
+        refuse_both_ways(teacher)
     attention = views(empty_model(teacher), [0])[0]
     settings = {
         "n_heads": attention.n_heads,
@@ -223,9 +236,16 @@ def _build(config: PreTrainedConfig, teacher: PreTrainedModel) -> PreTrainedMode
     """A student with untrained mixers and, everywhere else, weights still to be copied."""
     with _default_dtype(teacher.dtype):
         made = student_class(teacher_class(teacher.config))
-        student = made._from_config(config, attn_implementation=teacher.config._attn_implementation)
+        student = made._from_config(config, attn_implementation=_attention_implementation(teacher.config))
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.to(teacher.device).eval()
+
+
+def _attention_implementation(config: PreTrainedConfig) -> dict[str, str | None]:
+    """Which code computes attention, as the teacher has it: in each of its parts, since not every part knows each."""
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    used = {name: part._attn_implementation for name, part in parts.items() if part is not None}
+    return {"": config._attn_implementation, **used}
 
 
 def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel) -> None:

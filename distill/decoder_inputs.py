@@ -4,13 +4,17 @@ Mixers need both as they were given; the layers below only see them after the de
 mask. So a hook in front of the decoder reads them and passes them on as keyword arguments, which reach every layer.
 Where a decoder hands its layers nothing but what it knows itself (Falcon), they are noted on the tensor of positions,
 which it hands on as it is: also to a layer that is computed again for its gradients.
+
+In a vision-language model what stands around the decoder (``distill.vision.trunk_of``) may make the mask and the
+positions. There a hook in front of the trunk reads them, and leaves what it read for the decoder's.
 """
 
 import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +24,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_masks_for_generate
 
 from distill.cache import MixerCacheLayer, adopt
+from distill.decoder import layers_of
 from distill.documents import document_starts, positions_from_index
-from distill.layout import mixer_layers
+from distill.vision import is_vision, packed_positions, places, trunk_of
 
 
 class StepMask(NamedTuple):
@@ -39,6 +44,8 @@ class StepMask(NamedTuple):
 def mask_for_generate(arguments: dict[str, Any]) -> Any:
     """The mask for the next call of a student, from what ``transformers.masking_utils`` makes one of."""
     mask_BT, cache = arguments["attention_mask"], arguments.get("cache", arguments.get("past_key_values"))
+    if is_vision(arguments["config"]):  # which makes its masks itself, from what images there are
+        return mask_BT
     if not _needs_no_look(arguments["inputs_embeds"].shape[1], _memory(cache)):
         return mask_BT
     return StepMask(create_masks_for_generate(**arguments), None if mask_BT is None else mask_BT[:, -1:].bool())
@@ -50,14 +57,41 @@ CACHES = ("past_key_values", "layer_past", "past_key_value")
 _NOTE = "distill_sequence"
 
 
-def prepare_inputs_of(decoder: Any, layers: Iterable[Any], mixers: Iterable[nn.Module]) -> None:
-    """Let :func:`prepare_sequence` run before every call of ``decoder``, and :func:`read_as_mixer` before a mixer's."""
-    names, layers = tuple(inspect.signature(decoder.forward).parameters), list(layers)
-    passes_on = all(_passes_keywords_on(type(module).forward) for module in (decoder, *layers))
-    prepare = functools.partial(prepare_sequence, names=names, n_layers=len(layers), passes_on=passes_on)
+@dataclass
+class Reader:
+    """Reads what a student is called with.
+
+    Attributes:
+        decoder: the student's.
+        mixers: the layers that have one, ascending.
+        noted: what was read in front of a trunk that is running, for its decoder; None at all other times.
+    """
+
+    decoder: Any
+    mixers: list[int]
+    noted: dict[str, Tensor | None] | None = None
+
+
+def prepare_inputs_of(model: Any, mixers: Mapping[int, nn.Module]) -> None:
+    """Let :func:`prepare_sequence` run before every call of the decoder, and :func:`read_as_mixer` before a mixer's.
+
+    Before the trunk of a vision-language model runs :func:`note_sequence`.
+    """
+    decoder, trunk = model.get_decoder(), trunk_of(model)
+    passes_on = all(_passes_keywords_on(type(module).forward) for module in (decoder, *layers_of(model)))
+    reader = Reader(decoder, sorted(mixers))
+    prepare = functools.partial(prepare_sequence, reader=reader, names=_arguments(decoder), passes_on=passes_on)
     decoder.register_forward_pre_hook(prepare, with_kwargs=True)
-    for mixer in mixers:
+    if trunk is not decoder:
+        note = functools.partial(note_sequence, reader=reader, names=_arguments(trunk))
+        trunk.register_forward_pre_hook(note, with_kwargs=True)
+        trunk.register_forward_hook(functools.partial(forget_sequence, reader=reader), always_call=True)
+    for mixer in mixers.values():
         mixer.register_forward_pre_hook(read_as_mixer, with_kwargs=True)
+
+
+def _arguments(module: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(module.forward).parameters)
 
 
 def read_as_mixer(
@@ -96,29 +130,63 @@ def _passes_keywords_on(function: Callable[..., Any]) -> bool:
 
 
 def prepare_sequence(
-    decoder: Any,
+    _decoder: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
+    reader: Reader,
     names: tuple[str, ...],
-    n_layers: int,
     passes_on: bool,
 ) -> tuple[tuple[()], dict[str, Any]]:
     """Before the decoder runs: find padding and document borders for the mixers, and make room in the cache.
 
     Args:
-        decoder: the module that is called.
         args, kwargs: what it is called with.
+        reader: of the student.
         names: of its arguments, in order.
-        n_layers: how many layers it has.
         passes_on: whether keyword arguments reach its layers' attention.
+
+    Raises:
+        ValueError: as ``read_sequence``.
+    """
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    sequence = read_sequence(reader, kwargs, names) if reader.noted is None else reader.noted
+    if passes_on:
+        return (), {**kwargs, **sequence}
+    if any(tensor is not None for tensor in sequence.values()):
+        tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        cache = kwargs.get(_cache_name(names))
+        positions = _positions(kwargs.get("position_ids"), tokens.shape[1], cache, tokens.device)
+        kwargs["position_ids"] = _noted(positions, sequence)
+    return (), kwargs
+
+
+def note_sequence(
+    _trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, reader: Reader, names: tuple[str, ...]
+) -> tuple[tuple[()], dict[str, Any]]:
+    """Before a trunk runs: the same, for the decoder that it will call."""
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    reader.noted = read_sequence(reader, kwargs, names)
+    return (), kwargs
+
+
+def forget_sequence(_trunk: Any, _args: Any, _output: Any, *, reader: Reader) -> None:
+    """After a trunk ran, or failed: its decoder may be called by itself again."""
+    reader.noted = None
+
+
+def read_sequence(reader: Reader, kwargs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Tensor | None]:
+    """What mixers need to know of a call, by the names they know it under; makes room in the cache.
+
+    Args:
+        reader: of the student.
+        kwargs: what a decoder or a trunk is called with; changed in place.
+        names: of its arguments.
 
     Raises:
         ValueError: for inputs that some layer would silently mix up: a 4-D mask, padding between tokens, packed
             documents together with a cache or with a padding mask.
     """
-    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-    cache_name = "cache" if "cache" in names else "past_key_values"  # its name from transformers 5.24 on, and before
     given = [kwargs.pop(name, None) for name in ("cache", "past_key_values")]
     cache = next((cache for cache in given if cache is not None), None)
     tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
@@ -131,20 +199,21 @@ def prepare_sequence(
         valid_BT = _valid_positions(mask, length, _memory(cache))
     if (seq_idx_BT := kwargs.pop("seq_idx", None)) is not None and kwargs.get("position_ids") is None:
         kwargs["position_ids"] = positions_from_index(seq_idx_BT)
-    position_ids = kwargs.get("position_ids")
-    resets_BT = None if position_ids is None else document_starts(position_ids, valid_BT)
+    place_BT = places(kwargs.get("position_ids"))
+    resets_BT = None if place_BT is None else document_starts(place_BT, valid_BT)
     if resets_BT is not None:
         _isolate_documents(kwargs, valid_BT, cache)
+        kwargs["position_ids"] = packed_positions(reader.decoder.config, kwargs["position_ids"])
         resets_BT = resets_BT.expand(tokens.shape[0], -1)
-    kwargs[cache_name] = cache = _with_room(cache, decoder, n_layers, kwargs.get("use_cache"))
+    kwargs[_cache_name(names)] = cache = _with_room(cache, reader, kwargs.get("use_cache"))
     if length > 1 and (memory := _memory(cache)) is not None:
         memory.ends_in_padding = valid_BT is not None and not bool(valid_BT[:, -1].all())
-    sequence = {"valid_BT": valid_BT, "resets_BT": resets_BT}
-    if passes_on:
-        return (), {**kwargs, **sequence}
-    if any(tensor is not None for tensor in sequence.values()):
-        kwargs["position_ids"] = _noted(_positions(position_ids, length, cache, tokens.device), sequence)
-    return (), kwargs
+    return {"valid_BT": valid_BT, "resets_BT": resets_BT}
+
+
+def _cache_name(names: tuple[str, ...]) -> str:
+    """Its name from transformers 5.24 on, and before."""
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def _positions(position_ids: Tensor | None, length: int, cache: Any, device: torch.device) -> Tensor:
@@ -211,10 +280,11 @@ def _isolate_documents(kwargs: dict[str, Any], valid_BT: Tensor | None, cache: A
     kwargs["use_cache"] = False
 
 
-def _with_room(cache: Any, decoder: Any, n_layers: int, use_cache: bool | None) -> Any:
+def _with_room(cache: Any, reader: Reader, use_cache: bool | None) -> Any:
     """The cache to run with, mixers' layers in their places; a new one where none was given and one is wanted."""
+    decoder = reader.decoder
     if use_cache is None:
         use_cache = decoder.config.use_cache
     if cache is None and use_cache and not (decoder.training and decoder.gradient_checkpointing):
         cache = DynamicCache(config=decoder.config)
-    return adopt(cache, mixer_layers(decoder.config), n_layers) if isinstance(cache, Cache) else cache
+    return adopt(cache, reader.mixers, decoder.config.num_hidden_layers) if isinstance(cache, Cache) else cache

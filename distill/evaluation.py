@@ -280,7 +280,7 @@ def _layer_outputs(model: PreTrainedModel, rows: Batch) -> list[Tensor]:
     def keep(_layer: nn.Module, _arguments: object, output: Tensor | tuple[Tensor, ...]) -> None:
         outputs.append(output if isinstance(output, Tensor) else output[0])
 
-    decoder, layers = model.get_decoder(), layers_of(model)
+    layers = layers_of(model)
     hooks = [layer.register_forward_hook(keep) for layer in layers]
     try:
         within(model, trunk_of(model), **model_arguments(model.config, rows), use_cache=False)

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from distill.errors import UserError
+from distill.vision import read_both_ways, require_known
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ FAMILIES: dict[str, Family] = {
     "phi": Family(o="dense", norms=("q_layernorm", "k_layernorm")),
     "phi3": Family(fused="qkv_proj"),
     "qwen2": Family(),
+    "qwen2_5_vl_text": Family(),
+    "qwen2_vl_text": Family(),
     "qwen3": Family(norms=_QK_NORM),
     "qwen3_moe": Family(norms=_QK_NORM),
     "smollm3": Family(rotates=lambda attention: bool(attention.use_rope)),
@@ -101,12 +104,14 @@ def family_of(config: PreTrainedConfig) -> Family:
     Raises:
         UserError: for a family without a row, or a variant of it that cannot be read.
     """
+    require_known(config)
     name = family_name(config)
     if name not in FAMILIES:
         raise UserError(
             f"the teacher is of the family {config.model_type!r}; supported families are {', '.join(sorted(FAMILIES))}"
         )
     lacks = FAMILIES[name].lacks(config.get_text_config())
-    if lacks is not None:
+    # What a vision-language model reads in both directions is decided before (``distill.vision``), by a recipe's word.
+    if lacks is not None and read_both_ways(config) is None:
         raise UserError(f"the teacher is a {name} with {lacks}, which no mixer starts from; take another checkpoint")
     return FAMILIES[name]

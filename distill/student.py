@@ -1,8 +1,8 @@
 """The Hugging Face class of a converted model: its teacher's own class with mixers in some layers.
 
 A student class is made when it is first asked for: by name, as an attribute of this module (``DistilledXForCausalLM``
-for any ``XForCausalLM`` of transformers), or by model type, which ``AutoConfig`` and ``AutoModelForCausalLM`` know once
-this module is imported (``import distill`` does). So none of transformers' model files is loaded before it is needed.
+for any ``XForCausalLM`` of transformers), or by model type, which ``AutoConfig`` and its teacher's Auto classes know
+once this module is imported (``import distill`` does). So no model file of transformers is loaded before it is needed.
 A student's folder also carries the code it needs (``distill.standalone``), for environments without this package.
 """
 
@@ -13,15 +13,27 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
 from distill.decoder import attention_of, layers_of, replace_attention
 from distill.decoder_inputs import mask_for_generate, prepare_inputs_of
 from distill.errors import UserError
 from distill.layout import mixer_layers
 from distill.mixers import MIXERS, Mixer
+from distill.vision import FAMILIES as VISION
+from distill.vision import auto_class
 
 MODEL_TYPE = "distilled_"
 CLASS_NAME = "Distilled"
@@ -67,7 +79,7 @@ def install_mixers(model: PreTrainedModel, layout: dict[str, Any]) -> None:
         )
         replace_attention(layers[index], mixer.to(dtype=model.dtype))
     # Also where all attention is kept: whether packed documents stay apart must not depend on the layout.
-    prepare_inputs_of(model.get_decoder(), layers, [attention_of(layers[index]) for index in places])
+    prepare_inputs_of(model, {index: attention_of(layers[index]) for index in places})
 
 
 def teacher_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -77,11 +89,17 @@ def teacher_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         UserError: transformers has no causal language model for it.
     """
     layout = getattr(config, "distill", None)
-    stock = CONFIG_MAPPING[layout["teacher"]] if layout else type(config)
-    if stock not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    model_type = layout["teacher"] if layout else config.model_type
+    found = _stock_class(model_type, CONFIG_MAPPING[model_type] if layout else type(config))
+    if found is None:
         raise UserError(f"transformers has no causal language model of the type {config.model_type!r}")
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock]
     return found
+
+
+def _stock_class(model_type: str, config: type[PreTrainedConfig]) -> Any:
+    """A teacher's class; None where transformers has none for its config."""
+    classes: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if model_type in VISION else MODEL_FOR_CAUSAL_LM_MAPPING
+    return classes.get(config, None)
 
 
 def student_class(teacher: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -93,8 +111,19 @@ def student_class(teacher: type[PreTrainedModel]) -> type[PreTrainedModel]:
         values = {"config_class": config, "__module__": __name__, "__doc__": Student.__doc__}
         made = globals()[name] = type(name, (Student, teacher), values)
         AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModelForCausalLM.register(config, made, exist_ok=True)
+        for auto in auto_classes(teacher):
+            auto.register(config, made, exist_ok=True)
     return globals()[name]
+
+
+def auto_classes(teacher: type[PreTrainedModel]) -> list[Any]:
+    """The Auto classes of transformers that load a teacher's class, and shall load its student's."""
+    tables = {
+        AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
+    }
+    config: Any = teacher.config_class
+    return [auto for auto, table in tables.items() if config in table and table[config] is teacher]
 
 
 def student_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
@@ -126,8 +155,7 @@ class _OnDemand(dict[str, Any]):
         teacher = _teacher_type(model_type)
         if teacher is None:
             raise KeyError(model_type)
-        found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[teacher]]
-        made = student_class(found)
+        made = student_class(_stock_class(teacher, CONFIG_MAPPING[teacher]))
         assert made.config_class is not None
         return made.config_class
 
@@ -135,7 +163,8 @@ class _OnDemand(dict[str, Any]):
 def _teacher_type(model_type: object) -> str | None:
     """The model type that a student's is made of; None for any other."""
     name = str(model_type).removeprefix(MODEL_TYPE)
-    return name if name != model_type and name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
+    known = name in VISION or name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return name if name != model_type and known else None
 
 
 # Registering a class is all that transformers offers; one that does not exist yet can only stand in its own table.
@@ -177,7 +206,8 @@ def load_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     Raises:
         UserError: naming what is missing or of another shape.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
+    auto = auto_class(AutoConfig.from_pretrained(folder))
+    loaded: Any = auto.from_pretrained(folder, output_loading_info=True, **kwargs)
     model, account = loaded
     lacking = sorted(str(name) for key in ("missing_keys", "mismatched_keys") for name in account.get(key) or ())
     if lacking:

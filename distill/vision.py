@@ -16,8 +16,13 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
+from distill.errors import UserError
+
 NOT_FOR_MODELS = ("labels", "valid", "teacher_ids", "teacher_log_probs", "teacher_log_tail")
 """Entries of a batch that objectives read."""
+
+FAMILIES = ("gemma3", "idefics3", "llava", "paligemma", "qwen2_5_vl", "qwen2_vl", "smolvlm")
+"""Model types that were tried; what another does with its images between trunk and decoder is not known."""
 
 _BOTH_WAYS = {
     "paligemma": "the image and the prompt, up to the answer",
@@ -42,7 +47,32 @@ def trunk_of(model: Any) -> Any:
 
 def read_both_ways(config: PreTrainedConfig) -> str | None:
     """What the attention of a teacher reads in both directions, which no mixer can; None if nothing."""
-    return _BOTH_WAYS.get(config.model_type.removeprefix("distilled_"))
+    return _BOTH_WAYS.get(_model_type(config))
+
+
+def refuse_both_ways(config: PreTrainedConfig) -> None:
+    """Raises UserError for a teacher whose attention a mixer, which reads from left to right, cannot match."""
+    reads = read_both_ways(config)
+    if reads is not None:
+        raise UserError(
+            f"attention in a {config.model_type} reads {reads} in both directions, in every layer; a mixer reads from"
+            " left to right. With student.bidirectional: causal (--bidirectional causal) the layers are converted all"
+            " the same: mixers then learn from what attention says, but see no token before its turn; layers that keep"
+            " attention read as before"
+        )
+
+
+def require_known(config: PreTrainedConfig) -> None:
+    """Raises UserError for a vision-language model of another family than FAMILIES."""
+    if is_vision(config) and _model_type(config) not in FAMILIES:
+        raise UserError(
+            f"the teacher is a vision-language model of the type {config.model_type!r}; supported are"
+            f" {', '.join(FAMILIES)}"
+        )
+
+
+def _model_type(config: PreTrainedConfig) -> str:
+    return str(config.model_type).removeprefix("distilled_")
 
 
 def has_images(batch: Mapping[str, Tensor]) -> bool:
