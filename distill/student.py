@@ -33,7 +33,7 @@ from distill.errors import UserError
 from distill.layout import mixer_layers
 from distill.mixers import MIXERS, Mixer
 from distill.vision import FAMILIES as VISION
-from distill.vision import auto_class
+from distill.vision import auto_class, require_known
 
 MODEL_TYPE = "distilled_"
 CLASS_NAME = "Distilled"
@@ -88,6 +88,7 @@ def teacher_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     Raises:
         UserError: transformers has no causal language model for it.
     """
+    require_known(config)
     layout = getattr(config, "distill", None)
     model_type = layout["teacher"] if layout else config.model_type
     found = _stock_class(model_type, CONFIG_MAPPING[model_type] if layout else type(config))
