@@ -175,3 +175,17 @@ def image_batch(name: str, lengths: tuple[int, ...] = (17, 12, 17), *, left: boo
     elif vision.types:
         batch[vision.types] = (ids_BT == IMAGE).long()
     return batch
+
+
+def row_of(name: str, batch: dict[str, Tensor], row: int, columns: slice) -> dict[str, Tensor]:
+    """One row of an ``image_batch`` whose first row has two images, without its padding."""
+    shape = batch["input_ids"].shape
+    alone = {key: value[row : row + 1, columns] for key, value in batch.items() if value.shape[:2] == shape}
+    first, n_images = (0, 2) if row == 0 else (row + 1, 1)
+    images = slice(row, row + 1) if name in ("idefics3", "smolvlm") else slice(first, first + n_images)
+    for key in ("image_grid_thw", "pixel_attention_mask"):
+        if key in batch:
+            alone[key] = batch[key][images]
+    patches = slice(16 * first, 16 * (first + n_images))
+    alone["pixel_values"] = batch["pixel_values"][patches if "image_grid_thw" in batch else images]
+    return alone

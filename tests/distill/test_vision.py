@@ -12,7 +12,7 @@ from distill.head import final_states, head_of
 from distill.roles import roles
 from distill.student import mixers_of
 from distill.vision import model_arguments, packed_positions, places, read_both_ways
-from tests.vision_models import CAUSAL, IMAGE, MODELS, image_batch, tiny_vision
+from tests.vision_models import CAUSAL, IMAGE, MODELS, image_batch, row_of, tiny_vision
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "suppress_tokens": [IMAGE]}
 EVERY = sorted(MODELS)
@@ -57,22 +57,8 @@ def test_a_student_generates_cached_as_uncached_and_as_each_row_alone(name, keep
     if name not in CAUSAL:
         return  # left padding is part of the prefix there, in the teacher too
     for row, length in enumerate(lengths):
-        alone = _row(name, batch, row, length)
+        alone = row_of(name, batch, row, slice(-length, None))
         assert torch.equal(student.generate(**alone, **GREEDY)[0, length:], cached[row, max(lengths) :])
-
-
-def _row(name: str, batch, row: int, length: int):
-    """One row of a left-padded batch without its padding; the first has two images."""
-    alone = {key: value[row : row + 1, -length:] for key, value in batch.items() if value.shape[:2] == (3, 17)}
-    first, n_images = (0, 2) if row == 0 else (row + 1, 1)
-    by_row = name in ("idefics3", "smolvlm")
-    images = slice(row, row + 1) if by_row else slice(first, first + n_images)
-    for key in ("image_grid_thw", "pixel_attention_mask"):
-        if key in batch:
-            alone[key] = batch[key][images]
-    of_patches = slice(16 * first, 16 * (first + n_images))
-    alone["pixel_values"] = batch["pixel_values"][of_patches if name in M_ROPE else images]
-    return alone
 
 
 @pytest.mark.parametrize("name", EVERY)
