@@ -54,6 +54,7 @@ def check(recipe: Recipe, *, ranks: int = 1, planning: bool = False) -> RecipeFa
         UserError: all problems, one a line, each with its key.
     """
     from distill.data.batches import micro_batches, steps_for
+    from distill.vision import refuse_both_ways
 
     found = _Problems()
     steps: dict[StageName, int] = {}
@@ -91,6 +92,9 @@ def check(recipe: Recipe, *, ranks: int = 1, planning: bool = False) -> RecipeFa
         with found.at("student.keep_attention"):
             kept = kept_layers(recipe.student.keep_attention, text.num_hidden_layers)
             _check_mixers(text.num_hidden_layers - len(kept), recipe)
+            with found.at("student.bidirectional"):
+                if recipe.student.bidirectional == "refuse" and len(kept) < text.num_hidden_layers:
+                    refuse_both_ways(config)
         with found.at("data.block"):
             _check_block(recipe.data.block, text)
         if folder and not config_alone:
@@ -244,11 +248,15 @@ def _check_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> 
 def check_weights(stored: dict[str, TensorFacts], config: "PreTrainedConfig", folder: Path) -> None:
     """Every parameter is there in its shape; transformers would fill in a missing one at random."""
     from distill.conversion import empty_model
+    from distill.weight_names import names_in
 
     model = empty_model(config)
     # Hugging Face accepts a checkpoint of the bare decoder, whose names lack the prefix.
-    prefix = f"{model.base_model_prefix}."
-    shapes = {name.removeprefix(prefix): facts.shape for name, facts in stored.items()}
+    prefix, renamed = f"{model.base_model_prefix}.", names_in(model)
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    for name, facts in stored.items():
+        own, is_part = renamed(name)
+        shapes[own.removeprefix(prefix)] = None if is_part else facts.shape
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -257,8 +265,8 @@ def check_weights(stored: dict[str, TensorFacts], config: "PreTrainedConfig", fo
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"the checkpoint in {folder} lacks {missing[0]}{more}; download it again")
     for name, parameter in model.named_parameters():
-        shape = shapes.get(name.removeprefix(prefix), tuple(parameter.shape))
-        if shape != tuple(parameter.shape):
+        shape = shapes.get(name.removeprefix(prefix))
+        if shape is not None and shape != tuple(parameter.shape):
             raise UserError(
                 f"{name} has shape {list(shape)} in {folder} and {list(parameter.shape)} by its config.json;"
                 " use the config it was saved with"

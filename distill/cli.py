@@ -5,6 +5,7 @@ Training is not here: the stages are programs of the checkout, ``python -m stage
 
 import json
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,14 @@ app = typer.Typer(
     # Our own mistakes keep Python's traceback.
     pretty_exceptions_enable=False,
 )
+
+
+class Bidirectional(StrEnum):
+    """What `distill convert` does with a teacher that reads in both directions."""
+
+    refuse = "refuse"
+    causal = "causal"
+
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print plain JSON instead of tables.")]
 
@@ -87,6 +96,10 @@ def convert(
     ] = "",
     seed: Annotated[int, typer.Option(help="Seeds what does not come from the teacher.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is already there.")] = False,
+    bidirectional: Annotated[
+        Bidirectional,
+        typer.Option(help="Whether mixers may read one way what attention reads both ways."),
+    ] = Bidirectional.refuse,
 ) -> None:
     """Turn a teacher into an untrained student, and report where its weights came from.
 
@@ -99,7 +112,16 @@ def convert(
     from distill.conversion_view import render
     from distill.converting import convert_folder
 
-    _show(render(convert_folder(teacher, out, mixer=mixer, keep=keep_attention, seed=seed, overwrite=overwrite)))
+    report = convert_folder(
+        teacher,
+        out,
+        mixer=mixer,
+        keep=keep_attention,
+        seed=seed,
+        overwrite=overwrite,
+        bidirectional=bidirectional.value,
+    )
+    _show(render(report))
     typer.echo(f"saved in {out}")
 
 

@@ -8,10 +8,14 @@ from distill.checks import check_weights, read_config, read_tokenizer, teacher_f
 from distill.conversion import Report, convert_with_report, load_teacher, plan
 from distill.errors import UserError
 from distill.layout import resolve
+from distill.processor import copy_processor
+from distill.vision import is_vision
 from distill.weight_files import stored_tensors
 
 
-def convert_folder(teacher: str, out: Path, *, mixer: str, keep: str, seed: int, overwrite: bool) -> Report:
+def convert_folder(
+    teacher: str, out: Path, *, mixer: str, keep: str, seed: int, overwrite: bool, bidirectional: str = "refuse"
+) -> Report:
     """Converts `teacher` and saves the student, its tokenizer and conversion.json in `out`, whole or not at all.
 
     Args:
@@ -21,6 +25,7 @@ def convert_folder(teacher: str, out: Path, *, mixer: str, keep: str, seed: int,
         keep: layers that keep attention, ``"2,5"`` or a pattern such as ``"mmma"``; ``""`` for none.
         seed: of what does not come from the teacher.
         overwrite: whether a model at `out` may be replaced.
+        bidirectional: "causal" converts also what a teacher reads in both directions.
 
     Raises:
         UserError: the teacher, the layout or the target cannot be used; nothing is written.
@@ -29,15 +34,19 @@ def convert_folder(teacher: str, out: Path, *, mixer: str, keep: str, seed: int,
     _check_target(out, folder, overwrite)
     config = read_config(folder or teacher)
     kept = _kept(keep, config.get_text_config().num_hidden_layers)
-    plan(config, mixer=mixer, keep_attention=kept)
+    plan(config, mixer=mixer, keep_attention=kept, bidirectional=bidirectional)
     tokenizer = read_tokenizer(folder or teacher)
     if folder:
         check_weights(stored_tensors(folder), config, folder)
     model = load_teacher(folder or teacher)
-    student, report = convert_with_report(model, mixer=mixer, keep_attention=kept, seed=seed)
+    student, report = convert_with_report(
+        model, mixer=mixer, keep_attention=kept, seed=seed, bidirectional=bidirectional
+    )
     with whole_folder(out.resolve()) as partial:
         student.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        if is_vision(config):
+            copy_processor(folder or teacher, partial)
         (partial / "conversion.json").write_text(json.dumps(report.to_json(), indent=1) + "\n")
     return report
 

@@ -189,6 +189,7 @@ def make_plan(
             keep_attention=facts.kept,
             state_dim=recipe.student.state_dim,
             conv_width=recipe.student.conv_width,
+            bidirectional=recipe.student.bidirectional,
         )
     )
     conversion = report(teacher, student)

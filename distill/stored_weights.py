@@ -1,6 +1,6 @@
 """The weights of a Hugging Face folder, read piece by piece from memory-mapped files."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distill.errors import UserError
 from distill.weight_files import shards_of
+from distill.weight_names import Renamed
 
 
 class StoredWeights:
@@ -20,13 +21,15 @@ class StoredWeights:
     Args:
         folder: a local folder, or the id of a model on the Hub, which is downloaded.
         prefix: of the names in the model; a checkpoint of the bare decoder lacks it.
+        renamed: what the model calls a tensor of the folder (``distill.weight_names``), where it is not the same.
     """
 
-    def __init__(self, folder: str | Path, prefix: str) -> None:
+    def __init__(self, folder: str | Path, prefix: str, renamed: Callable[[str], Renamed] | None = None) -> None:
         local = Path(folder)
         if not local.is_dir():
             local = Path(snapshot_download(str(folder), allow_patterns=["*.safetensors", "*.json"]))
         self.folder, self.prefix = local, f"{prefix}."
+        self._renamed = renamed or _as_it_is
         self._open = ExitStack()
 
     def rows(self, names: Sequence[str], shape: tuple[int, ...], rows: slice) -> Tensor:
@@ -52,5 +55,12 @@ class StoredWeights:
         opened: dict[str, Any] = {}
         for path in shards_of(self.folder):
             file = self._open.enter_context(safe_open(path, framework="pt"))
-            opened |= {name.removeprefix(self.prefix): file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118
+                own, is_part = self._renamed(name)
+                if not is_part:
+                    opened[own.removeprefix(self.prefix)] = file.get_slice(name)
         return opened
+
+
+def _as_it_is(name: str) -> Renamed:
+    return name, False

@@ -23,6 +23,7 @@ from distill.engines import fsdp2, processes, zero
 from distill.engines.launched import Launched
 from distill.stored_weights import StoredWeights
 from distill.student import is_student, load_student, mixers_of
+from distill.weight_names import names_in
 
 
 def place_teacher(folder: str, dtype: torch.dtype, launched: Launched, device: torch.device) -> PreTrainedModel:
@@ -61,7 +62,7 @@ def _filled(folder: str, dtype: torch.dtype, launched: Launched, device: torch.d
     model = unset_model(config, dtype)
     with suppress(OSError):  # a folder may lack it
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    stored = StoredWeights(folder, model.base_model_prefix)
+    stored = StoredWeights(folder, model.base_model_prefix, names_in(model))
     if launched.kind == "fsdp2":
         mixers = mixers_of(model).values() if is_student(model) else ()
         fsdp2.shard(model, mixers, device, launched.settings)

@@ -7,11 +7,16 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from distill import UserError, convert, load_student
-from distill.conversion import convert_with_report, empty_model, plan, report
+from distill.checks import check_weights
+from distill.conversion import convert_with_report, empty_model, plan, report, unset_model
+from distill.engines import placement
 from distill.head import final_states, head_of
 from distill.roles import roles
+from distill.stored_weights import StoredWeights
 from distill.student import mixers_of
 from distill.vision import model_arguments, packed_positions, places, read_both_ways
+from distill.weight_files import stored_tensors
+from distill.weight_names import names_in
 from tests.vision_models import CAUSAL, IMAGE, MODELS, image_batch, row_of, tiny_vision
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "suppress_tokens": [IMAGE]}
@@ -235,3 +240,15 @@ def test_all_that_a_processor_returns_reaches_the_model():
     batch = {"input_ids": 1, "valid": torch.ones(1, 2).bool(), "labels": 2, "token_type_ids": 3, "image_sizes": 4}
     given = model_arguments(tiny_vision("llava").config, batch)
     assert set(given) == {"input_ids", "attention_mask", "token_type_ids", "image_sizes"}
+
+
+@pytest.mark.parametrize("name", sorted(set(EVERY) - {"llava-mistral", "paligemma2"}))
+def test_checkpoints_under_older_names_are_read_tensor_by_tensor(name, tmp_path):
+    """As transformers stores these families to this day; the sharding engines and the check before a run read files."""
+    teacher = tiny_vision(name)
+    teacher.save_pretrained(tmp_path)
+    check_weights(stored_tensors(tmp_path), teacher.config, tmp_path)
+    filled = unset_model(teacher.config, torch.float32)
+    placement._fill(filled, StoredWeights(tmp_path, filled.base_model_prefix, names_in(filled)))
+    for key, tensor in teacher.named_parameters():
+        assert torch.equal(dict(filled.named_parameters())[key], tensor), key
