@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from distill import activations, convert, load_student
 from distill.conversion import empty_model, plan, report
 from distill.costs import flops_per_token, sizes_of
-from distill.decoder import layers_of
+from distill.decoder import layers_of, learns_positions
 from distill.reach import trained
 from distill.recipe import HiddenStage, LogitsStage, MixingStage
 from distill.student import mixers_of
@@ -129,3 +129,36 @@ def test_planning_needs_a_config_and_no_weights(case):
         assert flops_per_token(sizes, settings) > 0
     for layer in layers_of(student)[:2]:
         assert activations.of_layer(layer, 32, 16, torch.float32).a_sequence > 0
+
+
+@pytest.mark.parametrize("case", ["Falcon, new", "GPT-2", "Llama"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_layers_computed_again_know_which_call_they_belong_to(case, reentrant):
+    """Two differently padded batches, forward both, then backward both."""
+
+    def gradients(checkpointing):
+        student = convert(teacher_of(case), keep_attention=[1]).train().requires_grad_(True)
+        if checkpointing:
+            student.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            student.enable_input_require_grads()
+        ids, positions = torch.arange(20).view(2, 10) + 3, torch.arange(10)[None]
+        masks = (torch.ones(2, 10).long(), torch.tensor([[0] * 6 + [1] * 4, [0] * 2 + [1] * 8]))
+        losses = [
+            student(ids, attention_mask=mask, position_ids=positions, use_cache=False)
+            .logits[mask.bool()]
+            .square()
+            .sum()
+            for mask in masks
+        ]
+        for loss in losses:
+            loss.backward()
+        return {name: parameter.grad for name, parameter in student.named_parameters()}
+
+    expected = gradients(checkpointing=False)
+    for name, gradient in gradients(checkpointing=True).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("case", "end"), [("GPT-2", True), ("Llama", False)])
+def test_a_student_of_mixers_alone_has_a_longest_text_where_positions_are_learned(case, end):
+    assert learns_positions(teacher_of(case)) == learns_positions(convert(teacher_of(case))) == end
