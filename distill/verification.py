@@ -23,7 +23,7 @@ from distill.families import family_name
 from distill.objectives import attention_matrix
 from distill.student import mixers_of
 
-DOCUMENTS = (17, 23)
+LENGTH = 40
 ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """Of the largest output, by the dtype in which a module computes its own."""
 
@@ -65,9 +65,11 @@ def _refusal(alone: float, packed: float, allowed: float, returned: int) -> str 
 
 def _batch(teacher: PreTrainedModel) -> dict[str, Tensor]:
     """Random tokens: a row that is one document, and a row of two."""
-    length, generator = sum(DOCUMENTS), torch.Generator().manual_seed(0)
-    ids_BT = torch.randint(teacher.config.get_text_config().vocab_size, (2, length), generator=generator)
-    positions_BT = torch.stack([torch.arange(length), torch.cat([torch.arange(n) for n in DOCUMENTS])])
+    text, generator = teacher.config.get_text_config(), torch.Generator().manual_seed(0)
+    length = min(LENGTH, getattr(text, "max_position_embeddings", LENGTH))
+    first = 2 * length // 5
+    ids_BT = torch.randint(text.vocab_size, (2, length), generator=generator)
+    positions_BT = torch.stack([torch.arange(length), torch.cat([torch.arange(first), torch.arange(length - first)])])
     batch = {"input_ids": ids_BT, "position_ids": positions_BT}
     return {name: tensor.to(teacher.device) for name, tensor in batch.items()}
 
