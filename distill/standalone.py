@@ -19,12 +19,13 @@ _IMPORT = re.compile(r"^(\s*)from (distill[\w.]*) import ", flags=re.MULTILINE)
 
 def auto_map(student: type[PreTrainedModel]) -> dict[str, str]:
     """The config entry that tells transformers which classes to load from the folder."""
+    from distill.student import auto_classes
+
     module = _flat(ROOT)
     assert student.config_class is not None
-    return {
-        "AutoConfig": f"{module}.{student.config_class.__name__}",
-        "AutoModelForCausalLM": f"{module}.{student.__name__}",
-    }
+    names = [auto.__name__ for auto in auto_classes(student)]
+    loads = dict.fromkeys(names, f"{module}.{student.__name__}")
+    return {"AutoConfig": f"{module}.{student.config_class.__name__}", **loads}
 
 
 def write_code(folder: Path) -> list[Path]:

@@ -118,14 +118,14 @@ def student_class(teacher: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return globals()[name]
 
 
-def auto_classes(teacher: type[PreTrainedModel]) -> list[Any]:
-    """The Auto classes of transformers that load a teacher's class, and shall load its student's."""
+def auto_classes(model_class: type[PreTrainedModel]) -> list[Any]:
+    """The Auto classes of transformers that load a teacher's class, and so its student's."""
     tables = {
         AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
     }
-    config: Any = teacher.config_class
-    return [auto for auto, table in tables.items() if config in table and table[config] is teacher]
+    config: Any = model_class.config_class
+    return [auto for auto, table in tables.items() if config in table and table[config] is model_class]
 
 
 def student_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import torch
 import typer
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.attention import views
@@ -29,6 +30,7 @@ from distill.objectives import attention_matrix
 from distill.programs import quiet_unless_watched, report_user_errors
 from distill.run import Run, at_work_on
 from distill.student import mixers_of
+from distill.vision import has_images
 from distill.within import within
 
 TEACHER = "teacher"
@@ -84,11 +86,8 @@ def matrix_pairs(run: Run, student: PreTrainedModel) -> list[MatrixPair]:
     """
     mixers = mixers_of(student)
     shown = list(mixers)[:: -(-len(mixers) // LAYERS_SHOWN)] if mixers else []
-    device = run.device
-    batch = {name: rows[:1, :MATRIX_TOKENS].to(device) for name, rows in next(run.held_out()).items()}
+    batch = {name: tensor.to(run.device) for name, tensor in _first_tokens(run).items()}
     layers, attentions = layers_of(run.teacher), views(run.teacher, shown)
-    # Over one document alone: a border would only show as an empty corner.
-    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1], device=device)[None]
     traces = layer_traces(run.teacher, batch, shown, wants=["attention_input"])
     pairs = []
     for index in shown:
@@ -106,6 +105,18 @@ def matrix_pairs(run: Run, student: PreTrainedModel) -> list[MatrixPair]:
         for head in islice(range(0, attention.n_heads, max(1, attention.n_heads // HEADS_SHOWN)), HEADS_SHOWN):
             pairs.append(MatrixPair.of(index, head, teacher_BHTT[0, head], student_BHTT[0, head]))
     return pairs
+
+
+def _first_tokens(run: Run) -> dict[str, Tensor]:
+    """The beginning of the held-out text, as one document: a border would only show as an empty corner.
+
+    Of image-text rows the first as a whole, since an image cannot be cut.
+    """
+    batch = run.blocks[1].batch([0])
+    if has_images(batch):
+        return batch
+    batch = {name: rows[:, :MATRIX_TOKENS] for name, rows in batch.items()}
+    return {**batch, "position_ids": torch.arange(batch["input_ids"].shape[1])[None]}
 
 
 def _continuations(run: Run, model: PreTrainedModel) -> list[str]:
