@@ -21,7 +21,7 @@ class Images(Section):
 
     score: Literal["answers", "text", "all"] = "answers"
     """The tokens whose predictions are compared: of answers, of all text, or image placeholders too."""
-    processor: dict[Text, int | float | str] = Field(default_factory=dict)
+    processor: dict[Text, Flag | Integer | Number | Text] = Field(default_factory=dict)
     """Settings for the teacher's processor, such as {max_pixels: 401408}."""
 
 

@@ -1,5 +1,6 @@
-"""Tiny processors of the real families, over one byte-level tokenizer whose ids fit the tiny models' vocabulary."""
+"""Tiny processors of the real families, over one tokenizer whose ids fit the tiny models' vocabulary, and recipes."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import is_torchvision_available
+
+from tests.vision_models import tiny_vision
 
 SPECIALS = ["<pad>", "<s>", "</s>", "<image>", "<fake_token_around_image>", "<global-img>", "<|image_pad|>"]
 SPECIALS += ["<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<start_of_image>", "<end_of_image>"]
@@ -133,3 +136,42 @@ def draw(path: Path, size: tuple[int, int] = (20, 16), seed: int = 0) -> str:
     image.paste((255, 255, 255), (seed % size[0], 0, seed % size[0] + 2, size[1]))
     image.save(path)
     return path.name
+
+
+RECIPE = """\
+name: tiny
+run_dir: {folder}/run
+teacher: {{path: {folder}/teacher}}
+student: {{keep_attention: [1]}}
+data:
+  source: {folder}/rows.jsonl
+  block: 64
+  held_out: {{fraction: 0.2}}
+  images: {{score: answers}}
+stages:
+  mixing: {{tokens: 2560, batch_size: 4}}
+  hidden: {{tokens: 2560, batch_size: 4, lr: 1e-2}}
+  logits: {{tokens: 2560, batch_size: 4, micro_batch_size: 2, train: [mixer, norms, mlp, connector]}}
+evaluation: {{tokens: 512, prompts: ["hello"], new_tokens: 8}}
+"""
+
+
+def write_run(folder: Path, family: str = "llava", rows: int = 40) -> Path:
+    """A teacher with its processor, rows about small images (every fourth without one) and a recipe; its path."""
+    processor, image = tiny_processor(family)
+    teacher = tiny_vision(family)
+    teacher.config.image_token_id = image
+    teacher.save_pretrained(folder / "teacher")
+    processor.save_pretrained(folder / "teacher")
+    (folder / "images").mkdir()
+    lines = []
+    for number in range(rows):
+        name = f"images/{number}.png"
+        draw(folder / name, seed=number)
+        asked = "<image>what is it?" if number % 4 else "hello"
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": f"bar number {number}."}]
+        lines.append(json.dumps({"messages": messages, "images": [name] if number % 4 else []}))
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(RECIPE.format(folder=folder))
+    return recipe
