@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from distill.errors import UserError
 from distill.recipe import Keep, LayerwiseTraining, Recipe, StageName
-from distill.vision_checks import check_image_rows, check_images
+from distill.vision_checks import check_image_rows, check_images, check_trained
 from distill.weight_files import TensorFacts, stored_tensors
 
 if TYPE_CHECKING:  # imported where used: they take seconds, and most recipes fail sooner or later than here
@@ -86,6 +86,8 @@ def check(recipe: Recipe, *, ranks: int = 1, planning: bool = False) -> RecipeFa
                 for key, wanted in (("bos", recipe.data.bos), ("eos", recipe.data.eos)):
                     with found.at(f"data.{key}"):
                         _check_special_token(tokenizer, key, wanted and recipe.data.images is None)
+        with found.at("stages.logits.train"):
+            check_trained(recipe)
         with found.at("data.images"):
             if recipe.data.images is not None and not config_alone and not found.lines:
                 check_images(recipe, config)

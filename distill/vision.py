@@ -95,6 +95,19 @@ def model_arguments(config: PreTrainedConfig, batch: Any) -> dict[str, Any]:
     return {"input_ids": batch["input_ids"], "position_ids": packed_positions(config, batch["position_ids"])}
 
 
+def for_lack_of_images(model: Any, batch: Mapping[str, Tensor]) -> Tensor | float:
+    """0, with a gradient of zeros for what only images reach and is trained, where a batch has none.
+
+    Processes whose batches have images wait for the gradients of those whose batches have not.
+    """
+    trunk, decoder = trunk_of(model), model.get_decoder()
+    if trunk is decoder or "pixel_values" in batch:
+        return 0.0
+    inside = {id(parameter) for parameter in decoder.parameters()}
+    around = (p for p in trunk.parameters() if p.requires_grad and id(p) not in inside)
+    return sum((0.0 * parameter.sum() for parameter in around), 0.0)
+
+
 def packed_positions(config: PreTrainedConfig, position_ids_BT: Tensor) -> Tensor:
     """Positions as the decoder wants them to keep packed documents apart.
 

@@ -22,6 +22,18 @@ def check_image_rows(recipe: "Recipe") -> None:
         raise UserError("holds no row")
 
 
+def check_trained(recipe: "Recipe") -> None:
+    """What only images reach is trained with images: without them an optimizer would only shrink it.
+
+    Raises:
+        UserError: naming it.
+    """
+    stage = recipe.stages.logits
+    named = [role for role in ("connector", "vision") if stage is not None and role in stage.train]
+    if named and recipe.data.images is None:
+        raise UserError(f"names {' and '.join(named)}, which text does not reach; give data.images, or leave it out")
+
+
 def check_images(recipe: "Recipe", config: "PreTrainedConfig") -> None:
     """The teacher reads images, its processor is whole, and it takes the first row.
 

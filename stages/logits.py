@@ -26,7 +26,7 @@ from distill.teacher_cache import CachedBatches
 from distill.teacher_cache.offline import complete_teacher_cache
 from distill.train_stage import train_stage
 from distill.training import Batch, Part
-from distill.vision import model_arguments
+from distill.vision import for_lack_of_images, model_arguments
 from distill.within import opened, within
 from stages.command import run_program
 
@@ -61,7 +61,8 @@ class LogitObjective:
         if student_head is None or teacher_head is None:
             with torch.no_grad():
                 teacher_BTV = _logits(self.teacher, batch)
-            return logit_loss(_logits(self.student, batch), teacher_BTV, batch["labels"], **settings)
+            divergence = logit_loss(_logits(self.student, batch), teacher_BTV, batch["labels"], **settings)
+            return divergence + for_lack_of_images(self.student, batch)
 
         scored_BT = scored_positions(batch["labels"])
         with torch.no_grad():
@@ -73,7 +74,8 @@ class LogitObjective:
             return logit_loss_through_heads(student_ND, heads[0], teacher_ND, heads[1], target_N, **settings)
 
         student_ND = final_states(self.student, batch)[scored_BT]
-        return opened(teacher_head.linear, within, student_head.linear, loss, student_ND)
+        divergence = opened(teacher_head.linear, within, student_head.linear, loss, student_ND)
+        return divergence + for_lack_of_images(self.student, batch)
 
 
 class OfflineLogitObjective:

@@ -39,6 +39,7 @@ class ImageManifest:
         rows: of each split.
         tokens: of each split, image placeholders included.
         too_long: rows that were left out.
+        without_images: rows that are only text.
         sha256: of the files.
     """
 
@@ -49,6 +50,7 @@ class ImageManifest:
     rows: dict[str, int]
     tokens: dict[str, int]
     too_long: int
+    without_images: int
     sha256: dict[str, str]
 
 
@@ -61,6 +63,7 @@ class ImageTextRows:
         n_tokens: of all rows.
         n_documents: rows.
         fingerprint: of the rows and images of both splits.
+        without_images: rows of both splits that are only text.
     """
 
     def __init__(self, folder: Path, split: str, block: int, processor: Any, image_token_id: int, score: Score) -> None:
@@ -72,7 +75,7 @@ class ImageTextRows:
         self.encoder = ImageEncoder(processor, manifest.kind, image_token_id)
         self.n_full = self.n_documents = manifest.rows[split]
         self.n_tokens = manifest.tokens[split]
-        self.fingerprint = manifest.fingerprint
+        self.fingerprint, self.without_images = manifest.fingerprint, manifest.without_images
         self._places = np.fromfile(folder / f"{split}.places", "<i8")
         self._path = folder / f"{split}.rows"
 
@@ -144,21 +147,23 @@ class _Written:
     """What was written so far, and how much of it."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.digest, self.too_long = folder, hashlib.sha256(), 0
+        self.folder, self.digest, self.too_long, self.without_images = folder, hashlib.sha256(), 0, 0
         self.files = {split: (folder / f"{split}.rows").open("wb") for split in (TRAIN, HELD_OUT)}
         self.places: dict[str, list[int]] = {split: [] for split in self.files}
         self.tokens = dict.fromkeys(self.files, 0)
 
-    def add(self, split: str, line: bytes, n_tokens: int) -> None:
+    def add(self, split: str, row: Encoded) -> None:
         self.places[split].append(self.files[split].tell())
-        self.files[split].write(line)
-        self.tokens[split] += n_tokens
+        self.files[split].write(json.dumps(asdict(row), ensure_ascii=False).encode() + b"\n")
+        self.tokens[split] += row.n_tokens
+        self.without_images += not row.images
 
     def counts(self) -> dict[str, Any]:
         rows = {split: len(places) for split, places in self.places.items()}
         names = sorted(path.name for path in self.folder.iterdir())
         sha256 = {name: sha256_of(self.folder / name) for name in names}
-        return {"rows": rows, "tokens": self.tokens, "too_long": self.too_long, "sha256": sha256}
+        left = {"too_long": self.too_long, "without_images": self.without_images}
+        return {"rows": rows, "tokens": self.tokens, **left, "sha256": sha256}
 
 
 def _write(
@@ -174,8 +179,7 @@ def _write(
                 written.too_long += 1
                 continue
             held_out = int.from_bytes(name[:6]) / 2**48 < fraction
-            line = json.dumps(asdict(encoded), ensure_ascii=False).encode() + b"\n"
-            written.add(HELD_OUT if held_out else TRAIN, line, encoded.n_tokens)
+            written.add(HELD_OUT if held_out else TRAIN, encoded)
             written.digest.update(name)
             show(number)
     for split, file in written.files.items():

@@ -34,6 +34,7 @@ def test_mistakes(recipe, stdlib_teacher):
     assert "knows token blocks only" in told(recipe, "stages.logits.offline_teacher.top_k=8")
     text = (f"teacher.path={stdlib_teacher}", "student.keep_attention=[]")
     assert "is a llama, which reads no images" in told(recipe, *text)
+    assert "names connector, which text does not reach" in told(recipe, "data.images=null")
     assert "data.source" in told(recipe, "data.source=python-stdlib")
     assert "neither limit nor streaming" in told(recipe, "data.limit=1000")
     assert "the processor refuses it" in told(recipe, "data.images.processor.do_rescale=maybe")

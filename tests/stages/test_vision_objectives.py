@@ -112,3 +112,14 @@ def test_logits_are_compared_where_labels_say_and_nowhere_else(name):
     )
     expected = F.kl_div(ours, theirs, reduction="sum", log_target=True)
     torch.testing.assert_close(total(OBJECTIVES["logits"](teacher, student), given), expected)
+
+
+def test_a_batch_without_images_has_a_gradient_for_what_only_images_reach():
+    """Of zeros: a process that has none would keep the others waiting for it."""
+    teacher, student = pair("llava")
+    ids = torch.randint(10, 97, (2, 9))
+    batch = as_stages_get({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    connector, tower = student.model.multi_modal_projector, student.model.vision_tower.requires_grad_(False)
+    total(OBJECTIVES["logits"](teacher, student), batch).backward()
+    assert all((parameter.grad == 0).all() for parameter in connector.parameters())
+    assert all(parameter.grad is None for parameter in tower.parameters())
