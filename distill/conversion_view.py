@@ -8,6 +8,7 @@ from rich.text import Text
 
 from distill.conversion import CONTEXTS, Report
 from distill.layout import ATTENTION
+from distill.recipe import TEXT_ROLES
 from distill.roles import ROLES
 from distill.units import count, size
 
@@ -51,9 +52,10 @@ def origins(report: Report) -> Table:
 
 def parameters(report: Report) -> Table:
     """Parameters by role, before and after."""
-    grid = table("parameters", [*ROLES, "total"])
+    shown = [role for role in ROLES if role in TEXT_ROLES or report.parameters_before[role]]
+    grid = table("parameters", [*shown, "total"])
     for name, counts in (("teacher", report.parameters_before), ("student", report.parameters_after)):
-        by_role = (count(counts[role]) if counts[role] else "-" for role in ROLES)
+        by_role = (count(counts[role]) if counts[role] else "-" for role in shown)
         grid.add_row(name, *by_role, count(sum(counts.values())))
     return grid
 

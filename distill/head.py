@@ -46,7 +46,12 @@ class ModelHead:
 
 def final_states(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """(B, T, D): what the head reads. Called in the place of ``model``'s forward."""
-    return trunk_of(model)(**model_arguments(model.config, batch), use_cache=False).last_hidden_state
+    return trunk_output(model, batch).last_hidden_state
+
+
+def trunk_output(model: Any, batch: dict[str, Tensor], features: Any = None) -> Any:
+    """The same, with the image features that it was made from; or made from such features."""
+    return trunk_of(model)(**model_arguments(model.config, batch, features), use_cache=False)
 
 
 @torch.no_grad()

@@ -90,7 +90,7 @@ class Run:
         )
         if self.launched.kind == "zero3" and train.without_images:
             raise UserError(
-                f"ZeRO-3 gathers weights module by module, on all processes at once, and {train.without_images} rows have"
+                f"ZeRO-3 gathers weights module by module, on all processes at once; {train.without_images} rows have"
                 " no image to run the vision tower for; leave them out, or launch fsdp2"
             )
         return train, held_out

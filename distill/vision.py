@@ -10,16 +10,19 @@ positions reach the decoder ready made. In Qwen-VL a position is three numbers (
 text, that stand still or jump inside an image, so they say nothing of where a document begins.
 """
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from distill.errors import UserError
 
 NOT_FOR_MODELS = ("labels", "valid", "teacher_ids", "teacher_log_probs", "teacher_log_tail")
 """Entries of a batch that objectives read."""
+
+_PIXELS = ("pixel_values", "pixel_attention_mask")
 
 FAMILIES = ("gemma3", "idefics3", "llava", "paligemma", "qwen2_5_vl", "qwen2_vl", "smolvlm")
 """Model types that were tried; what another does with its images between trunk and decoder is not known."""
@@ -80,19 +83,41 @@ def has_images(batch: Mapping[str, Tensor]) -> bool:
     return "position_ids" not in batch
 
 
-def model_arguments(config: PreTrainedConfig, batch: Any) -> dict[str, Any]:
+def model_arguments(config: PreTrainedConfig, batch: Any, features: Any = None) -> dict[str, Any]:
     """What a trunk, or a model, is called with for a batch.
 
     Args:
         config: the model's.
         batch: of packed text (``distill.data.Blocks``): input_ids and position_ids (B, T); or of image-text rows
             (``distill.data.image_text``): input_ids and valid (B, T), and whatever the family's processor adds.
+        features: of the batch's images, where another model has made them (``shared_features``).
     """
     if has_images(batch):
-        given = {name: tensor for name, tensor in batch.items() if name not in NOT_FOR_MODELS}
+        left_out = NOT_FOR_MODELS if features is None else (*NOT_FOR_MODELS, *_PIXELS)
+        given = {name: tensor for name, tensor in batch.items() if name not in left_out}
+        if features is not None:
+            given["mm_encoder_outputs"] = {"image": features}
         return {**given, "attention_mask": batch["valid"].long()}
     # Without a mask: only so do attention layers keep packed documents apart.
     return {"input_ids": batch["input_ids"], "position_ids": packed_positions(config, batch["position_ids"])}
+
+
+def shared_features(student: Any, teachers_output: Any) -> Any:
+    """The image features of a teacher's trunk, for its student's; None where the student must make its own.
+
+    Where tower and connector are frozen they are the teacher's, and so are their features, in the teacher's precision.
+    """
+    trunk = trunk_of(student)
+    if not is_vision(student.config) or any(parameter.requires_grad for parameter in _around_decoder(student)):
+        return None
+    takes_them = "mm_encoder_outputs" in inspect.signature(type(trunk).forward).parameters
+    return getattr(teachers_output, "image_outputs", None) if takes_them else None
+
+
+def _around_decoder(model: Any) -> Iterator[nn.Parameter]:
+    """The parameters of a trunk outside of its decoder."""
+    inside = {id(parameter) for parameter in model.get_decoder().parameters()}
+    return (parameter for parameter in trunk_of(model).parameters() if id(parameter) not in inside)
 
 
 def for_lack_of_images(model: Any, batch: Mapping[str, Tensor]) -> Tensor | float:
@@ -100,12 +125,10 @@ def for_lack_of_images(model: Any, batch: Mapping[str, Tensor]) -> Tensor | floa
 
     Processes whose batches have images wait for the gradients of those whose batches have not.
     """
-    trunk, decoder = trunk_of(model), model.get_decoder()
-    if trunk is decoder or "pixel_values" in batch:
+    if not is_vision(model.config) or "pixel_values" in batch:
         return 0.0
-    inside = {id(parameter) for parameter in decoder.parameters()}
-    around = (p for p in trunk.parameters() if p.requires_grad and id(p) not in inside)
-    return sum((0.0 * parameter.sum() for parameter in around), 0.0)
+    trained = (parameter for parameter in _around_decoder(model) if parameter.requires_grad)
+    return sum((0.0 * parameter.sum() for parameter in trained), 0.0)
 
 
 def packed_positions(config: PreTrainedConfig, position_ids_BT: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.handover import StageRecord
-from distill.head import ModelHead, final_states, head_of
+from distill.head import ModelHead, final_states, head_of, trunk_output
 from distill.objectives import logit_loss, scored_positions
 from distill.objectives.logits import next_labels
 from distill.objectives.through_head import logit_loss_through_heads, topk_loss_through_head
@@ -26,7 +26,7 @@ from distill.teacher_cache import CachedBatches
 from distill.teacher_cache.offline import complete_teacher_cache
 from distill.train_stage import train_stage
 from distill.training import Batch, Part
-from distill.vision import for_lack_of_images, model_arguments
+from distill.vision import for_lack_of_images, model_arguments, shared_features
 from distill.within import opened, within
 from stages.command import run_program
 
@@ -66,14 +66,16 @@ class LogitObjective:
 
         scored_BT = scored_positions(batch["labels"])
         with torch.no_grad():
-            teacher_ND = final_states(self.teacher, batch)[scored_BT]
+            theirs = trunk_output(self.teacher, batch)
+            teacher_ND = theirs.last_hidden_state[scored_BT]
 
         def loss(student_ND: Tensor) -> Tensor:
             heads = student_head.whole(), teacher_head.whole()
             target_N = next_labels(batch["labels"])[scored_BT]
             return logit_loss_through_heads(student_ND, heads[0], teacher_ND, heads[1], target_N, **settings)
 
-        student_ND = final_states(self.student, batch)[scored_BT]
+        ours = trunk_output(self.student, batch, shared_features(self.student, theirs))
+        student_ND = ours.last_hidden_state[scored_BT]
         divergence = opened(teacher_head.linear, within, student_head.linear, loss, student_ND)
         return divergence + for_lack_of_images(self.student, batch)
 

@@ -8,6 +8,7 @@ from distill import convert
 from distill.capture import layer_traces
 from distill.decoder import attention_of, layers_of
 from distill.recipe import HiddenStage, LogitsStage, MixingStage
+from distill.roles import roles
 from distill.student import mixers_of
 from stages.hidden import HiddenObjective
 from stages.logits import LogitObjective
@@ -16,6 +17,7 @@ from tests.vision_models import CAUSAL, IMAGE, MODELS, image_batch, row_of, tiny
 
 SETTINGS = {"tokens": 1000}
 LENGTHS = (17, 12, 14)
+TOWERS = ("vision_tower", "vision_model", "visual")
 OBJECTIVES = {
     "mixing": lambda teacher, student: MixingObjective(teacher, student, MixingStage(**SETTINGS)),
     "hidden": lambda teacher, student: HiddenObjective(teacher, student, HiddenStage(**SETTINGS)),
@@ -123,3 +125,19 @@ def test_a_batch_without_images_has_a_gradient_for_what_only_images_reach():
     total(OBJECTIVES["logits"](teacher, student), batch).backward()
     assert all((parameter.grad == 0).all() for parameter in connector.parameters())
     assert all(parameter.grad is None for parameter in tower.parameters())
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_a_frozen_tower_runs_once_for_teacher_and_student(name):
+    teacher, student = pair(name)
+    batch, seen = as_stages_get(image_batch(name, LENGTHS)), []
+    tower = next(module for part, module in student.named_modules() if part.split(".")[-1] in TOWERS)
+    tower.register_forward_hook(lambda *_: seen.append(1))
+    losses = []
+    for frozen in (False, True):
+        for parameter, role in roles(student).items():
+            if role in ("connector", "vision"):
+                student.get_parameter(parameter).requires_grad_(not frozen)
+        losses.append(total(OBJECTIVES["logits"](teacher, student), batch))
+        assert len(seen) == 1  # no second time when frozen
+    assert torch.equal(*losses)
