@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from distill.engines import processes, zero
 from distill.standalone import auto_map, write_code
-from distill.student import STUDENTS
+from distill.student import student_class, teacher_class
 
 FILE_BYTES = 5 * 10**9
 """A file of weights ends when it has this many bytes, as Hugging Face's do."""
@@ -30,7 +30,7 @@ def save_student(student: PreTrainedModel, folder: Path) -> None:
         return
     if processes.is_main():
         write_code(folder)
-        own_class = STUDENTS[student.config.distill["teacher"]]  # fully_shard changes an instance's class
+        own_class = student_class(teacher_class(student.config))  # fully_shard changes an instance's class
         student.config.auto_map = auto_map(own_class)
         student.config.architectures = [own_class.__name__]
         student.config.dtype = str(student.dtype).removeprefix("torch.")
