@@ -12,10 +12,12 @@ class Options:
     Attributes:
         verify: load what was written and compare its logits with ours.
         outtype: how ``gguf`` stores matrices: ``"f32"``, ``"f16"`` or ``"q8_0"``.
+        state: numbers of state a mixer's head has in ``gguf``, zeros added; None for as many as it has.
     """
 
     verify: bool = True
     outtype: str = "f16"
+    state: int | None = None
 
 
 Format = Callable[[Path, Path, Options], list[str]]
