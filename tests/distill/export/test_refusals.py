@@ -161,6 +161,8 @@ def test_what_only_some_families_do() -> None:
     (found,) = refusals(with_facts(config, rotary={1: True, 3: False}), LIMITS["granite"])
     assert str(found).startswith("layer 3: attention without rotary positions, while other layers have them; leave")
     assert refusals(with_facts(config, rotary={1: False, 3: False}), LIMITS["granite"]) == []
+    (found,) = refusals(with_facts(config, rotary={1: False, 3: False}), LIMITS["bamba"])
+    assert str(found).startswith("layers 1, 3: attention without rotary positions; leave")
     scaled = with_facts(config, scalings={1: 0.5, 3: 0.5})
     assert refusals(scaled, LIMITS["granite"]) == refusals(scaled, LIMITS["gguf"]) == []
     (found,) = refusals(scaled, LIMITS["bamba"])
