@@ -26,15 +26,21 @@ It raises ``UserError``, before it writes, for a student that the format cannot 
 
 
 def _granite(student: Path, out: Path, options: Options) -> list[str]:
-    raise NotImplementedError
+    from distill.export.native import write_granite
+
+    return write_granite(student, out, options)
 
 
 def _bamba(student: Path, out: Path, options: Options) -> list[str]:
-    raise NotImplementedError
+    from distill.export.native import write_bamba
+
+    return write_bamba(student, out, options)
 
 
 def _gguf(student: Path, out: Path, options: Options) -> list[str]:
-    raise NotImplementedError
+    from distill.export.llama_cpp_file import write_gguf
+
+    return write_gguf(student, out, options)
 
 
 FORMATS: dict[str, Format] = {"granite": _granite, "bamba": _bamba, "gguf": _gguf}
