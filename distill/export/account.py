@@ -164,7 +164,7 @@ def _card_of(path: str) -> ModelCardData | None:
     if not isinstance(readme, str | Path) or not Path(readme).is_file():
         return None
     try:
-        return ModelCard.load(Path(readme), ignore_metadata_errors=True).data  # type: ignore[return-value]
+        return ModelCard.load(Path(readme), ignore_metadata_errors=True).data
     except (ValueError, OSError, yaml.YAMLError):  # somebody else's file
         return None
 

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from distill import marked_yaml
 from distill.evaluation import perplexity_ratio
-from distill.export.account import TEACHER, Account
+from distill.export.account import Account
 from distill.export.footprint import CONTEXTS, Footprint, footprint_of
 from distill.export.usage import TAGS, how_to_load
 from distill.layout import ATTENTION
@@ -69,12 +69,14 @@ class Written:
         place: what a reader passes to ``from_pretrained``: a Hub id, or the folder's name.
         format: a key of ``distill.export.formats.FORMATS``.
         n_bytes: of its weight files.
+        file: the name of the weights where they are one file of a name of their own.
         quantised: what quantising them cost, where they are.
     """
 
     place: str
     format: str
     n_bytes: int
+    file: str | None = None
     quantised: Quantised | None = None
 
     @property
@@ -93,7 +95,7 @@ def make_card(account: Account, written: Written) -> ModelCard:
     """The card as huggingface_hub reads it back."""
     sections = [
         _introduction(account, written),
-        _section("How to load it", how_to_load(written.format, written.place, written.quantised is not None)),
+        _section("How to load it", _loading(written)),
         _section("What it is", _architecture(account, written, footprint_of(account.config))),
         _section("How well it does its teacher's work", _quality(account)),
         _section("What the quantised weights cost", _bullets(written.quantised.told()) if written.quantised else ""),
@@ -110,7 +112,8 @@ def make_card(account: Account, written: Written) -> ModelCard:
 def metadata(account: Account, written: Written) -> ModelCardData:
     """What stands between the dashes."""
     teacher = account.teacher
-    base = {"base_model": teacher.name, "base_model_relation": "finetune"} if teacher.on_hub else {}
+    base: dict[str, Any] = {"base_model": teacher.name, "base_model_relation": "finetune"} if teacher.on_hub else {}
+    licence: dict[str, Any] = dict(teacher.licence or {"license": "unknown"})
     datasets = [source.split(":")[1] for source in account.sources if source.startswith("dataset:")]
     results = _results(account)
     kinds = set(account.config.distill["layers"])
@@ -124,7 +127,7 @@ def metadata(account: Account, written: Written) -> ModelCardData:
         tags=tags,
         model_name=written.name if results else None,
         eval_results=results or None,
-        **(teacher.licence or {"license": "unknown"}),
+        **licence,
         **base,
     )
 
@@ -360,12 +363,13 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+def _loading(written: Written) -> str:
+    return how_to_load(written.format, written.place, quantised=written.quantised is not None, file=written.file)
+
+
 def _section(title: str, text: str) -> str:
     return f"## {title}\n\n{text}" if text else ""
 
 
 def _bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
-
-
-__all__ = ["CARD", "TEACHER", "Quantised", "Written", "make_card", "metadata", "write_card"]

@@ -32,14 +32,14 @@ _MORE = {
 }
 
 
-def how_to_load(format_: str, place: str, quantised: bool, file: str = "MODEL.gguf") -> str:
+def how_to_load(format_: str, place: str, *, quantised: bool = False, file: str | None = None) -> str:
     """Markdown: what is needed, and the lines to copy.
 
     Args:
         format_: a key of ``distill.export.formats.FORMATS``.
         place: what is passed to ``from_pretrained``.
         quantised: whether the weights are torchao's.
-        file: of a format that is one file.
+        file: of a format that is one file, its name.
     """
     needed = _NEEDED[format_] + (" The weights are stored in int8: `pip install torchao`." if quantised else "")
     remote = ", trust_remote_code=True" if format_ == "standalone" else ""
