@@ -26,6 +26,7 @@ from distill.evaluation_record import Evaluation, read_evaluation
 from distill.handover import StageRecord
 
 RECIPE, TEACHER, CONVERT = "recipe.yaml", "teacher", "convert"
+_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
 
 
@@ -150,8 +151,11 @@ def _teacher(recipe: dict[str, Any] | None, stages: list[StageRecord], base_mode
     cached = _CACHED.search(Path(path).as_posix() + "/")
     if cached:
         return Teacher(f"{cached[1]}/{cached[2]}", on_hub=True, **facts)
+    # A relative path may look like an id: what the first stage's record calls its parent tells them apart.
     on_hub = bool(stages) and stages[0].parent == handover.Parent(TEACHER, handover.name_digest(path))
-    return Teacher(path if on_hub else _last(path), on_hub=on_hub, **facts)
+    if on_hub and _ID.fullmatch(path):
+        return Teacher(path, on_hub=True, **facts)
+    return Teacher(_last(path), **facts)
 
 
 def _card_of(path: str) -> ModelCardData | None:
@@ -159,7 +163,7 @@ def _card_of(path: str) -> ModelCardData | None:
     if not path:
         return None
     readme: Any = Path(path).expanduser() / "README.md"
-    if not readme.is_file() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+    if not readme.is_file() and _ID.fullmatch(path):
         readme = try_to_load_from_cache(path, "README.md")
     if not isinstance(readme, str | Path) or not Path(readme).is_file():
         return None

@@ -7,6 +7,7 @@ which. What nobody recorded is said to be unknown.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from distill import marked_yaml
 from distill.evaluation import perplexity_ratio
-from distill.export.account import Account
+from distill.export.account import CONVERT, Account
 from distill.export.footprint import CONTEXTS, Footprint, footprint_of
 from distill.export.usage import TAGS, how_to_load
 from distill.layout import ATTENTION
@@ -102,7 +103,7 @@ def make_card(account: Account, written: Written) -> ModelCard:
         _section("What it remembers", _footprint(account, footprint_of(account.config))),
         _section("How it was made", _making(account)),
         _section("Limits", _bullets(_limits(account))),
-        _section("Licence", _licence(account)),
+        _section("Licence", _licence(account, written)),
         _section("Versions", _versions(account)),
     ]
     body = "\n\n".join(section for section in sections if section)
@@ -151,7 +152,7 @@ def _results(account: Account) -> list[EvalResult]:
             dataset_name=f"{', '.join(account.sources) or 'text'}, held out",
             metric_type=kind,
             metric_name=name,
-            metric_value=value,
+            metric_value=round(value, 6),
         )
         for (kind, name), value in values.items()
         if value is not None and math.isfinite(value)
@@ -203,10 +204,10 @@ def _architecture(account: Account, written: Written, footprint: Footprint) -> s
     text, mixer = config.get_text_config(), config.distill["mixer"]
     dtype = "int8 linear layers, the rest " if written.quantised else ""
     rows = {
-        "made from": f"{config.distill['teacher']} ({type(config).__name__})",
+        "family": config.distill["teacher"],
         "parameters": f"{count(footprint.parameters)} ({footprint.parameters:,})",
         "stored as": f"{written.format}, {dtype}{_dtype(config)}, {size(written.n_bytes)}",
-        "layers": " ".join(config.distill["layers"]),
+        "layers": ", ".join(f"{kind} × {len(list(run))}" for kind, run in groupby(config.distill["layers"])),
         "width; vocabulary": f"{text.hidden_size}; {text.vocab_size:,}",
         "a mixer": f"{mixer['n_heads']} heads of {mixer['head_dim']} channels × {mixer['state_dim']} states",
         "context": f"{_trained_on(account)}; the configuration allows {text.max_position_embeddings:,} tokens",
@@ -240,12 +241,14 @@ def _quality(account: Account) -> str:
         numbers = [f"{metrics.loss:.4f}", f"{metrics.perplexity:.2f}", ratio]
         numbers += ["" if metrics.kl is None else f"{metrics.kl:.4f}"]
         numbers += ["" if metrics.agreement is None else f"{metrics.agreement:.1%}"]
-        rows.append([f"{bold}after {record.stage}{bold}", *numbers])
+        heading = "conversion" if record.stage == CONVERT else record.stage
+        rows.append([f"{bold}after {heading}{bold}", *numbers])
     tokens = account.evaluation.metrics.tokens
     source = ", ".join(account.sources) or "the run's text"
     head = ["", "loss", "perplexity", "× teacher", "KL", "top-1 agreement"]
     return (
-        f"{tokens:,} held-out tokens of {source}, which no stage was trained on; loss and KL in nats per token.\n\n"
+        f"{tokens:,} held-out tokens of {source}, which no stage was trained on. Loss and KL(teacher ‖ student) are in"
+        " nats per token, agreement is the share of positions where both find the same token likeliest.\n\n"
         + table(head, rows)
     )
 
@@ -259,7 +262,7 @@ def _footprint(account: Account, footprint: Footprint) -> str:
             count(footprint.student_operations(tokens)),
             count(footprint.teacher_operations(tokens)),
         ]
-        for tokens in CONTEXTS
+        for tokens in _contexts(account)
     ]
     head = ["tokens of context", "cache", "teacher's cache", "operations", "teacher's operations"]
     return (
@@ -268,6 +271,12 @@ def _footprint(account: Account, footprint: Footprint) -> str:
         " depend on the kind of layer: scan, scores and weighted sums. Computed from the configuration, not measured."
         f"\n\n{table(head, rows)}"
     )
+
+
+def _contexts(account: Account) -> list[int]:
+    """As long as the configuration allows, and that length itself."""
+    longest = account.config.get_text_config().max_position_embeddings
+    return [*(tokens for tokens in CONTEXTS if tokens < longest), longest]
 
 
 def _making(account: Account) -> str:
@@ -334,7 +343,7 @@ def _limits(account: Account) -> list[str]:
     return lines
 
 
-def _licence(account: Account) -> str:
+def _licence(account: Account, written: Written) -> str:
     told = account.teacher.licence
     if not told:
         return (
@@ -342,10 +351,9 @@ def _licence(account: Account) -> str:
             " teacher. Put it under `license` above before this is published."
         )
     link = f" ({told['license_link']})" if "license_link" in told else ""
-    return (
-        f"{told.get('license_name', told['license'])}{link}, as the teacher's card says: the weights derive from it."
-        " The code in this folder is Apache-2.0."
-    )
+    name = told.get("license_name", told["license"])
+    code = " The code in this folder is Apache-2.0." if written.format == "standalone" else ""
+    return f"{name}{link}, as the teacher's card says: the weights derive from it.{code}"
 
 
 def _versions(account: Account) -> str:

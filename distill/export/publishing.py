@@ -5,6 +5,7 @@ from pathlib import Path
 
 from distill.errors import UserError
 
+MESSAGE = "Export by distill-ssm"
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -24,14 +25,14 @@ def check_push(repository: str) -> None:
         raise UserError("--push needs a token that may write: run `hf auth login`, or set HF_TOKEN")
 
 
-def push(folder: Path, repository: str, *, private: bool = False, endpoint: str | None = None) -> str:
-    """Upload every file of ``folder`` in one commit to a model repository, which is made if it is not there.
+def push(folder: Path, repository: str, *, private: bool = False) -> str:
+    """Upload every file of ``folder`` to a model repository, which is made if it is not there.
 
     Args:
         folder: whole; what it holds is what is uploaded.
         repository: ORG/NAME.
-        private: of a repository that is made now; one that is there stays what it is.
-        endpoint: of the Hub; the client's own (HF_ENDPOINT) unless given.
+        private: make a new repository private; else it is what its organisation makes new ones. One that is there
+            stays what it is.
 
     Returns:
         Where it is now.
@@ -42,11 +43,10 @@ def push(folder: Path, repository: str, *, private: bool = False, endpoint: str 
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    api = HfApi(endpoint=endpoint)
-    message = "Export by distill-ssm"
+    api = HfApi()  # at HF_ENDPOINT, if that is set
     try:
-        place = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+        place = api.create_repo(repository, private=private or None, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=MESSAGE)
     except HfHubHTTPError as error:
         status = error.response.status_code
         why = {401: "the token is not known to it", 403: "the token may not write there"}.get(status, _said(error))

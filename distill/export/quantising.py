@@ -6,7 +6,6 @@ D, which are small and whose errors a recurrence would add up. Experts that a fa
 """
 
 from collections.abc import Iterable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,16 @@ def check_quantise(scheme: str, to: str) -> None:
     """Whether it can be done at all, asked before anything is written.
 
     Raises:
-        UserError: an unknown scheme, a format that stores weights its own way, or torchao is missing.
+        UserError: an unknown scheme, a format that stores weights its own way, or torchao is missing or broken.
     """
     if scheme not in SCHEMES:
         raise UserError(f"--quantise is {scheme!r}; allowed is {', '.join(SCHEMES)}")
     if to not in FORMATS:
         raise UserError(f"--quantise is for {', '.join(FORMATS)}; {to} has --outtype instead")
-    if find_spec("torchao") is None:
-        raise UserError("--quantise int8 needs torchao: pip install 'distill-ssm[quantise]'")
+    try:
+        import torchao.quantization  # noqa: F401
+    except Exception as error:  # missing, or of another torch: whatever it then raises
+        raise UserError(f"--quantise int8 needs torchao ({error}): pip install 'distill-ssm[quantise]'") from error
 
 
 def quantise_folder(folder: Path, text: MeasuredText) -> Quantised:
