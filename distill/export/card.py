@@ -6,18 +6,19 @@ which. What nobody recorded is said to be unknown.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
 from distill import marked_yaml
 from distill.evaluation import perplexity_ratio
 from distill.export.account import CONVERT, Account
 from distill.export.footprint import CONTEXTS, Footprint, footprint_of
-from distill.export.usage import TAGS, how_to_load
+from distill.export.metadata import metadata
+from distill.export.usage import how_to_load
+from distill.export.written import Written
 from distill.layout import ATTENTION
 from distill.standalone import package_version
 from distill.units import count, duration, size
@@ -25,64 +26,6 @@ from distill.units import count, duration, size
 CARD = "README.md"
 UNKNOWN = "unknown: fill in"
 MIXER_NAMES = {"mamba2": "Mamba-2", "discrete_mamba2": "discrete Mamba-2"}
-
-
-@dataclass(frozen=True)
-class Quantised:
-    """What storing weights in fewer bits cost, measured; losses in nats per token.
-
-    Attributes:
-        scheme: such as "int8 weight-only (torchao)".
-        text: what it was measured on.
-        tokens: how many predictions were scored.
-        loss_before, loss_after: cross-entropy against the text.
-        kl: KL(before ‖ after) of the next-token distributions.
-        agreement: share of positions where both give the highest probability to the same token.
-        bytes_before, bytes_after: of the weight files.
-    """
-
-    scheme: str
-    text: str
-    tokens: int
-    loss_before: float
-    loss_after: float
-    kl: float
-    agreement: float
-    bytes_before: int
-    bytes_after: int
-
-    def told(self) -> list[str]:
-        """For the terminal and the card alike."""
-        before, after = (math.exp(loss) for loss in (self.loss_before, self.loss_after))
-        return [
-            f"{self.scheme}: weight files {size(self.bytes_before)} → {size(self.bytes_after)}",
-            f"perplexity {before:.4f} → {after:.4f} (loss {self.loss_before:.4f} → {self.loss_after:.4f}), "
-            f"KL {self.kl:.2e}, same likeliest token at {self.agreement:.2%} of positions; "
-            f"{self.tokens:,} tokens of {self.text}",
-        ]
-
-
-@dataclass(frozen=True)
-class Written:
-    """The folder that the card stands in.
-
-    Attributes:
-        place: what a reader passes to ``from_pretrained``: a Hub id, or the folder's name.
-        format: a key of ``distill.export.formats.FORMATS``.
-        n_bytes: of its weight files.
-        file: the name of the weights where they are one file of a name of their own.
-        quantised: what quantising them cost, where they are.
-    """
-
-    place: str
-    format: str
-    n_bytes: int
-    file: str | None = None
-    quantised: Quantised | None = None
-
-    @property
-    def name(self) -> str:
-        return self.place.rpartition("/")[2]
 
 
 def write_card(folder: Path, account: Account, written: Written) -> Path:
@@ -108,60 +51,6 @@ def make_card(account: Account, written: Written) -> ModelCard:
     ]
     body = "\n\n".join(section for section in sections if section)
     return ModelCard(f"---\n{metadata(account, written).to_yaml()}\n---\n\n{body}\n")
-
-
-def metadata(account: Account, written: Written) -> ModelCardData:
-    """What stands between the dashes."""
-    teacher = account.teacher
-    base: dict[str, Any] = {"base_model": teacher.name, "base_model_relation": "finetune"} if teacher.on_hub else {}
-    licence: dict[str, Any] = dict(teacher.licence or {"license": "unknown"})
-    datasets = [source.split(":")[1] for source in account.sources if source.startswith("dataset:")]
-    results = _results(account)
-    kinds = set(account.config.distill["layers"])
-    tags = ["mamba2", "state-space-model", "distillation", *(["hybrid"] if len(kinds) > 1 else [])]
-    tags += [*TAGS[written.format], *(["torchao", "int8"] if written.quantised else [])]
-    return ModelCardData(
-        language=teacher.language,
-        datasets=datasets or None,
-        library_name="gguf" if written.format == "gguf" else "transformers",
-        pipeline_tag="text-generation",
-        tags=tags,
-        model_name=written.name if results else None,
-        eval_results=results or None,
-        **licence,
-        **base,
-    )
-
-
-def _results(account: Account) -> list[EvalResult]:
-    """The student's own numbers on the held-out text; what has no finite value is left out."""
-    if account.evaluation is None:
-        return []
-    metrics = account.evaluation.metrics
-    teacher_loss = metrics.teacher_loss
-    values = {
-        ("perplexity", "Perplexity"): metrics.perplexity,
-        ("perplexity", "Perplexity of the teacher"): None if teacher_loss is None else math.exp(teacher_loss),
-        ("kl_divergence", "KL(teacher ‖ student), nats per token"): metrics.kl,
-        ("accuracy", "Top-1 agreement with the teacher"): metrics.agreement,
-    }
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=_dataset(account),
-            dataset_name=f"{', '.join(account.sources) or 'text'}, held out",
-            metric_type=kind,
-            metric_name=name,
-            metric_value=round(value, 6),
-        )
-        for (kind, name), value in values.items()
-        if value is not None and math.isfinite(value)
-    ]
-
-
-def _dataset(account: Account) -> str:
-    source = next(iter(account.sources), "text")
-    return source.split(":")[1] if source.startswith("dataset:") else "text"
 
 
 def _introduction(account: Account, written: Written) -> str:

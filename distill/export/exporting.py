@@ -6,12 +6,13 @@ from distill.atomic import whole_folder
 from distill.checks import teacher_folder
 from distill.errors import UserError
 from distill.export.account import read_account
-from distill.export.card import CARD, Written, write_card
+from distill.export.card import CARD, write_card
 from distill.export.formats import FORMATS, Options
 from distill.export.held_out import measured_text
 from distill.export.publishing import check_push, push
 from distill.export.quantising import check_quantise, quantise_folder, weight_bytes
 from distill.export.stored import read_student_config
+from distill.export.written import Written
 from distill.new_folder import check_new_folder
 
 

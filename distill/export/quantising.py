@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from distill.errors import UserError
 from distill.evaluation import evaluate
-from distill.export.card import Quantised
 from distill.export.held_out import MeasuredText
+from distill.export.written import Quantised
 from distill.student import is_student, load_model
 from distill.weight_files import shards_of
 

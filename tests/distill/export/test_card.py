@@ -12,8 +12,9 @@ from distill.cache import cache_nbytes
 from distill.conversion import convert
 from distill.converting import convert_folder
 from distill.export.account import read_account
-from distill.export.card import Quantised, Written, write_card
+from distill.export.card import write_card
 from distill.export.footprint import Footprint, footprint_of
+from distill.export.written import Quantised, Written
 from distill.student import student_config
 from tests.conftest import tiny
 from tests.distill.export.made_run import STDLIB, make_run
