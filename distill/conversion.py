@@ -15,19 +15,21 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from distill.attention import AttentionView, family_of, view
+from distill.attention import AttentionView, family_of, views
 from distill.calibration import calibrate
+from distill.decoder import norm_eps
 from distill.errors import UserError
 from distill.layout import layer_kinds, mixer_layers, resolve
 from distill.mixers import MIXERS
 from distill.roles import ROLES, roles
 from distill.seeding import Seeded, seed_mixer
 from distill.student import (
-    STUDENTS,
     load_model,
     mixers_of,
     state_bytes,
+    student_class,
     student_config,
+    teacher_class,
 )
 
 CONTEXTS = (1024, 4096, 32768, 131072)
@@ -118,8 +120,7 @@ def convert_with_report(
     config = plan(
         teacher.config, mixer=mixer, keep_attention=keep_attention, state_dim=state_dim, conv_width=conv_width
     )
-    family = family_of(teacher.config)
-    replaced = {index: view(teacher.get_decoder().layers[index].self_attn, family) for index in mixer_layers(config)}
+    replaced = views(teacher, mixer_layers(config))
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -150,13 +151,14 @@ def plan(
     kept = resolve(text.num_hidden_layers, layers=list(keep_attention))
     if (state_dim is not None and state_dim < 1) or conv_width < 1:
         raise UserError(f"state_dim is {state_dim} and conv_width {conv_width}; both must be at least 1")
-    attention = view(empty_model(teacher).get_decoder().layers[0].self_attn, family_of(teacher))
+    family_of(teacher)
+    attention = views(empty_model(teacher), [0])[0]
     settings = {
         "n_heads": attention.n_heads,
         "head_dim": attention.head_dim,
         "state_dim": state_dim or attention.head_dim,
         "conv_width": conv_width,
-        "norm_eps": text.rms_norm_eps,
+        "norm_eps": norm_eps(teacher),
         "out_bias": attention.o.bias is not None,
     }
     return student_config(teacher, layer_kinds(text.num_hidden_layers, kept, mixer), settings)
@@ -178,8 +180,8 @@ def unset_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 
 
 def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
-    layout = getattr(config, "distill", None)
-    model_class = STUDENTS[layout["teacher"]] if layout else family_of(config).causal_lm
+    stock = teacher_class(config)
+    model_class = stock if getattr(config, "distill", None) is None else student_class(stock)
     with no_init_weights():
         model = model_class(copy.deepcopy(config))
     model.tie_weights()  # skipped above, together with the initialisation
@@ -203,7 +205,7 @@ def load_teacher(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreT
 
 def report(teacher: PreTrainedModel, student: PreTrainedModel, seeded: dict[int, list[Seeded]] | None = None) -> Report:
     """Count what changed; works on models without weights too."""
-    attention = view(teacher.get_decoder().layers[0].self_attn, family_of(teacher.config))
+    attention = views(teacher, [0])[0]
     kv_bytes = 2 * attention.n_kv_heads * attention.head_dim * teacher.dtype.itemsize
     kinds = student.config.distill["layers"]
     return Report(
@@ -220,17 +222,17 @@ def report(teacher: PreTrainedModel, student: PreTrainedModel, seeded: dict[int,
 def _build(config: PreTrainedConfig, teacher: PreTrainedModel) -> PreTrainedModel:
     """A student with untrained mixers and, everywhere else, weights still to be copied."""
     with _default_dtype(teacher.dtype):
-        student = STUDENTS[teacher.config.model_type]._from_config(
-            config, attn_implementation=teacher.config._attn_implementation
-        )
+        made = student_class(teacher_class(teacher.config))
+        student = made._from_config(config, attn_implementation=teacher.config._attn_implementation)
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.to(teacher.device).eval()
 
 
 def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    changed = tuple(f"layers.{index}.self_attn." for index in mixer_layers(student.config))
+    mixers = {id(mixer) for mixer in mixers_of(student).values()}
+    changed = tuple(f"{name}." for name, module in student.named_modules() if id(module) in mixers)
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
-    strays = [name for name in (*missing, *unexpected) if not any(part in name for part in changed)]
+    strays = [name for name in (*missing, *unexpected) if not name.startswith(changed)]
     assert not strays, f"teacher and student differ outside the changed layers: {strays}"
 
 

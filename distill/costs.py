@@ -44,6 +44,7 @@ from transformers import PreTrainedModel
 
 from distill import activations
 from distill.data.batches import micro_batches
+from distill.decoder import attention_of, layers_of
 from distill.layout import mixer_layers
 from distill.objectives import strips
 from distill.objectives.chunked import VOCABULARY_SLICE, chunk_rows
@@ -233,7 +234,7 @@ def _head_gradient(stage: LogitsStage, sizes: Sizes) -> int:
 
 
 def _every_layer(sizes: Sizes, student: PreTrainedModel, dtype: torch.dtype) -> list[activations.Saved]:
-    layers, kinds = student.get_decoder().layers, student.config.distill["layers"]
+    layers, kinds = layers_of(student), student.config.distill["layers"]
     saved = {
         kind: activations.of_layer(layers[kinds.index(kind)], sizes.hidden, sizes.block, dtype) for kind in set(kinds)
     }
@@ -244,11 +245,11 @@ def _kept_by_layers(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrai
     """A layer at a time, and what the teacher read and wrote in each, which stays until the last has trained."""
     if not sizes.n_changed:
         return Kept(0, 0, 0, 0)
-    layer = student.get_decoder().layers[mixer_layers(student.config)[0]]
+    layer = layers_of(student)[mixer_layers(student.config)[0]]
     shape = (sizes.hidden, sizes.block, DTYPES[recipe.dtype])
     moved = room = 0
     if isinstance(stage, MixingStage):
-        saved = activations.of_matrix(layer.self_attn, *shape)
+        saved = activations.of_matrix(attention_of(layer), *shape)
         heads = sequences * sizes.heads
         room = strips.working_bytes(heads, sizes.head_dim, sizes.state_dim, sizes.block, "cuda")
         # Written three times, as scores, as weights and as errors, and never kept.
@@ -256,7 +257,7 @@ def _kept_by_layers(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrai
     elif isinstance(stage, HiddenStage) and stage.target == "block":
         saved = activations.of_layer(layer, *shape)
     else:
-        saved = activations.of_mixer(layer.self_attn, *shape)
+        saved = activations.of_mixer(attention_of(layer), *shape)
     graph = sequences * saved.a_sequence
     tensors = _traced(stage, mixer_layers(student.config))
     traces = sequences * sizes.block * tensors * sizes.hidden * DTYPES[recipe.teacher.dtype].itemsize

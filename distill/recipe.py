@@ -10,54 +10,60 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_serializer, model_validator
 
 from distill import marked_yaml
 from distill.recipe_fields import (
-    Beta,
     Count,
     Distinct,
     Flag,
     Fraction,
     Integer,
-    NotNegative,
     Number,
-    Positive,
-    Some,
+    Section,
     Sources,
     Text,
     Tokens,
 )
 from distill.recipe_file import read_recipe_file
+from distill.recipe_stages import (
+    ROLES,
+    STAGE_NAMES,
+    HiddenStage,
+    LayerwiseTraining,
+    LogitsStage,
+    MixingStage,
+    OfflineTeacher,
+    Stage,
+    StageName,
+    Stages,
+    Step,
+)
 
-Role = Literal["mixer", "attention", "norms", "mlp", "embeddings", "head"]
-StageName = Literal["mixing", "hidden", "logits"]
-Step = Literal["convert"] | StageName
-ROLES: tuple[Role, ...] = get_args(Role)
-STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
-
+__all__ = [
+    "ROLES",
+    "STAGE_NAMES",
+    "Data",
+    "HiddenStage",
+    "Keep",
+    "LayerwiseTraining",
+    "LogitsStage",
+    "MixingStage",
+    "OfflineTeacher",
+    "Recipe",
+    "Stage",
+    "StageName",
+    "Step",
+    "Student",
+    "load_recipe",
+]
 
 # What never changes a result: labels and places of a recipe, how a step is cut up, how often a stage looks and saves.
 _LABELS = ("name", "run_dir", "device", "trackers")
 _CUT = ("micro_batch_size", "parallel", "gradient_checkpointing")
 _CADENCE = ("eval_every", "checkpoint_every", "keep_checkpoints")
-
-
-class Section(BaseModel):
-    """A part of a recipe: immutable, and without room for unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Teacher(Section):
@@ -114,6 +120,8 @@ class Student(Section):
     """Numbers of state for each channel of a head; null for the size of the teacher's heads."""
     conv_width: Count = 4
     """Positions the mixers' short convolution looks at."""
+    exportable: Literal["granite", "bamba", "gguf"] | None = None
+    """A format that `distill export` must be able to write the student in, checked before the run; null for any."""
 
 
 class HeldOut(Section):
@@ -160,150 +168,6 @@ class Data(Section):
                 "streaming: the length of a stream is not known, so it has no tail; use held_out: {by: hash}"
             )
         return self
-
-
-class Training(Section):
-    """What every stage says about its training."""
-
-    tokens: Tokens
-    """Tokens to train on, as a number or such as 100K, 1.5M, 2B."""
-    batch_size: Count = 16
-    """Sequences a step, over all processes: the result does not depend on how many there are."""
-    micro_batch_size: Count | None = None
-    """The most sequences a forward pass takes on a process, for its memory; null for all that fall to it."""
-    lr: Positive = 1e-3
-    """The peak learning rate."""
-    mixer_lr: Positive = Field(None, validate_default=True)
-    """The peak learning rate of the mixers; the same as lr unless given."""
-    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
-    """The learning rate after the warmup: wsd stays and falls at the end, cosine falls all the way."""
-    warmup: Fraction = 0.1
-    """The fraction of the steps in which the learning rate rises."""
-    decay: Fraction = 0.1
-    """The fraction of the steps in which a wsd learning rate falls."""
-    min_lr_ratio: Fraction = 0.0
-    """The learning rate at the end, as a fraction of the peak."""
-    weight_decay: NotNegative = 0.1
-    """AdamW's decay, on matrices only."""
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    """AdamW's two decay rates."""
-    clip: Positive | None = 1.0
-    """The largest gradient norm; null for no clipping."""
-    eval_every: Count | None = None
-    """Steps between evaluations; null for only the start and the end."""
-    checkpoint_every: Count = 200
-    """Steps between checkpoints."""
-    keep_checkpoints: Count = 2
-    """How many checkpoints are kept while the stage runs."""
-
-    @field_validator("mixer_lr", mode="before")
-    @classmethod
-    def _same_as_lr(cls, value: object, info: ValidationInfo) -> object:
-        return info.data.get("lr", 1.0) if value is None else value
-
-    @model_validator(mode="after")
-    def _warmup_before_decay(self) -> "Training":
-        if self.schedule == "wsd" and self.warmup + self.decay > 1:
-            raise ValueError(f"warmup + decay must be at most 1, not {self.warmup + self.decay:g}")
-        return self
-
-
-class LayerwiseTraining(Training):
-    """What the stages say in which layers share nothing."""
-
-    parallel: Literal["data", "layers"] = "data"
-    """data: processes share a step's sequences; layers: each trains its own layers on all of them."""
-
-
-class MixingStage(LayerwiseTraining):
-    """Stage 1: each mixer's matrix is matched to the attention matrix of its layer."""
-
-    weight_decay: NotNegative = 0.0
-    """None: the rows of a mixer's projection that make values and gate, which this stage never trains, would shrink."""
-    form: Literal["unsquared", "squared", "row_normalised"] = "unsquared"
-    """A head's distance: the Frobenius norm, its square, or the mean of the rows' relative errors."""
-    train: Annotated[tuple[Literal["mixer"], ...], Some] = ("mixer",)
-    """The roles that are trained; no other parameter shapes a mixing matrix."""
-
-    @field_validator("weight_decay")
-    @classmethod
-    def _nothing_shrinks(cls, value: float) -> float:
-        if value:
-            raise ValueError("must be 0: values and gate share a matrix with what this stage trains, and would shrink")
-        return value
-
-
-class HiddenStage(LayerwiseTraining):
-    """Stage 2: each layer's output is matched to the teacher's, given the teacher's input."""
-
-    target: Literal["mixer", "block"] = "mixer"
-    """mixer: the mixer's output against attention's; block: the layer's output against the layer's."""
-    train: Annotated[tuple[Literal["mixer", "norms", "mlp"], ...], Some] = ("mixer",)
-    """The roles that are trained; with target: mixer only mixer."""
-
-    @field_validator("train")
-    @classmethod
-    def _within_target(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        if info.data.get("target") == "mixer" and value != ("mixer",):
-            raise ValueError("must be [mixer] with target: mixer (target: block reaches norms and mlp too)")
-        return value
-
-
-class OfflineTeacher(Section):
-    """The teacher's predictions, read from disk where `stages.cache` wrote them."""
-
-    top_k: Annotated[Count, Field(le=255)] = 64
-    """Tokens kept at each position, the likeliest; all others are kept as one probability."""
-
-
-class LogitsStage(Training):
-    """Stage 3: the whole student is matched to the teacher's next-token distribution."""
-
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    """The distance between the two distributions."""
-    temperature: Positive = 1.0
-    """Both distributions are softened by it."""
-    ce_weight: Fraction = 0.0
-    """The share of the plain next-token loss."""
-    gradient_checkpointing: Flag = False
-    """Compute each layer's forward again in backward: a third more time, and one layer's activations in memory."""
-    offline_teacher: OfflineTeacher | None = None
-    """Read the teacher's predictions from disk, such as {top_k: 64}; null to run it beside the student."""
-    train: Annotated[tuple[Role, ...], Some] = ROLES
-    """The roles that are trained."""
-
-    @model_validator(mode="after")
-    def _tail_at_temperature_1(self) -> "LogitsStage":
-        if self.offline_teacher and self.temperature != 1:
-            raise ValueError(
-                f"offline_teacher needs temperature: 1, not {self.temperature:g}: what the kept tail weighs at another"
-                " temperature cannot be known"
-            )
-        return self
-
-
-Stage = MixingStage | HiddenStage | LogitsStage
-
-
-class Stages(Section):
-    """The stages that run, always in this order; a stage that is not named does not run."""
-
-    mixing: MixingStage | None = None
-    """Stage 1: match the mixing matrices."""
-    hidden: HiddenStage | None = None
-    """Stage 2: match the hidden states."""
-    logits: LogitsStage | None = None
-    """Stage 3: match the logits."""
-
-    @model_validator(mode="after")
-    def _one_at_least(self) -> "Stages":
-        if not self.named():
-            raise ValueError(f"give at least one of {', '.join(STAGE_NAMES)}")
-        return self
-
-    def named(self) -> dict[StageName, Stage]:
-        """The stages of this recipe by name, in the order they run."""
-        return {name: stage for name in STAGE_NAMES if (stage := getattr(self, name)) is not None}
 
 
 class Evaluation(Section):
@@ -374,6 +238,7 @@ class Recipe(Section):
         for key in _LABELS:
             content.pop(key)
         content["data"].pop("workers")
+        content["student"].pop("exportable")
         content["stages"] = {
             name: {key: value for key, value in stage.items() if key not in (*_CUT, *_CADENCE)}
             for name, stage in content["stages"].items()

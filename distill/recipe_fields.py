@@ -1,10 +1,19 @@
-"""The kinds of value a recipe holds. Nothing is silently turned into another kind: true is not 1, "3" is not 3."""
+"""The kinds of value a recipe holds, and what all its sections are.
+
+Nothing is silently turned into another kind: true is not 1, "3" is not 3.
+"""
 
 import re
 from decimal import Decimal
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, Strict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, Strict
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, and without room for unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 def _token_count(value: object) -> object:

@@ -99,7 +99,9 @@ def _heads(weight: Tensor, attention: AttentionView, beyond: Tensor, width: int)
 def _size_ratio(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> Tensor:
     """(H,) how much larger attention's matrix is than the mixer's, head by head, in Frobenius norm."""
     q_BHTP, k_BHTP = attention.queries_and_keys(trace.attention_input, trace.position_embeddings)
-    teacher_BHTT = attention_matrix(q_BHTP, k_BHTP, scaling=attention.scaling, window=attention.sliding_window)
+    teacher_BHTT = attention_matrix(
+        q_BHTP, k_BHTP, scaling=attention.scaling, window=attention.sliding_window, softcap=attention.softcap
+    )
     student_BHTT = mixer.mixing_matrix(trace.attention_input)
     sizes = (matrix_BHTT.float().square().sum(dim=(0, 2, 3)).sqrt() for matrix_BHTT in (teacher_BHTT, student_BHTT))
     teacher_H, student_H = sizes

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from distill.decoder import attention_of, layers_of, replace_attention
 from distill.decoder_inputs import mask_for_generate, prepare_inputs_of
 from distill.errors import UserError
 from distill.layout import mixer_layers
@@ -40,8 +41,7 @@ def install_mixers(model: PreTrainedModel, layout: dict[str, Any]) -> None:
     Raises:
         UserError: the layout names a mixer that there is none of, in a folder's own code: one it was not written for.
     """
-    decoder = model.get_decoder()
-    places = mixer_layers(model.config)
+    layers, places = layers_of(model), mixer_layers(model.config)
     unknown = {layout["layers"][index] for index in places} - MIXERS.keys()
     if unknown:
         raise UserError(
@@ -49,10 +49,9 @@ def install_mixers(model: PreTrainedModel, layout: dict[str, Any]) -> None:
             f" {', '.join(sorted(MIXERS)) or 'no mixers'}: they are not of one student; export it again"
         )
     for index in places:
-        layer = decoder.layers[index]
         mixer = MIXERS[layout["layers"][index]](
             hidden_size=model.config.get_text_config().hidden_size, layer_idx=index, **layout["mixer"]
         )
-        layer.self_attn = mixer.to(dtype=model.dtype)
+        replace_attention(layers[index], mixer.to(dtype=model.dtype))
     # Also where all attention is kept: whether packed documents stay apart must not depend on the layout.
-    prepare_inputs_of(decoder)
+    prepare_inputs_of(model.get_decoder(), layers, [attention_of(layers[index]) for index in places])

@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distill.capture import Field, LayerTrace, sequence_arguments, traced_layers
+from distill.capture import Field, LayerTrace, as_decoder_calls, sequence_arguments, traced_layers
+from distill.decoder import attention_of, layers_of
 from distill.handover import StageRecord
 from distill.objectives import hidden_distance
 from distill.recipe import HiddenStage
@@ -41,7 +42,7 @@ class HiddenObjective:
 
     def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, settings: HiddenStage) -> None:
         self.teacher, self.target, self.dtype = teacher, settings.target, student.dtype
-        layers = student.get_decoder().layers
+        layers = layers_of(student)
         self.layers = {index: layers[index] for index in mixers_of(student)}
 
     def weight(self, batch: Batch) -> float:
@@ -57,10 +58,10 @@ class HiddenObjective:
     def _distance(self, layer: Any, trace: LayerTrace, batch: Batch, sequence: dict[str, Tensor | None]) -> Tensor:
         """The distance of one layer, summed over tokens."""
         if self.target == "mixer":
-            output_BTD, _ = layer.self_attn(trace.attention_input.to(self.dtype), **sequence)
+            output_BTD, _ = attention_of(layer)(trace.attention_input.to(self.dtype), **sequence)
             target_BTD = trace.attention_output
         else:
-            output_BTD = layer(trace.layer_input.to(self.dtype), **{**trace.layer_kwargs, **sequence})
+            output_BTD = as_decoder_calls(layer, trace.layer_input.to(self.dtype), trace, sequence)
             target_BTD = trace.layer_output
         return hidden_distance(output_BTD, target_BTD, batch["valid"], reduction="sum")
 

@@ -69,7 +69,6 @@ def bamba_config(facts: StudentFacts, mixer: MixerSize) -> BambaConfig:
     return BambaConfig(
         **values,
         attn_layer_indices=facts.kept,
-        num_logits_to_keep=None,
         mlp_bias=facts.has("mlp.gate_proj.bias"),
     )
 

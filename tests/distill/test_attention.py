@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from distill.attention import family_of, view
 from distill.capture import FIELDS, layer_traces, traced_layers
@@ -51,7 +52,7 @@ def test_a_trace_holds_what_was_asked_for(family, wants):
     teacher, batch = tiny(family), packed_batch(97)
     whole = layer_traces(teacher, batch, [0, 2])
     for index, trace in layer_traces(teacher, batch, [2, 0], wants).items():
-        assert vars(trace).keys() == {"layer_kwargs", *wants}
+        assert vars(trace).keys() == {"layer_args", "layer_kwargs", *wants}
         assert trace.position_embeddings
         for name in wants:
             assert torch.equal(getattr(trace, name), getattr(whole[index], name))
@@ -93,8 +94,8 @@ def test_hooks_are_gone_afterwards(family):
 
 
 def test_an_unknown_family_is_named():
-    config = type("Config", (), {"model_type": "rwkv"})()
-    with pytest.raises(UserError, match=r"'rwkv'; supported families are llama, mistral, qwen2"):
+    config = AutoConfig.for_model("rwkv")
+    with pytest.raises(UserError, match=r"'rwkv'; supported families are falcon, gemma"):
         family_of(config)
 
 
