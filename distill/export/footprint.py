@@ -17,80 +17,95 @@ Projections, MLPs and the head come on top, of both alike.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig
 
+from distill.attention import AttentionView, views
 from distill.conversion import empty_model
 from distill.layout import ATTENTION
-from distill.student import mixers_of, state_bytes
+from distill.student import mixers_of, state_bytes, teacher_class
 
 CONTEXTS = (1024, 4096, 32768, 131072)
 
 
+class AttentionCost(NamedTuple):
+    """Of one attention layer, for every token of context it looks at.
+
+    Attributes:
+        kv_bytes: keys and values, in the dtype of the weights.
+        operations: of a generated token.
+        window: how far back it looks; None for everything.
+    """
+
+    kv_bytes: int
+    operations: int
+    window: int | None
+
+
 @dataclass(frozen=True)
 class Footprint:
-    """Of one student; its teacher is the same with attention in every layer.
+    """Of one student; its teacher has attention in every layer.
 
     Attributes:
         parameters: tied ones once.
         state_bytes: what all mixers remember, fp32.
         scan_operations: of all mixers, a token.
-        windows: of every layer, how far back attention there sees or saw; None for everything.
+        layers: what attention costs in each layer, kept or not.
         kept: the layers that keep attention.
-        kv_bytes: of one attention layer, a token of context, in the dtype of the weights.
-        attention_operations: of one attention layer, a token, for a token of context.
     """
 
     parameters: int
     state_bytes: int
     scan_operations: int
-    windows: tuple[int | None, ...]
+    layers: tuple[AttentionCost, ...]
     kept: tuple[int, ...]
-    kv_bytes: int
-    attention_operations: int
 
     def student_bytes(self, tokens: int) -> int:
-        return self.state_bytes + self.kv_bytes * self._seen(tokens, self.kept)
+        return self.state_bytes + sum(layer.kv_bytes * _seen(layer, tokens) for layer in self._kept())
 
     def teacher_bytes(self, tokens: int) -> int:
-        return self.kv_bytes * self._seen(tokens, range(len(self.windows)))
+        return sum(layer.kv_bytes * _seen(layer, tokens) for layer in self.layers)
 
     def student_operations(self, tokens: int) -> int:
-        return self.scan_operations + self.attention_operations * self._seen(tokens, self.kept)
+        return self.scan_operations + sum(layer.operations * _seen(layer, tokens) for layer in self._kept())
 
     def teacher_operations(self, tokens: int) -> int:
-        return self.attention_operations * self._seen(tokens, range(len(self.windows)))
+        return sum(layer.operations * _seen(layer, tokens) for layer in self.layers)
 
-    def _seen(self, tokens: int, layers: Any) -> int:
-        """Tokens of context that these layers look at, added up."""
-        windows = [self.windows[layer] for layer in layers]
-        return sum(tokens if window is None else min(tokens, window) for window in windows)
+    def _kept(self) -> list[AttentionCost]:
+        return [self.layers[index] for index in self.kept]
 
 
 def footprint_of(config: PreTrainedConfig) -> Footprint:
     """From a student's config alone; no weight is in memory."""
-    student, text = empty_model(config), config.get_text_config()
-    kinds = config.distill["layers"]
-    heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    student, kinds = empty_model(config), config.distill["layers"]
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     mixer = config.distill["mixer"]
     scan = 4 * mixer["n_heads"] * mixer["head_dim"] * mixer["state_dim"]
+    attention = views(empty_model(teacher_config(config)), range(len(kinds)))
     return Footprint(
         parameters=sum(parameter.numel() for parameter in student.parameters()),
         state_bytes=state_bytes(student),
         scan_operations=scan * len(mixers_of(student)),
-        windows=_windows(text, len(kinds)),
+        layers=tuple(_cost(attention[index], dtype) for index in range(len(kinds))),
         kept=tuple(index for index, kind in enumerate(kinds) if kind == ATTENTION),
-        kv_bytes=2 * kv_heads * head_dim * dtype.itemsize,
-        attention_operations=4 * heads * head_dim,
     )
 
 
-def _windows(text: Any, n_layers: int) -> tuple[int | None, ...]:
-    """Per layer where the config tells layers apart (Qwen2 mixes both kinds), else one for all (Mistral)."""
-    window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
-    return tuple(window if kinds is None or kinds[index] == "sliding_attention" else None for index in range(n_layers))
+def teacher_config(student: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of a student's teacher, of its stock class."""
+    stock: Any = teacher_class(student).config_class
+    ours = ("model_type", "architectures", "auto_map", "distill", "transformers_version")
+    return stock(**{key: value for key, value in student.to_dict().items() if key not in ours})
+
+
+def _cost(attention: AttentionView, dtype: torch.dtype) -> AttentionCost:
+    width = attention.head_dim
+    kv_bytes = 2 * attention.n_kv_heads * width * dtype.itemsize
+    return AttentionCost(kv_bytes, 4 * attention.n_heads * width, attention.sliding_window)
+
+
+def _seen(layer: AttentionCost, tokens: int) -> int:
+    return tokens if layer.window is None else min(tokens, layer.window)

@@ -13,7 +13,9 @@ from transformers import dynamic_module_utils
 
 from distill import convert, load_student
 from distill.mixers import MIXERS
-from tests.conftest import FAMILIES, tiny
+from tests.conftest import tiny
+from tests.distill.families.models import CASES
+from tests.distill.families.models import tiny as tiny_case
 
 LETTERS = torch.arange(3, 25).reshape(2, 11)
 
@@ -164,18 +166,18 @@ for folder in sys.argv[1:]:
 def test_folders_load_where_this_package_is_not(tmp_path):
     """A fresh interpreter in which ``import distill`` fails; what it saves loads here again. One for all families."""
     students = {}
-    for index, family in enumerate(sorted(FAMILIES)):
-        folder = tmp_path / family
-        students[folder] = convert(tiny(family), mixer=sorted(MIXERS)[index % len(MIXERS)], keep_attention=[1])
+    for index, case in enumerate(CASES):
+        folder = tmp_path / f"student{index}"
+        students[folder] = convert(tiny_case(case), mixer=sorted(MIXERS)[index % len(MIXERS)], keep_attention=[1])
         students[folder].save_pretrained(folder)
         torch.save(LETTERS, f"{folder}.ids")
     program = [sys.executable, "-I", "-c", WITHOUT_THIS_PACKAGE, *students]
     environment = {"HF_HOME": str(tmp_path / "hub"), "PATH": "", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    for folder, student in students.items():
+    for (folder, student), case in zip(students.items(), CASES, strict=True):
         logits, generated = torch.load(f"{folder}.out")
-        torch.testing.assert_close(logits, student(LETTERS).logits, rtol=1e-5, atol=1e-5)
-        assert torch.equal(generated, student.generate(LETTERS, max_new_tokens=12, do_sample=False))
+        torch.testing.assert_close(logits, student(LETTERS).logits, rtol=1e-5, atol=1e-5, msg=case)
+        assert torch.equal(generated, student.generate(LETTERS, max_new_tokens=12, do_sample=False)), case
         shutil.rmtree(folder)
-        assert torch.equal(load_student(f"{folder}.again")(LETTERS).logits, student(LETTERS).logits)
+        assert torch.equal(load_student(f"{folder}.again")(LETTERS).logits, student(LETTERS).logits), case

@@ -13,7 +13,7 @@ from distill.conversion import convert
 from distill.converting import convert_folder
 from distill.export.account import read_account
 from distill.export.card import write_card
-from distill.export.footprint import Footprint, footprint_of
+from distill.export.footprint import AttentionCost, Footprint, footprint_of
 from distill.export.written import Quantised, Written
 from distill.student import student_config
 from tests.conftest import tiny
@@ -154,13 +154,14 @@ def test_what_is_remembered_is_what_a_cache_holds(family, keep):
 
 
 def test_a_sliding_window_ends_what_attention_remembers_and_does():
-    layers = Footprint(0, 100, 7, windows=(None, 8, None), kept=(1, 2), kv_bytes=10, attention_operations=3)
+    far, near = AttentionCost(10, 3, None), AttentionCost(10, 3, 8)
+    layers = Footprint(0, state_bytes=100, scan_operations=7, layers=(far, near, far), kept=(1, 2))
     assert layers.student_bytes(20) == 100 + 10 * (8 + 20)
     assert layers.teacher_bytes(20) == 10 * (20 + 8 + 20)
     assert layers.student_operations(20) == 7 + 3 * 28
-    mistral = student_config(
-        MistralConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=97, sliding_window=16),
-        ["attention", "mamba2"],
-        {"n_heads": 4, "head_dim": 8, "state_dim": 8},
+    assert layers.teacher_operations(5) == 3 * 15
+    mistral = MistralConfig(
+        num_hidden_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=97, sliding_window=16
     )
-    assert footprint_of(mistral).windows == (16, 16)
+    student = student_config(mistral, ["attention", "mamba2"], {"n_heads": 4, "head_dim": 8, "state_dim": 8})
+    assert [layer.window for layer in footprint_of(student).layers] == [16, 16]
