@@ -222,10 +222,11 @@ def _limits(account: Account) -> list[str]:
             f"It was {_trained_on(account)}, {count(sum(record.tokens for record in account.trained))} tokens in all;"
             " beyond that length it was neither trained nor measured."
         )
+    if getattr(account.config.get_text_config(), "rope_parameters", None):
+        lines.append("Rotary positions are dropped from the converted layers; those that keep attention have them.")
     lines += [
         "A state of fixed size cannot hold a long text word for word: verbatim recall from far back is where such"
         " models fall behind attention first.",
-        "Rotary positions are dropped from the converted layers; those that keep attention have them.",
         "Assisted (speculative) decoding is not possible: a state cannot be rolled back.",
         "What the teacher gets wrong, and any bias it has, carries over. Nothing was done about safety.",
     ]

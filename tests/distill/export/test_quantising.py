@@ -16,6 +16,7 @@ from distill.export.exporting import export_folder
 from distill.export.formats import Options
 from distill.export.held_out import measured_text
 from distill.export.quantising import check_quantise
+from distill.export.standalone import load_by_own_code
 from distill.student import load_model, load_student
 from tests.conftest import tiny
 from tests.distill.export.made_run import make_run
@@ -56,6 +57,11 @@ def test_the_cost_is_that_of_the_saved_folder(student, quantised):
     assert f"(loss {metrics.teacher_loss:.4f} → {metrics.loss:.4f}), KL {metrics.kl:.2e}" in told
     assert told in ModelCard.load(out / "README.md").content
     assert (out / "model.safetensors").stat().st_size < (student / "model.safetensors").stat().st_size
+
+
+def test_the_folders_own_code_takes_them(quantised):
+    ids = torch.arange(3, 25)[None]
+    assert torch.equal(load_by_own_code(quantised[0])(ids).logits, load_student(quantised[0])(ids).logits)
 
 
 def test_decoding_step_by_step_is_prefill(quantised):
