@@ -79,7 +79,10 @@ def test_the_folders_own_code_is_the_same_model_and_saves_itself_again(tmp_path,
     loaded = own_code(first)
     assert type(loaded).__module__.startswith("transformers_modules.")
     assert torch.equal(loaded(LETTERS).logits, student(LETTERS).logits)
+    written = loaded.config.auto_map
+    del loaded.config.auto_map  # as in a config that was made, not loaded
     loaded.save_pretrained(second)
+    assert json.loads((second / "config.json").read_text())["auto_map"] == written
     assert code_in(second) == code_in(first)
     shutil.rmtree(first)
     for again in (own_code(second), load_student(second)):
