@@ -144,6 +144,9 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must be new or empty.")],
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="granite, bamba, gguf or standalone.")],
     outtype: Annotated[str, typer.Option(help="How gguf stores matrices: f32, f16 or q8_0.")] = "f16",
+    state: Annotated[
+        int | None, typer.Option(help="State of a mixer's head in gguf, zeros added; llama.cpp on CUDA wants 128.")
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Load what was written and compare its logits with ours.")
     ] = True,
@@ -174,7 +177,16 @@ def export(
     from distill.export.exporting import export_folder
     from distill.export.formats import Options
 
-    options = Options(verify, outtype, quantise, eval_text, base_model, push, private)
+    options = Options(
+        verify=verify,
+        outtype=outtype,
+        state=state,
+        quantise=quantise,
+        eval_text=eval_text,
+        base_model=base_model,
+        push=push,
+        private=private,
+    )
     report = export_folder(folder, out, to=to, options=options, overwrite=overwrite)
     typer.echo("\n".join([*report, f"saved in {out}"]))
 

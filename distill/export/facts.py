@@ -4,6 +4,7 @@ Names and shapes of its parameters come from the model without weights; what par
 windows, where positions are rotated) from the config.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from distill.conversion import empty_model
+from distill.decoder import attention_of, layers_of
 from distill.export.changes import MixerSize
+from distill.families import family_of
 from distill.layout import ATTENTION, mixer_layers
 
 
@@ -59,6 +62,9 @@ SCALES: dict[str, Callable[[Any], Scales]] = {
 }
 
 
+_ACTIVATION = ("hidden_act", "hidden_activation", "activation", "activation_function")
+
+
 @dataclass(frozen=True)
 class StudentFacts:
     """A student, as far as formats are concerned.
@@ -103,6 +109,19 @@ class StudentFacts:
         return MixerSize(self.mixer["n_heads"], self.mixer["head_dim"], self.mixer["state_dim"])
 
     @property
+    def activation(self) -> str:
+        """The MLP's, by whatever name the family's config has it."""
+        config = self.config.get_text_config()
+        return next((str(getattr(config, name)) for name in _ACTIVATION if getattr(config, name, None)), "none")
+
+    @property
+    def all_attention(self) -> "StudentFacts":
+        """The facts if every layer kept its attention."""
+        config = copy.deepcopy(self.config)
+        config.distill["layers"] = [ATTENTION] * len(self.kinds)
+        return facts_of(config)
+
+    @property
     def scales(self) -> Scales:
         return SCALES.get(self.family, _plain)(self.config)
 
@@ -123,9 +142,9 @@ def facts_of(config: PreTrainedConfig) -> StudentFacts:
         config: as ``distill.conversion.plan`` returns it, or of a student's folder.
     """
     model = empty_model(config)
-    layers = model.get_decoder().layers
+    layers = layers_of(model)
     kinds = tuple(config.distill["layers"])
-    kept = {index: layers[index].self_attn for index, kind in enumerate(kinds) if kind == ATTENTION}
+    kept = {index: attention_of(layers[index]) for index, kind in enumerate(kinds) if kind == ATTENTION}
     text = config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return StudentFacts(
@@ -138,7 +157,7 @@ def facts_of(config: PreTrainedConfig) -> StudentFacts:
         head_dim=head_dim,
         scalings={index: float(getattr(attention, "scaling", head_dim**-0.5)) for index, attention in kept.items()},
         windows={index: _window(attention, text) for index, attention in kept.items()},
-        rotary={index: _rotary(text, index) for index in kept},
+        rotary={index: family_of(config).rotates(attention) for index, attention in kept.items()},
     )
 
 
@@ -149,9 +168,3 @@ def _window(attention: nn.Module, text: Any) -> int | None:
     """
     window = getattr(attention, "sliding_window", getattr(text, "sliding_window", None))
     return None if window is None or window >= text.max_position_embeddings else int(window)
-
-
-def _rotary(text: Any, index: int) -> bool:
-    """SmolLM3 leaves positions out in some layers; its list holds 1 where they are rotated."""
-    rotated = getattr(text, "no_rope_layers", None)
-    return rotated is None or bool(rotated[index])

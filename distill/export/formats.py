@@ -12,6 +12,7 @@ class Options:
     Attributes:
         verify: load what was written and compare its logits with ours.
         outtype: how ``gguf`` stores matrices: ``"f32"``, ``"f16"`` or ``"q8_0"``.
+        state: numbers of state a mixer's head has in ``gguf``, zeros added; None for as many as it has.
         quantise: ``"int8"`` to store linear layers so, where the format is a folder of transformers.
         eval_text: what quantising is measured on; None for the run's held-out text.
         base_model: the teacher's Hub id, for the model card.
@@ -21,6 +22,7 @@ class Options:
 
     verify: bool = True
     outtype: str = "f16"
+    state: int | None = None
     quantise: str | None = None
     eval_text: Path | None = None
     base_model: str | None = None

@@ -7,6 +7,7 @@ Matrices are stored in the type asked for, everything else in fp32.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from distill.errors import UserError
-from distill.export.changes import Sizes
+from distill.export.changes import MixerSize, Sizes
 from distill.export.facts import StudentFacts
 from distill.export.formats import Options
 from distill.export.limits import GGUF
@@ -44,9 +45,7 @@ def write_gguf(student: Path, out: Path, options: Options) -> list[str]:
     if not has_tokenizer(student):
         raise UserError(f"{student} has no tokenizer, which a GGUF file must hold; save the teacher's beside it")
     words = vocabulary(AutoTokenizer.from_pretrained(student), facts.config.vocab_size)
-    padded = GGUF.padded(facts)
-    assert padded is not None, "refusals let through what cannot be padded"
-    sizes = Sizes(facts.q_heads, facts.kv_heads, facts.mixer_size, padded)
+    sizes = Sizes(facts.q_heads, facts.kv_heads, facts.mixer_size, _padded(facts, options.state))
     file = out / f"model-{options.outtype}.gguf"
     writer = package.GGUFWriter(file, _ARCHITECTURE)
     _say_architecture(writer, package, facts, sizes, options.outtype, student.resolve().name)
@@ -54,8 +53,24 @@ def write_gguf(student: Path, out: Path, options: Options) -> list[str]:
     with open_weights(student, facts.config) as stored:
         _write_tensors(writer, package, facts, sizes, stored, options.outtype)
     writer.close()
-    wider = f" {padded.heads - facts.mixer_size.heads} heads of zeros make each mixer {padded.inner} wide."
-    return [f"{file.name}: run it with llama.cpp or what is built on it.{wider if padded != facts.mixer_size else ''}"]
+    added = sizes.padded.heads - facts.mixer_size.heads
+    wider = f". {added} heads of zeros make each mixer {sizes.padded.inner} wide" if added else ""
+    return [f"{file.name}: run it with llama.cpp or what is built on it{wider}"]
+
+
+def _padded(facts: StudentFacts, state: int | None) -> MixerSize:
+    """The mixers with heads and numbers of state of zeros.
+
+    Raises:
+        UserError: fewer numbers of state than there are.
+    """
+    padded = GGUF.padded(facts)
+    assert padded is not None, "refusals let through what cannot be padded"
+    if state is None:
+        return padded
+    if state < padded.state:
+        raise UserError(f"--state is {state}; the mixers have {padded.state} numbers of state, which cannot be cut off")
+    return replace(padded, state=state)
 
 
 def _package() -> Any:

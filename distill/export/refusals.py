@@ -4,18 +4,23 @@ The same code answers ``distill export``, a recipe's ``student.exportable`` and 
 """
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from distill.decoder import norm_eps
 from distill.errors import UserError
 from distill.export.facts import SCALES, StudentFacts, facts_of
 from distill.export.limits import LIMITS, Limits
 from distill.export.weights import unplaced
 
 ELSEWHERE = "no recipe setting changes that: distill export --to standalone keeps all of it"
+
+_SILU = ("silu", "swish")
+LEAVE_OUT, KEEP_ONE = "leave out", "keep one"
+"""Remedies that are put into words when it is known which layers have attention that would do."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +60,36 @@ def refusals(facts: StudentFacts, limits: Limits) -> list[Refusal]:
     """Every reason why the format cannot say the student; none if it can."""
     if facts.config.get_text_config() is not facts.config:
         return [Refusal((), "it sees images, and the format holds a language model alone", ELSEWHERE)]
-    return [
+    found = [
         *_layout(facts, limits),
+        *_numbers(facts, limits),
         *_parameters(facts, limits),
         *_attention(facts, limits),
         *(_mixers(facts, limits) if facts.mixers else ()),
-        *_numbers(facts, limits),
     ]
+    if any(refusal.remedy in (LEAVE_OUT, KEEP_ONE) for refusal in found):
+        keepable = _keepable(facts, limits)
+        return [replace(refusal, remedy=_remedy(refusal, keepable)) for refusal in found]
+    return found
+
+
+def _keepable(facts: StudentFacts, limits: Limits) -> list[int]:
+    """The layers whose attention the format could say."""
+    everywhere = facts.all_attention
+    found = (*_parameters(everywhere, limits), *_attention(everywhere, limits))
+    unsayable = {index for refusal in found if refusal.remedy == LEAVE_OUT for index in refusal.layers}
+    return [index for index in range(len(facts.kinds)) if index not in unsayable]
+
+
+def _remedy(refusal: Refusal, keepable: Sequence[int]) -> str:
+    """What to do about attention, given the layers whose attention would do."""
+    if refusal.remedy not in (LEAVE_OUT, KEEP_ONE):
+        return refusal.remedy
+    if not keepable:
+        return f"no layer of the teacher has attention that would do, {ELSEWHERE.partition(': ')[2]}"
+    if refusal.remedy == KEEP_ONE:
+        return f"keep one, such as student.keep_attention: [{keepable[-1]}]"
+    return f"leave {_layers(refusal.layers)} out of student.keep_attention"
 
 
 def _layout(facts: StudentFacts, limits: Limits) -> Iterator[Refusal]:
@@ -69,21 +97,24 @@ def _layout(facts: StudentFacts, limits: Limits) -> Iterator[Refusal]:
         layers = tuple(index for index in facts.mixers if facts.kinds[index] == kind)
         yield Refusal(layers, f"{kind} mixers", "set student.mixer: mamba2")
     if limits.needs_attention and not facts.kept:
-        last = len(facts.kinds) - 1
         reason = f"no layer keeps attention, which {limits.program} does not run without"
-        yield Refusal((), reason, f"keep one, such as student.keep_attention: [{last}]")
+        yield Refusal((), reason, KEEP_ONE)
 
+
+OTHER_PROJECTIONS, OTHER_NORMS = "attention with other projections", "norms in other places"
+NO_PLACE = "parameters that have no place"
+_VAGUE = (OTHER_PROJECTIONS, OTHER_NORMS, NO_PLACE)
 
 # What parameters without a place mean, by their names within a layer; the first that matches counts.
 _MEANINGS: tuple[tuple[str, str, bool], ...] = (
     (r"self_attn\.[qk]_(norm|layernorm)\.", "attention with normalised queries and keys", True),
     (r"self_attn\.sinks", "attention with sinks", True),
-    (r"self_attn\.", "attention with other projections", True),
+    (r"self_attn\.", OTHER_PROJECTIONS, True),
     (r"(experts|router|block_sparse_moe|mlp\.gate\.weight)", "a mixture of experts", False),
     (r"mlp\.(gate|up|down)_proj\.bias", "an MLP with biases", False),
     (r"mlp\.", "an MLP without a gate", False),
     (r"norm\w*\.bias", "a LayerNorm with a bias instead of an RMS norm", False),
-    (r"norm", "norms in other places", False),
+    (r"norm", OTHER_NORMS, False),
 )
 
 
@@ -94,11 +125,15 @@ def _parameters(facts: StudentFacts, limits: Limits) -> Iterator[Refusal]:
         if _in_mixer(facts, name):
             continue  # `_layout` and `_mixers` say so
         meaning, of_attention = _meaning(name)
+        if facts.family not in SCALES and meaning in _VAGUE:
+            continue  # the family is refused, and its names tell nothing more
         found.setdefault((meaning, of_attention), []).append((_layer(name), name))
     for (meaning, of_attention), places in found.items():
         layers = tuple(sorted({index for index, _ in places if index >= 0}))
         example = f"{meaning} ({places[0][1].removeprefix(f'model.layers.{places[0][0]}.')})"
-        yield Refusal(layers, example, _without(layers) if of_attention else ELSEWHERE)
+        yield Refusal(layers, example, LEAVE_OUT if of_attention else ELSEWHERE)
+    if facts.family not in SCALES:
+        return
     bare = [
         index
         for index in range(len(facts.kinds))
@@ -117,7 +152,7 @@ def _meaning(name: str) -> tuple[str, bool]:
     for pattern, meaning, of_attention in _MEANINGS:
         if re.search(pattern, name):
             return meaning, of_attention
-    return "parameters that have no place", False
+    return NO_PLACE, False
 
 
 def _attention(facts: StudentFacts, limits: Limits) -> Iterator[Refusal]:
@@ -126,15 +161,15 @@ def _attention(facts: StudentFacts, limits: Limits) -> Iterator[Refusal]:
     windows = {index: window for index, window in facts.windows.items() if window is not None}
     if windows:
         reason = f"attention within a sliding window of {next(iter(windows.values()))} positions"
-        yield Refusal(tuple(windows), reason, _without(windows))
+        yield Refusal(tuple(windows), reason, LEAVE_OUT)
     if facts.kept and getattr(config, "attn_logit_softcapping", None) is not None:
-        yield Refusal(tuple(facts.kept), "attention scores with a soft cap", _without(facts.kept))
+        yield Refusal(tuple(facts.kept), "attention scores with a soft cap", LEAVE_OUT)
     if len(set(facts.rotary.values())) > 1:
         bare = [index for index, rotated in facts.rotary.items() if not rotated]
         reason = "attention without rotary positions, while other layers have them"
-        yield Refusal(tuple(bare), reason, _without(bare))
+        yield Refusal(tuple(bare), reason, LEAVE_OUT)
     if len(set(facts.scalings.values())) > 1:
-        yield Refusal(tuple(facts.kept), "attention scores scaled differently by layer", _without(facts.kept[1:]))
+        yield Refusal(tuple(facts.kept), "attention scores scaled differently by layer", LEAVE_OUT)
     if not limits.scales and facts.kept and not _close(facts.scaling, facts.head_dim**-0.5):
         reason = f"attention scores scaled by {facts.scaling:g} instead of 1/√{facts.head_dim}"
         yield Refusal(tuple(facts.kept), reason, "granite can say it: --to granite")
@@ -177,12 +212,12 @@ def _mixers(facts: StudentFacts, limits: Limits) -> Iterator[Refusal]:
     if mixer["conv_width"] not in limits.conv_widths:
         reason = f"a short convolution over {mixer['conv_width']} positions"
         yield Refusal(layers, reason, f"set student.conv_width to {limits.conv_widths.start} or more")
-    eps = getattr(config, "rms_norm_eps", None)
+    eps = norm_eps(facts.config)
     if eps != mixer["norm_eps"]:
         reason = f"a gated norm with eps {mixer['norm_eps']:g}, where all norms share the decoder's {eps}"
         yield Refusal(layers, reason, ELSEWHERE)
-    if config.hidden_act not in ("silu", "swish"):
-        reason = f"an MLP with {config.hidden_act}, which would be the convolution's activation too instead of SiLU"
+    if facts.activation not in _SILU:
+        reason = f"an MLP with {facts.activation}, which would be the convolution's activation too instead of SiLU"
         yield Refusal(layers, reason, ELSEWHERE)
 
 
@@ -202,12 +237,6 @@ def _numbers(facts: StudentFacts, limits: Limits) -> Iterator[Refusal]:
         yield Refusal((), "norms that multiply with 1 + w", "granite can say them: --to granite")
     if not facts.mixers and limits.name == "gguf":
         yield Refusal((), "no layer has a mixer", "it is its teacher: convert that instead")
-    if not facts.mixers and config.hidden_act not in ("silu", "swish") and limits.name == "gguf":
-        yield Refusal((), f"an MLP with {config.hidden_act}", ELSEWHERE)
-
-
-def _without(layers: Iterable[int]) -> str:
-    return f"leave {_layers(layers)} out of student.keep_attention"
 
 
 def _layers(layers: Iterable[int]) -> str:

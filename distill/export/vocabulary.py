@@ -83,9 +83,13 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, n_rows: int) -> Vocabulary:
         raise _refused(f"a {model['type']} tokenizer")
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     pieces = _is_sentencepiece(spec)
-    kinds = _kinds(spec, n_rows, byte_fallback=pieces)
     texts = {number: text for text, number in tokenizer.get_vocab().items()}
+    if max(texts) >= n_rows:
+        raise UserError(
+            f"gguf: the tokenizer has a token {max(texts)} and the embedding {n_rows} rows: not its model's"
+        )
     tokens = [texts.get(number, f"[PAD{number}]") for number in range(n_rows)]
+    kinds = _kinds(spec, n_rows, byte_fallback=pieces)
     special = {role: getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "unk", "pad")}
     added = tokenizer("a")["input_ids"]
     return Vocabulary(

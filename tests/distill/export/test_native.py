@@ -103,6 +103,35 @@ def test_what_else_the_classes_can_say(changes: dict, settings: dict, width: int
     assert mixer.chunk_size == 64
 
 
+FAMILY: dict[str, dict[str, object]] = {
+    "granite": {
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.5,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+    },
+    "phi3": {},
+    # The middle layer, which keeps its attention, is one without positions.
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "to"), [("granite", "granite"), ("phi3", "granite"), ("phi3", "bamba"), ("smollm3", "granite")]
+)
+@torch.inference_mode()
+def test_other_families(random_teacher: Callable[..., PreTrainedModel], teacher: str, to: str, tmp_path: Path) -> None:
+    student = convert(random_teacher(teacher, **FAMILY[teacher]), keep_attention=[1])
+    model = exported(student, tmp_path, to)
+    ids_BT = torch.randint(3, 61, (2, 70))
+    near(student(ids_BT, use_cache=False).logits, model(ids_BT, use_cache=False).logits)
+
+
+def test_gemma_is_exact_with_all_its_attention(random_teacher: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    student = convert(random_teacher("gemma", head_dim=12), keep_attention=[0, 1, 2])
+    exported(student, tmp_path, "granite")
+
+
 def test_bamba_says_mlp_biases_and_granite_refuses_them(tmp_path: Path) -> None:
     student = convert(llama(mlp_bias=True), keep_attention=[1])
     exported(student, tmp_path, "bamba")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
+from transformers import AutoConfig, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
 from distill import UserError
 from distill.conversion import plan
@@ -51,7 +51,7 @@ def test_sliding_windows_matter_where_attention_is_kept() -> None:
     mistral = MistralConfig(**SIZES, sliding_window=16)
     assert reasons(student([1, 3], mistral)) == [
         "layers 1, 3: attention within a sliding window of 16 positions; "
-        "leave layers 1, 3 out of student.keep_attention"
+        "no layer of the teacher has attention that would do, distill export --to standalone keeps all of it"
     ]
     # As long as all the positions the model knows, a window hides nothing.
     assert reasons(student([1], MistralConfig(**SIZES, sliding_window=128))) == []
@@ -112,6 +112,25 @@ def test_what_mixers_do_that_no_native_class_does() -> None:
     assert reason.startswith("layers 0, 2, 3: a gated norm with eps 0.001, where all norms share the decoder's 1e-06")
 
 
+def test_the_layer_to_keep_is_one_that_would_do() -> None:
+    mixed = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=16, max_window_layers=2)
+    (reason,) = reasons(student([], mixed))
+    assert reason.endswith("keep one, such as student.keep_attention: [1]")
+    qwen3 = AutoConfig.for_model("qwen3", **SIZES)
+    assert all("no layer of the teacher has attention that would do" in line for line in reasons(student([], qwen3)))
+    assert reasons(student([1], qwen3))[0].startswith("layer 1: attention with normalised queries and keys")
+
+
+@pytest.mark.parametrize("to", sorted(LIMITS))
+@pytest.mark.parametrize(
+    "family",
+    ["falcon", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "mixtral", "olmo2", "phi", "qwen3_moe", "starcoder2"],
+)
+def test_families_without_words_are_refused_by_name(family: str, to: str) -> None:
+    found = reasons(student([1], AutoConfig.for_model(family, **SIZES)), to)
+    assert found[0].startswith(f"{family} layers have not been shown to be what it runs")
+
+
 def with_facts(config: PreTrainedConfig, **changes: Any) -> StudentFacts:
     from dataclasses import replace
 
@@ -150,6 +169,6 @@ def test_what_only_some_families_do() -> None:
     assert str(found).startswith("olmo9 layers have not been shown to be what it runs")
     config.final_logit_softcapping, config.attn_logit_softcapping = 30.0, 50.0
     assert [line.split(";")[0] for line in reasons(config)] == [
-        "layers 1, 3: attention scores with a soft cap",
         "logits with a soft cap",
+        "layers 1, 3: attention scores with a soft cap",
     ]
