@@ -1,5 +1,6 @@
 """Whether what was written computes what the student does: both loaded in turn, the same tokens, logits compared."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,15 @@ TOLERANCE = 1e-4
 _TOKENS, _PADDING, _STEPS = 40, 7, 4
 
 
-def verify(student: Path, written: Path) -> str:
+def verify(student: Path, written: Path, load: Callable[[Path], PreTrainedModel] | None = None) -> str:
     """Compare them on random tokens, once padded on the left and once with the last tokens fed one by one.
 
     Both are computed in fp32, one after the other, so that one of them is in memory at a time.
+
+    Args:
+        student: its folder.
+        written: what was made of it.
+        load: gives the written model in fp32; None for the class that transformers has for it.
 
     Returns:
         A line that says by how much the logits differ.
@@ -28,7 +34,7 @@ def verify(student: Path, written: Path) -> str:
         UserError: by more than rounding.
     """
     ours = _logits(load_student(student, dtype=torch.float32))
-    theirs = _logits(_native(written))
+    theirs = _logits((load or _native)(written))
     difference = float((ours - theirs).abs().max())
     limit = TOLERANCE * max(1.0, float(ours.abs().max()))
     if not difference <= limit:

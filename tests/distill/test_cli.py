@@ -320,6 +320,22 @@ def test_generate_names_what_is_wrong_with_a_folder(run: Command, teacher: Path,
     assert "is truncated" in run("generate", "broken", "w5").err
 
 
+def test_export_writes_a_folder_with_code_and_card(run: Command, teacher: Path) -> None:
+    run("convert", teacher, "student", "--keep-attention", "1")
+    result = run("export", "student", "out", "--to", "standalone", "--base-model", "org/really")
+    assert result.code == 0
+    assert "verified in fp32: logits differ by at most 0.0e+00" in result.out
+    assert "the teacher's licence is not known; fill it in" in result.out
+    assert result.out.endswith("saved in out\n")
+    assert Path("out/modeling_distilled_llama.py").is_file()
+    card = Path("out/README.md").read_text()
+    assert "base_model: org/really" in card
+    assert "# out\n" in card
+    refused = run("export", "student", "again", "--to", "gguf", "--quantise", "int8")
+    assert (refused.code, Path("again").exists()) == (2, False)
+    assert "gguf has --outtype instead" in refused.err
+
+
 def test_doctor(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("doctor")
     assert (result.code, result.err) == (0, "")

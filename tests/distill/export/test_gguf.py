@@ -46,7 +46,7 @@ def written(student: PreTrainedModel, tokenizer: Path, tmp_path: Path, outtype: 
     student.save_pretrained(tmp_path / "student")
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(tmp_path / "student")
     export_folder(tmp_path / "student", tmp_path / "out", to="gguf", options=Options(outtype=outtype))
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [f"model-{outtype}.gguf"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", f"model-{outtype}.gguf"}
     return tmp_path / "out" / f"model-{outtype}.gguf"
 
 
