@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from distill.conversion import empty_model
 from distill.decoder import attention_of, layers_of
 from distill.export.changes import MixerSize
-from distill.families import family_of
+from distill.families import family_of, found
 from distill.layout import ATTENTION, mixer_layers
 
 
@@ -157,7 +157,7 @@ def facts_of(config: PreTrainedConfig) -> StudentFacts:
         head_dim=head_dim,
         scalings={index: float(getattr(attention, "scaling", head_dim**-0.5)) for index, attention in kept.items()},
         windows={index: _window(attention, text) for index, attention in kept.items()},
-        rotary={index: family_of(config).rotates(attention) for index, attention in kept.items()},
+        rotary={index: (family_of(config) or found(attention)).rotates(attention) for index, attention in kept.items()},
     )
 
 
