@@ -148,6 +148,7 @@ def test_weights_keep_their_dtype_and_go_into_shards(tmp_path: Path, monkeypatch
     files = sorted((tmp_path / "out").glob("model-*.safetensors"))
     assert len(files) > 2
     assert {tensor.dtype for file in files for tensor in load_file(file).values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 
