@@ -182,6 +182,9 @@ def _head_dim(attention: Any) -> int:
 
 def _sliding_window(attention: Any) -> int | None:
     """Per layer where the family says so (Qwen2 mixes both kinds), else from the config (Mistral)."""
+    kinds, index = getattr(attention.config, "layer_types", None), getattr(attention, "layer_idx", None)
+    if kinds and index is not None and kinds[index] != "sliding_attention":
+        return None
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window
     return getattr(attention.config, "sliding_window", None)

@@ -78,7 +78,7 @@ def check(recipe: Recipe, *, ranks: int = 1, planning: bool = False) -> RecipeFa
         folder = teacher_folder(recipe.teacher.path)
         config = read_config(folder or recipe.teacher.path)
         text = config.get_text_config()
-        tokenizer_size = None
+        tokenizer_size, tokenizer = None, None
         with found.at("teacher.path"):
             if not config_alone:
                 tokenizer = read_tokenizer(folder or recipe.teacher.path)
@@ -97,6 +97,8 @@ def check(recipe: Recipe, *, ranks: int = 1, planning: bool = False) -> RecipeFa
             with found.at("student.bidirectional"):
                 if recipe.student.bidirectional == "refuse" and len(kept) < text.num_hidden_layers:
                     refuse_both_ways(config)
+            with found.at("student.exportable"):
+                _check_exportable(recipe, config, kept, tokenizer)
         with found.at("data.block"):
             _check_block(recipe.data.block, text)
         if folder and not config_alone:
@@ -281,6 +283,29 @@ def _check_mixers(n_mixers: int, recipe: Recipe) -> None:
         raise UserError(
             f"keep_attention leaves nothing for {' and '.join(idle)} to train; keep fewer layers, or drop what is idle"
         )
+
+
+def _check_exportable(
+    recipe: Recipe, config: "PreTrainedConfig", kept: tuple[int, ...], tokenizer: "PreTrainedTokenizerBase | None"
+) -> None:
+    """The student can be written in the format that the recipe names, by its config and, for gguf, its tokenizer."""
+    student = recipe.student
+    if student.exportable is None:
+        return
+    from distill.conversion import plan
+    from distill.export.refusals import check_exportable
+    from distill.export.vocabulary import vocabulary
+
+    made = plan(
+        config,
+        mixer=student.mixer,
+        keep_attention=kept,
+        state_dim=student.state_dim,
+        conv_width=student.conv_width,
+    )
+    check_exportable(made, student.exportable)
+    if student.exportable == "gguf" and tokenizer is not None:
+        vocabulary(tokenizer, config.get_text_config().vocab_size)
 
 
 def _check_block(block: int, text: "PreTrainedConfig") -> None:

@@ -42,6 +42,10 @@ class Family:
 _QK_NORM = ("q_norm", "k_norm")
 
 FAMILIES: dict[str, Family] = {
+    "cohere2": Family(rotates=lambda attention: attention.sliding_window is not None),
+    "exaone4": Family(
+        norms=_QK_NORM, rotates=lambda attention: attention.sliding_window is None or attention.is_sliding
+    ),
     "falcon": Family(fused="query_key_value", grouped=True, o="dense"),
     "gemma": Family(),
     "gemma2": Family(softcap="attn_logit_softcapping"),

@@ -15,11 +15,11 @@ from transformers import (
 )
 
 import distill.student  # noqa: F401  (makes students known to transformers' Auto classes)
+from distill.auto_classes import auto_class
 from distill.data.image_encoding import prompt_inputs
 from distill.decoder import learns_positions
 from distill.errors import UserError
 from distill.layout import ATTENTION
-from distill.vision import auto_class
 from distill.weight_files import stored_tensors
 
 

@@ -123,6 +123,8 @@ class Student(Section):
     """Positions the mixers' short convolution looks at."""
     bidirectional: Literal["refuse", "causal"] = "refuse"
     """For teachers that read images in both directions (PaliGemma, Gemma 3): causal lets mixers read them one way."""
+    exportable: Literal["granite", "bamba", "gguf"] | None = None
+    """A format that `distill export` must be able to write the student in, checked before the run; null for any."""
 
 
 class Evaluation(Section):
@@ -193,6 +195,7 @@ class Recipe(Section):
         for key in _LABELS:
             content.pop(key)
         content["data"].pop("workers")
+        content["student"].pop("exportable")
         content["stages"] = {
             name: {key: value for key, value in stage.items() if key not in (*_CUT, *_CADENCE)}
             for name, stage in content["stages"].items()

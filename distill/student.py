@@ -13,74 +13,33 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from distill.decoder import attention_of, layers_of, replace_attention
-from distill.decoder_inputs import mask_for_generate, prepare_inputs_of
+from distill.auto_classes import auto_class, auto_classes, stock_class
+from distill.decoder import attention_of, layers_of
 from distill.errors import UserError
 from distill.layout import mixer_layers
-from distill.mixers import MIXERS, Mixer
+from distill.mixers import Mixer
+from distill.standalone import auto_map, write_code
+from distill.student_base import Student
 from distill.vision import FAMILIES as VISION
-from distill.vision import auto_class, require_known
+from distill.vision import require_known
 
 MODEL_TYPE = "distilled_"
 CLASS_NAME = "Distilled"
 _DROPOUT = ("dropout", "pdrop")
 
 
-class Student:
-    """What every student class adds to its teacher's class.
-
-    ``config.distill`` holds ``layers`` (one name a layer: ``"attention"`` or a mixer's) and ``mixer`` (the arguments
-    the mixers are built with).
-    """
-
-    # A state cannot be rolled back, which assisted generation would need: generate refuses it by this flag.
-    _is_stateful = True
-
-    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        install_mixers(self, config.distill)  # type: ignore[arg-type]
-
-    @staticmethod
-    def create_masks_for_generate(**arguments: Any) -> Any:
-        """What ``generate`` passes as mask: the 2-D mask itself, which mixers read, or a mask for one step."""
-        return mask_for_generate(arguments)
-
-    def save_pretrained(
-        self, save_directory: str | Path, is_main_process: bool = True, *args: Any, **kwargs: Any
-    ) -> None:
-        """Save as any Hugging Face model, plus the code that loads the folder without this package."""
-        from distill.standalone import auto_map, write_code
-
-        if is_main_process:  # before the weights: with push_to_hub the folder is uploaded when they are written
-            write_code(Path(save_directory))
-        self.config.auto_map = auto_map(type(self))  # type: ignore[attr-defined, arg-type]
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
-
-
-def install_mixers(model: PreTrainedModel, layout: dict[str, Any]) -> None:
-    """Put mixers where the layout says, in place, and let the decoder prepare what they read."""
-    layers, places = layers_of(model), mixer_layers(model.config)
-    for index in places:
-        mixer = MIXERS[layout["layers"][index]](
-            hidden_size=model.config.get_text_config().hidden_size, layer_idx=index, **layout["mixer"]
-        )
-        replace_attention(layers[index], mixer.to(dtype=model.dtype))
-    # Also where all attention is kept: whether packed documents stay apart must not depend on the layout.
-    prepare_inputs_of(model, {index: attention_of(layers[index]) for index in places})
+def save_with_code(
+    student: PreTrainedModel, save_directory: str | Path, is_main_process: bool = True, *args: Any, **kwargs: Any
+) -> None:
+    """Save as any Hugging Face model, plus the code that loads the folder without this package."""
+    if is_main_process:  # before the weights: with push_to_hub the folder is uploaded when they are written
+        write_code(Path(save_directory), type(student), student.config.distill["layers"])
+    student.config.auto_map = auto_map(type(student))
+    PreTrainedModel.save_pretrained(student, save_directory, is_main_process, *args, **kwargs)
 
 
 def teacher_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -92,16 +51,10 @@ def teacher_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     require_known(config)
     layout = getattr(config, "distill", None)
     model_type = layout["teacher"] if layout else config.model_type
-    found = _stock_class(model_type, CONFIG_MAPPING[model_type] if layout else type(config))
+    found = stock_class(model_type, CONFIG_MAPPING[model_type] if layout else type(config))
     if found is None:
         raise UserError(f"transformers has no causal language model of the type {config.model_type!r}")
     return found
-
-
-def _stock_class(model_type: str, config: type[PreTrainedConfig]) -> Any:
-    """A teacher's class; None where transformers has none for its config."""
-    classes: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if model_type in VISION else MODEL_FOR_CAUSAL_LM_MAPPING
-    return classes.get(config, None)
 
 
 def student_class(teacher: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -110,22 +63,17 @@ def student_class(teacher: type[PreTrainedModel]) -> type[PreTrainedModel]:
     if name not in globals():
         assert teacher.config_class is not None
         config = student_config_class(teacher.config_class)
-        values = {"config_class": config, "__module__": __name__, "__doc__": Student.__doc__}
+        values = {
+            "config_class": config,
+            "save_pretrained": save_with_code,
+            "__module__": __name__,
+            "__doc__": Student.__doc__,
+        }
         made = globals()[name] = type(name, (Student, teacher), values)
         AutoConfig.register(config.model_type, config, exist_ok=True)
         for auto in auto_classes(teacher):
             auto.register(config, made, exist_ok=True)
     return globals()[name]
-
-
-def auto_classes(model_class: type[PreTrainedModel]) -> list[Any]:
-    """The Auto classes of transformers that load a teacher's class, and so its student's."""
-    tables = {
-        AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
-    }
-    config: Any = model_class.config_class
-    return [auto for auto, table in tables.items() if config in table and table[config] is model_class]
 
 
 def student_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
@@ -157,7 +105,7 @@ class _OnDemand(dict[str, Any]):
         teacher = _teacher_type(model_type)
         if teacher is None:
             raise KeyError(model_type)
-        made = student_class(_stock_class(teacher, CONFIG_MAPPING[teacher]))
+        made = student_class(stock_class(teacher, CONFIG_MAPPING[teacher]))
         assert made.config_class is not None
         return made.config_class
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from distill.errors import UserError
 
@@ -36,11 +36,6 @@ _BOTH_WAYS = {
 def is_vision(config: PreTrainedConfig) -> bool:
     """Whether a model of this config reads images."""
     return getattr(config, "vision_config", None) is not None
-
-
-def auto_class(config: PreTrainedConfig) -> Any:
-    """The class of transformers that loads a model of this config, student or teacher."""
-    return AutoModelForImageTextToText if is_vision(config) else AutoModelForCausalLM
 
 
 def trunk_of(model: Any) -> Any:

@@ -29,8 +29,8 @@ def save_student(student: PreTrainedModel, folder: Path) -> None:
             student.save_pretrained(folder)
         return
     if processes.is_main():
-        write_code(folder)
         own_class = student_class(teacher_class(student.config))  # fully_shard changes an instance's class
+        write_code(folder, own_class, student.config.distill["layers"])
         student.config.auto_map = auto_map(own_class)
         student.config.architectures = [own_class.__name__]
         student.config.dtype = str(student.dtype).removeprefix("torch.")

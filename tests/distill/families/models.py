@@ -28,6 +28,8 @@ LLAMA3 = {
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Cohere 2": ("cohere2", {**GROUPED, **WINDOWS}),
+    "EXAONE 4": ("exaone4", {**GROUPED, **WINDOWS, "head_dim": 12}),
     "Falcon, all heads": ("falcon", {"multi_query": False, "new_decoder_architecture": False, "bias": True}),
     "Falcon, multi-query": ("falcon", {"multi_query": True, "new_decoder_architecture": False}),
     "Falcon, new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),

@@ -1,0 +1,57 @@
+"""A student's folder, read tensor by tensor in its own names."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from distill.errors import UserError
+from distill.weight_files import shards_of
+
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+def read_student_config(folder: Path) -> PreTrainedConfig:
+    """The config of a student.
+
+    Raises:
+        UserError: the folder holds another model.
+    """
+    import distill.student  # noqa: F401  registers the classes
+
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "distill", None) is None:
+        raise UserError(f"{folder} holds a {config.model_type} model, not a student; convert it first")
+    return config
+
+
+@contextmanager
+def open_weights(folder: Path, config: PreTrainedConfig) -> Iterator[dict[str, Callable[[], Tensor]]]:
+    """Every stored tensor by name, behind a call that reads it; tied heads once.
+
+    Raises:
+        UserError: the folder has no weights, or not all.
+    """
+    with ExitStack() as files:
+        readers: dict[str, Callable[[], Tensor]] = {}
+        for path in shards_of(folder):
+            file: Any = files.enter_context(safe_open(path, framework="pt"))
+            readers |= {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118
+        if config.tie_word_embeddings:
+            readers.pop("lm_head.weight", None)
+        yield readers
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZER)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one where the file is not there."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
