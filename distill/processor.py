@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
-_BESIDE = (*PROCESSOR_FILES, "video_preprocessor_config.json", "chat_template.jinja", "chat_template.json")
+BESIDE = (*PROCESSOR_FILES, "video_preprocessor_config.json", "chat_template.jinja", "chat_template.json")
 
 
 def read_processor(path: Path | str, settings: dict[str, Any] | None = None) -> Any:
@@ -60,7 +60,7 @@ def copy_processor(teacher: Path | str, folder: Path) -> None:
     if not source.is_dir():
         read_processor(teacher).save_pretrained(folder)
         return
-    for name in _BESIDE:
+    for name in BESIDE:
         if (source / name).is_file():
             shutil.copy(source / name, folder)
 

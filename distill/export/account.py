@@ -21,6 +21,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from distill import handover
 from distill.data.blocks import MANIFEST, Manifest, read_manifest
+from distill.data.image_text import read_image_manifest
 from distill.errors import UserError
 from distill.evaluation_record import Evaluation, read_evaluation
 from distill.handover import StageRecord
@@ -113,8 +114,15 @@ def read_account(student: Path, base_model: str | None = None) -> Account:
         whole=bool(stages) and stages[0].stage == CONVERT,
         planned=tuple((recipe or {}).get("stages", {})),
         evaluations={name: evaluation for name, evaluation in found.items() if evaluation is not None},
-        data=read_manifest(beside / "data") if stages and (beside / "data" / MANIFEST).is_file() else None,
+        data=_text(beside / "data") if stages else None,
     )
+
+
+def _text(prepared: Path) -> Manifest | None:
+    """What the run's text was; None where it is not there, or is image-text rows."""
+    if not (prepared / MANIFEST).is_file() or read_image_manifest(prepared) is not None:
+        return None
+    return read_manifest(prepared)
 
 
 def _ancestry(student: Path) -> list[StageRecord]:

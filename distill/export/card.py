@@ -22,6 +22,7 @@ from distill.export.written import Written
 from distill.layout import ATTENTION
 from distill.standalone import package_version
 from distill.units import count, duration, size
+from distill.vision import is_vision
 
 CARD = "README.md"
 UNKNOWN = "unknown: fill in"
@@ -39,7 +40,7 @@ def make_card(account: Account, written: Written) -> ModelCard:
     """The card as huggingface_hub reads it back."""
     sections = [
         _introduction(account, written),
-        _section("How to load it", _loading(written)),
+        _section("How to load it", _loading(account, written)),
         _section("What it is", _architecture(account, written, footprint_of(account.config))),
         _section("How well it does its teacher's work", _quality(account)),
         _section("What the quantised weights cost", _bullets(written.quantised.told()) if written.quantised else ""),
@@ -261,8 +262,14 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _loading(written: Written) -> str:
-    return how_to_load(written.format, written.place, quantised=written.quantised is not None, file=written.file)
+def _loading(account: Account, written: Written) -> str:
+    return how_to_load(
+        written.format,
+        written.place,
+        quantised=written.quantised is not None,
+        file=written.file,
+        images=is_vision(account.config),
+    )
 
 
 def _section(title: str, text: str) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from distill.checks import read_tokenizer
 from distill.data import Blocks, evaluation_batches, prepare, read_documents
 from distill.data.blocks import MANIFEST
+from distill.data.image_text import read_image_manifest
 from distill.errors import UserError
 from distill.export.account import Account
 
@@ -48,6 +49,8 @@ def measured_text(student: Path, account: Account, file: Path | None) -> Measure
             f"--quantise measures what it costs, and the run's held-out text does not lie beside {student};"
             " give --eval-text FILE"
         )
+    if read_image_manifest(prepared) is not None:
+        raise UserError("the run's held-out rows have images; --quantise measures on text: give --eval-text FILE")
     held_out = Blocks(prepared, "held_out", block)
     return MeasuredText("the run's held-out text", list(evaluation_batches(held_out, rows, tokens)))
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
+from distill.auto_classes import auto_class
 from distill.errors import UserError
 from distill.evaluation import evaluate
 from distill.export.held_out import MeasuredText
@@ -84,7 +85,8 @@ def _quantised(folder: Path) -> PreTrainedModel:
     from transformers import TorchAoConfig
 
     wanted = TorchAoConfig(Int8WeightOnlyConfig())
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", quantization_config=wanted)
+    auto = auto_class(AutoConfig.from_pretrained(folder))
+    model: Any = auto.from_pretrained(folder, dtype="auto", quantization_config=wanted)
     return model.eval()
 
 

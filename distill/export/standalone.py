@@ -18,10 +18,11 @@ from transformers import AutoTokenizer, PreTrainedModel
 from distill.export.formats import Options
 from distill.export.stored import has_tokenizer, read_student_config
 from distill.export.verification import verify
+from distill.processor import BESIDE as PROCESSOR
 from distill.student import load_student
 
 _APART = "exported_student"
-_BESIDE = ("generation_config.json", "processor_config.json", "preprocessor_config.json")
+_BESIDE = ("generation_config.json", *PROCESSOR)
 
 
 def write_standalone(student: Path, out: Path, options: Options) -> list[str]:
@@ -46,7 +47,8 @@ def load_by_own_code(folder: Path) -> PreTrainedModel:
 
     Transformers would copy the code into its cache first; that it finds and loads the class is tested, not asked here.
     """
-    module, name = json.loads((folder / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"].split(".")
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    module, name = next(place for auto, place in auto_map.items() if auto != "AutoConfig").split(".")
     with _package_of(folder):
         student = getattr(importlib.import_module(f"{_APART}.{module}"), name)
         loaded: Any = student.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)

@@ -17,6 +17,20 @@ ids = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))
 ```"""
 
+_PYTHON_WITH_IMAGES = """\
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{place}", dtype="auto"{remote})
+processor = AutoProcessor.from_pretrained("{place}")
+asked = [{{"type": "image", "url": "image.png"}}, {{"type": "text", "text": "What is this?"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": asked}}],
+    tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt",
+)
+print(processor.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```"""
+
 _NEEDED = {
     "standalone": "transformers ≥ 5.21 and PyTorch ≥ 2.7. The folder carries its own modelling code, which"
     " `trust_remote_code=True` runs: read it first. On CUDA it takes flash-linear-attention's or mamba-ssm's kernels"
@@ -32,7 +46,9 @@ _MORE = {
 }
 
 
-def how_to_load(format_: str, place: str, *, quantised: bool = False, file: str | None = None) -> str:
+def how_to_load(
+    format_: str, place: str, *, quantised: bool = False, file: str | None = None, images: bool = False
+) -> str:
     """Markdown: what is needed, and the lines to copy.
 
     Args:
@@ -40,9 +56,11 @@ def how_to_load(format_: str, place: str, *, quantised: bool = False, file: str 
         place: what is passed to ``from_pretrained``.
         quantised: whether the weights are torchao's.
         file: of a format that is one file, its name.
+        images: whether the student reads images.
     """
     needed = _NEEDED[format_] + (" The weights are stored in int8: `pip install torchao`." if quantised else "")
     remote = ", trust_remote_code=True" if format_ == "standalone" else ""
-    python = [_PYTHON.format(place=place, remote=remote)] if format_ != "gguf" else []
+    lines = _PYTHON_WITH_IMAGES if images else _PYTHON
+    python = [lines.format(place=place, remote=remote)] if format_ != "gguf" else []
     more = [_MORE[format_].format(place=place, file=file)] if format_ in _MORE else []
     return "\n\n".join([f"Needs {needed}", *python, *more])
