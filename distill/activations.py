@@ -42,15 +42,18 @@ def of_layer(layer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> S
     """
 
     def run(layer: Any, hidden_BTD: Tensor) -> None:
-        cos_BTP = torch.empty(1, block, layer.self_attn.head_dim)
-        layer(hidden_BTD, position_embeddings=(cos_BTP, cos_BTP), attention_mask=None)
+        layer(hidden_BTD, position_embeddings=_rotation(layer.self_attn, block), attention_mask=None)
 
     return _saved(layer, run, hidden, block, dtype)
 
 
 def of_mixer(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> Saved:
     """What one mixer alone keeps; arguments as `of_layer`."""
-    return _saved(mixer, lambda mixer, hidden_BTD: mixer(hidden_BTD), hidden, block, dtype)
+
+    def run(mixer: Any, hidden_BTD: Tensor) -> None:
+        mixer(hidden_BTD, position_embeddings=_rotation(mixer, block))
+
+    return _saved(mixer, run, hidden, block, dtype)
 
 
 def of_matrix(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> Saved:
@@ -62,7 +65,7 @@ def of_matrix(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> 
     """
 
     def run(mixer: Any, hidden_BTD: Tensor) -> None:
-        factors = mixer.matrix_factors(hidden_BTD)
+        factors = mixer.matrix_factors(hidden_BTD, position_embeddings=_rotation(mixer, hidden_BTD.shape[1]))
         B, T, H, N = factors.B_BTHN.shape
         q_BHTN = torch.empty(B, H, T, N)
         streamed_mixing_distance(factors, q_BHTN, q_BHTN, scaling=1.0)
@@ -76,6 +79,13 @@ def of_matrix(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> 
     factors = block * heads * (width + 2 * state) * dtype.itemsize
     queries_and_keys = 2 * block * heads * width * 4
     return Saved(kept + factors + queries_and_keys, once, widest)
+
+
+def _rotation(attention_or_mixer: Any, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, which all layers share and which are therefore once and not a sequence's own."""
+    width = min(attention_or_mixer.head_dim, getattr(attention_or_mixer, "state_dim", attention_or_mixer.head_dim))
+    cos_1TW = torch.empty(1, length, width)
+    return cos_1TW, cos_1TW
 
 
 def _saved(module: nn.Module, run: Callable[[Any, Tensor], None], hidden: int, block: int, dtype: torch.dtype) -> Saved:

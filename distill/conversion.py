@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -18,9 +18,11 @@ from transformers.initialization import no_init_weights
 from distill.attention import AttentionView, family_of, view
 from distill.calibration import calibrate
 from distill.errors import UserError
-from distill.layout import layer_kinds, mixer_layers, resolve
+from distill.layout import ATTENTION, layer_kinds, mixer_layers, resolve
 from distill.mixers import MIXERS
+from distill.mixers.rotary import Rope
 from distill.roles import ROLES, roles
+from distill.rotation import require_rotation
 from distill.seeding import Seeded, seed_mixer
 from distill.student import (
     STUDENTS,
@@ -44,6 +46,7 @@ class Report:
         state_bytes: what all mixers remember per sequence, fp32, at any length.
         kv_bytes_per_token: what the kept attention layers add per token, in the teacher's dtype.
         teacher_kv_bytes_per_token: what the teacher adds per token.
+        rope: whether the mixers keep the teacher's rotary positions.
     """
 
     layers: list[str]
@@ -53,6 +56,7 @@ class Report:
     state_bytes: int
     kv_bytes_per_token: int
     teacher_kv_bytes_per_token: int
+    rope: str
 
     def cache_bytes(self, tokens: int) -> tuple[int, int]:
         """(student's, teacher's) cache bytes for a sequence of ``tokens``."""
@@ -71,6 +75,7 @@ def convert(
     seed_from_attention: bool = True,
     state_dim: int | None = None,
     conv_width: int = 4,
+    rope: str = "drop",
 ) -> PreTrainedModel:
     """Turn a pretrained Transformer into a student with Mamba-2 layers.
 
@@ -83,13 +88,15 @@ def convert(
         seed_from_attention: copy the attention weights into the mixers; False starts the mixers at random.
         state_dim: state size of a head; None means the teacher's head size.
         conv_width: taps of the mixers' short convolution.
+        rope: ``keep`` gives the mixers the teacher's rotary positions (``distill.mixers.rotary``), ``drop`` does not.
 
     Returns:
         A ``PreTrainedModel`` in eval mode: in fp32 if ``teacher`` is a folder, in a loaded teacher's dtype and on its
         device otherwise.
 
     Raises:
-        UserError: for an unknown mixer or family, a layer out of range, or a teacher that cannot be read.
+        UserError: for an unknown mixer or family, a layer out of range, a teacher that cannot be read, or
+            ``rope="keep"`` where attention's positions are not rotary ones that a mixer could have.
     """
     model = load_teacher(teacher) if isinstance(teacher, str | Path) else teacher
     student, _ = convert_with_report(
@@ -100,6 +107,7 @@ def convert(
         seed_from_attention=seed_from_attention,
         state_dim=state_dim,
         conv_width=conv_width,
+        rope=rope,
     )
     return student
 
@@ -113,10 +121,16 @@ def convert_with_report(
     seed_from_attention: bool = True,
     state_dim: int | None = None,
     conv_width: int = 4,
+    rope: str = "drop",
 ) -> tuple[PreTrainedModel, Report]:
     """:func:`convert`, with the account of what was done."""
     config = plan(
-        teacher.config, mixer=mixer, keep_attention=keep_attention, state_dim=state_dim, conv_width=conv_width
+        teacher.config,
+        mixer=mixer,
+        keep_attention=keep_attention,
+        state_dim=state_dim,
+        conv_width=conv_width,
+        rope=rope,
     )
     family = family_of(teacher.config)
     replaced = {index: view(teacher.get_decoder().layers[index].self_attn, family) for index in mixer_layers(config)}
@@ -136,6 +150,7 @@ def plan(
     keep_attention: Sequence[int] = (),
     state_dim: int | None = None,
     conv_width: int = 4,
+    rope: str = "drop",
 ) -> PreTrainedConfig:
     """The student's config, everything checked, without a weight in memory.
 
@@ -150,16 +165,24 @@ def plan(
     kept = resolve(text.num_hidden_layers, layers=list(keep_attention))
     if (state_dim is not None and state_dim < 1) or conv_width < 1:
         raise UserError(f"state_dim is {state_dim} and conv_width {conv_width}; both must be at least 1")
-    attention = view(empty_model(teacher).get_decoder().layers[0].self_attn, family_of(teacher))
+    if rope not in get_args(Rope):
+        raise UserError(f"rope is {rope!r}; allowed are {', '.join(get_args(Rope))}")
+    empty = empty_model(teacher)
+    attention = view(empty.get_decoder().layers[0].self_attn, family_of(teacher))
+    state_dim = state_dim or attention.head_dim
+    kinds = layer_kinds(text.num_hidden_layers, kept, mixer)
+    if rope == "keep":
+        require_rotation(empty, [index for index, kind in enumerate(kinds) if kind != ATTENTION], state_dim)
     settings = {
         "n_heads": attention.n_heads,
         "head_dim": attention.head_dim,
-        "state_dim": state_dim or attention.head_dim,
+        "state_dim": state_dim,
         "conv_width": conv_width,
         "norm_eps": text.rms_norm_eps,
         "out_bias": attention.o.bias is not None,
+        "rope": rope,
     }
-    return student_config(teacher, layer_kinds(text.num_hidden_layers, kept, mixer), settings)
+    return student_config(teacher, kinds, settings)
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -214,6 +237,7 @@ def report(teacher: PreTrainedModel, student: PreTrainedModel, seeded: dict[int,
         state_bytes=state_bytes(student),
         kv_bytes_per_token=(len(kinds) - len(mixer_layers(student.config))) * kv_bytes,
         teacher_kv_bytes_per_token=len(kinds) * kv_bytes,
+        rope=student.config.distill["mixer"].get("rope", "drop"),
     )
 
 

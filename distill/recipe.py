@@ -120,6 +120,8 @@ class Student(Section):
     """Numbers of state for each channel of a head; null for the size of the teacher's heads."""
     conv_width: Count = 4
     """Positions the mixers' short convolution looks at."""
+    rope: Literal["drop", "keep"] = "drop"
+    """keep: B and C carry the teacher's rotary positions, as its keys and queries do; drop: they do not."""
 
 
 class HeldOut(Section):

@@ -57,7 +57,9 @@ class HiddenObjective:
     def _distance(self, layer: Any, trace: LayerTrace, batch: Batch, sequence: dict[str, Tensor | None]) -> Tensor:
         """The distance of one layer, summed over tokens."""
         if self.target == "mixer":
-            output_BTD, _ = layer.self_attn(trace.attention_input.to(self.dtype), **sequence)
+            positions = trace.layer_kwargs.get("position_embeddings")
+            u_BTD = trace.attention_input.to(self.dtype)
+            output_BTD, _ = layer.self_attn(u_BTD, position_embeddings=positions, **sequence)
             target_BTD = trace.attention_output
         else:
             output_BTD = layer(trace.layer_input.to(self.dtype), **{**trace.layer_kwargs, **sequence})

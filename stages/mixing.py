@@ -58,8 +58,9 @@ class MixingObjective:
             )
 
         def distance(u_BTD: Tensor) -> Tensor:
+            positions = trace.position_embeddings
             return streamed_mixing_distance(
-                mixer.matrix_factors(u_BTD, valid_BT=valid_BT, resets_BT=resets_BT),
+                mixer.matrix_factors(u_BTD, valid_BT=valid_BT, resets_BT=resets_BT, position_embeddings=positions),
                 q_BHTP,
                 k_BKTP,
                 valid_BT,

@@ -10,11 +10,16 @@ from torch import Tensor, nn
 
 from distill.mixers.discrete_mamba2 import DiscreteMamba2Mixer
 from distill.mixers.mamba2 import Mamba2Mixer
+from distill.mixers.rotary import Rotation
 from distill.ssd.factors import MatrixFactors
 
 
 class Mixer(Protocol):
-    """The face of every mixer. ``valid_BT`` is False at padding, ``resets_BT`` True where a packed document begins."""
+    """The face of every mixer.
+
+    ``valid_BT`` is False at padding, ``resets_BT`` True where a packed document begins, and ``position_embeddings``
+    is the (cos, sin) that the decoder hands to its layers, which a mixer with ``rope: keep`` reads.
+    """
 
     in_proj: nn.Linear
 
@@ -23,13 +28,23 @@ class Mixer(Protocol):
         ...
 
     def mixing_matrix(
-        self, hidden_BTD: Tensor, *, valid_BT: Tensor | None = None, resets_BT: Tensor | None = None
+        self,
+        hidden_BTD: Tensor,
+        *,
+        valid_BT: Tensor | None = None,
+        resets_BT: Tensor | None = None,
+        position_embeddings: Rotation | None = None,
     ) -> Tensor:
         """The (B, H, T, T) matrix it multiplies its values with, to look at; documents and padding are zeros in it."""
         ...
 
     def matrix_factors(
-        self, hidden_BTD: Tensor, *, valid_BT: Tensor | None = None, resets_BT: Tensor | None = None
+        self,
+        hidden_BTD: Tensor,
+        *,
+        valid_BT: Tensor | None = None,
+        resets_BT: Tensor | None = None,
+        position_embeddings: Rotation | None = None,
     ) -> MatrixFactors:
         """What that matrix is made of, borders of documents apart; MOHAWK's first stage matches it through them."""
         ...
@@ -39,7 +54,12 @@ class Mixer(Protocol):
         ...
 
     def mix(
-        self, hidden_BTD: Tensor, *, valid_BT: Tensor | None = None, resets_BT: Tensor | None = None
+        self,
+        hidden_BTD: Tensor,
+        *,
+        valid_BT: Tensor | None = None,
+        resets_BT: Tensor | None = None,
+        position_embeddings: Rotation | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(y_BTHP, x_BTHP): that product, and the values, before gate and output projection."""
         ...

@@ -68,10 +68,11 @@ def eager(family) -> PreTrainedModel:
     return model
 
 
-@pytest.fixture(params=sorted(MIXERS))
+@pytest.fixture(params=[("mamba2", "drop"), ("discrete_mamba2", "keep")], ids="-".join)
 def student(request, teacher) -> PreTrainedModel:
-    """A hybrid whose every parameter is away from the teacher's."""
-    made = convert(teacher, mixer=request.param, keep_attention=[1]).train()
+    """A hybrid whose every parameter is away from the teacher's; one mixer keeps rotary positions, one does not."""
+    mixer, rope = request.param
+    made = convert(teacher, mixer=mixer, keep_attention=[1], rope=rope).train()
     torch.manual_seed(6)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -98,6 +99,11 @@ def documents(batch: dict[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
             yield row, ids[None]
 
 
+def rotation(model: PreTrainedModel, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, as the model's decoder makes them for its layers."""
+    return model.model.rotary_emb(torch.zeros(1), positions_BT)
+
+
 def losses(objective: Objective, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: loss_sum() for name, loss_sum in objective.parts(batch)}
 
@@ -114,7 +120,8 @@ def test_mixing_is_the_distance_to_the_teachers_own_matrices(student, teacher, e
         seen = eager(ids, output_attentions=True, output_hidden_states=True)
         for index, mixer in mixers.items():
             u = eager.model.layers[index].input_layernorm(seen.hidden_states[index])
-            difference_HTS = mixer.mixing_matrix(u)[0] - seen.attentions[index][0]
+            turn = rotation(eager, torch.arange(ids.shape[1])[None])
+            difference_HTS = mixer.mixing_matrix(u, position_embeddings=turn)[0] - seen.attentions[index][0]
             square_RH[index][row] += difference_HTS.square().sum(dim=(1, 2)).detach()
     expected = {index: square.sqrt().mean(dim=1).sum() for index, square in square_RH.items()}
     objective = OBJECTIVES["mixing"](teacher, student)
@@ -134,7 +141,8 @@ def test_mixing_takes_the_form_of_the_recipe(teacher, student, batch, form):
         with torch.no_grad():
             q, k = attention.queries_and_keys(u, traces[index].position_embeddings)
             theirs = attention_matrix(q, k, scaling=attention.scaling, window=attention.sliding_window)
-        expected[index] = mixing_distance(mixer.mixing_matrix(u), theirs, form=form, reduction="sum").detach()
+        ours = mixer.mixing_matrix(u, position_embeddings=rotation(teacher, batch["position_ids"]))
+        expected[index] = mixing_distance(ours, theirs, form=form, reduction="sum").detach()
     close(losses(MixingObjective(teacher, student, MixingStage(**SETTINGS, form=form)), batch), expected)
 
 
@@ -158,10 +166,11 @@ def test_hidden_is_the_distance_to_what_the_teachers_layer_makes(student, teache
             theirs, ours, h = eager.model.layers[index], student.model.layers[index], seen.hidden_states[index]
             u = theirs.input_layernorm(h)
             wanted = attention_output(theirs.self_attn, u, seen.attentions[index][0])
+            turn = rotation(eager, torch.arange(ids.shape[1])[None])
             if target == "mixer":
-                got, _ = mixer(u)
+                got, _ = mixer(u, position_embeddings=turn)
             else:
-                got = rest_of_block(ours, h + mixer(ours.input_layernorm(h))[0])
+                got = rest_of_block(ours, h + mixer(ours.input_layernorm(h), position_embeddings=turn)[0])
                 wanted = rest_of_block(theirs, h + wanted)
             expected[index] = expected[index] + (got - wanted).norm(dim=-1).sum()
     objective = HiddenObjective(teacher, student, HiddenStage(**SETTINGS, target=target))
