@@ -56,6 +56,15 @@ def of_mixer(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> S
     return _saved(mixer, run, hidden, block, dtype)
 
 
+def of_heads(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> Saved:
+    """What one mixer keeps up to its output projection; arguments as `of_layer`."""
+
+    def run(mixer: Any, hidden_BTD: Tensor) -> None:
+        mixer.head_outputs(hidden_BTD, position_embeddings=_rotation(mixer, block))
+
+    return _saved(mixer, run, hidden, block, dtype)
+
+
 def of_matrix(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> Saved:
     """What the distance of one mixer's matrix from the teacher's takes, which holds no T×T tensor: it grows with T.
 

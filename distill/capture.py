@@ -11,24 +11,28 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from distill.attention import family_of, view
 from distill.documents import document_starts
 from distill.within import within
 
 Batch = dict[str, Tensor]
-Field = Literal["layer_input", "attention_input", "attention_output", "layer_output"]
+Field = Literal["layer_input", "attention_input", "head_outputs", "attention_output", "layer_output"]
 FIELDS: tuple[Field, ...] = get_args(Field)
 
 
 @dataclass
 class LayerTrace:
-    """One decoder layer's traffic; tensors (B, T, D) in the teacher's dtype. What was not asked for is not there.
+    """One decoder layer's traffic; tensors in the teacher's dtype. What was not asked for is not there.
+
+    All are (B, T, D) but for ``head_outputs``, which is (B, T, H·P).
 
     Attributes:
         layer_input: the hidden state that enters the layer.
         layer_kwargs: what else the decoder hands to its layers (positions, masks); always there.
         attention_input: what attention reads: the layer's norm applied to its input.
+        head_outputs: what attention's heads make and its output projection reads.
         attention_output: what attention adds to the residual stream, after the output projection.
         layer_output: the hidden state that leaves the layer.
     """
@@ -36,6 +40,7 @@ class LayerTrace:
     layer_input: Tensor = field(init=False)
     layer_kwargs: dict[str, Any] = field(init=False)
     attention_input: Tensor = field(init=False)
+    head_outputs: Tensor = field(init=False)
     attention_output: Tensor = field(init=False)
     layer_output: Tensor = field(init=False)
 
@@ -56,14 +61,15 @@ def traced_layers(
         model: a stock Hugging Face model, usually the frozen teacher.
         batch: ``input_ids`` and ``position_ids`` (B, T); positions restart with every packed document.
         layers: indices of the decoder layers to watch.
-        wants: which tensors to keep; each is one (B, T, D) a layer, until the trace goes.
+        wants: which tensors to keep; each is one a layer, until the trace goes.
     """
     watched = set(layers)
     hidden_BTD, calls = _calls_of_layers(model, batch)
     for index in range(max(watched, default=-1) + 1):
         trace = LayerTrace()
-        with _watched(model.get_decoder().layers[index], trace, wants) if index in watched else nullcontext():
-            hidden_BTD = _called(model.get_decoder().layers[index], hidden_BTD, calls[index])
+        layer: Any = model.get_decoder().layers[index]
+        with _watched(layer, trace, wants, model.config) if index in watched else nullcontext():
+            hidden_BTD = _called(layer, hidden_BTD, calls[index])
         if index in watched:
             yield index, trace
 
@@ -127,7 +133,7 @@ def _called(layer: nn.Module, hidden_BTD: Tensor, call: _Call) -> Tensor:
 
 
 @contextmanager
-def _watched(layer: Any, trace: LayerTrace, wants: Collection[Field]) -> Iterator[None]:
+def _watched(layer: Any, trace: LayerTrace, wants: Collection[Field], config: PreTrainedConfig) -> Iterator[None]:
     """Inside, a call of ``layer`` fills ``trace``."""
 
     def keep(name: Field, tensor: Tensor) -> None:
@@ -141,6 +147,9 @@ def _watched(layer: Any, trace: LayerTrace, wants: Collection[Field]) -> Iterato
     def attends(_attention: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         keep("attention_input", args[0] if args else kwargs["hidden_states"])
 
+    def projects(_projection: nn.Module, args: tuple[Tensor, ...]) -> None:
+        keep("head_outputs", args[0])
+
     def attended(_attention: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         keep("attention_output", output[0])
 
@@ -153,6 +162,8 @@ def _watched(layer: Any, trace: LayerTrace, wants: Collection[Field]) -> Iterato
         layer.self_attn.register_forward_pre_hook(attends, with_kwargs=True),
         layer.self_attn.register_forward_hook(attended),
     ]
+    if "head_outputs" in wants:  # alone: a student's layers, which have no such projection, are watched too
+        handles.append(view(layer.self_attn, family_of(config)).o.register_forward_pre_hook(projects))
     try:
         yield
     finally:

@@ -39,6 +39,9 @@ class MixingObjective:
         family, self.layers = family_of(teacher.config), teacher.get_decoder().layers
         self.attention = {index: view(self.layers[index].self_attn, family) for index in self.mixers}
 
+    def begin(self, done: float) -> None:
+        """Every step has the same loss."""
+
     def weight(self, batch: Batch) -> float:
         """Sequences with anything in them."""
         return float(batch["valid"].any(dim=1).sum())

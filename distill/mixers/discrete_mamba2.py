@@ -63,7 +63,12 @@ class DiscreteMamba2Mixer(nn.Module):
         out_bias: give the output projection a bias, for teachers whose attention has one.
         rope: ``keep`` turns B and C by the positions' angles (``distill.mixers.rotary``), ``drop`` does not.
         layer_idx: place in the decoder, for the cache.
+
+    Attributes:
+        projections_frozen: no gradient passes x, B and C on their way back to the rows of ``in_proj`` that make them.
     """
+
+    projections_frozen = False
 
     def __init__(
         self,
@@ -132,9 +137,31 @@ class DiscreteMamba2Mixer(nn.Module):
     ) -> tuple[Tensor, None]:
         """Mix over time; arguments and results as :meth:`distill.mixers.mamba2.Mamba2Mixer.forward`."""
         memory = cache_layer(past_key_values if cache is None else cache, self.layer_idx)
-        terms, z_BTI = self._terms(hidden_states, valid_BT, resets_BT, memory, position_embeddings)
+        heads_BTI = self._heads(hidden_states, valid_BT, resets_BT, memory, position_embeddings)
+        return self.out_proj(heads_BTI.to(hidden_states.dtype)), None
+
+    def head_outputs(
+        self,
+        hidden_BTD: Tensor,
+        *,
+        valid_BT: Tensor | None = None,
+        resets_BT: Tensor | None = None,
+        position_embeddings: Rotation | None = None,
+    ) -> Tensor:
+        """(B, T, H·P): what the heads make and the output projection reads; fp32."""
+        return self._heads(hidden_BTD, valid_BT, resets_BT, None, position_embeddings)
+
+    def _heads(
+        self,
+        hidden_BTD: Tensor,
+        valid_BT: Tensor | None,
+        resets_BT: Tensor | None,
+        memory: Any,
+        rotation: Rotation | None,
+    ) -> Tensor:
+        terms, z_BTI = self._terms(hidden_BTD, valid_BT, resets_BT, memory, rotation)
         y_BTI = run(terms, resets_BT=resets_BT, cache=memory).flatten(2)
-        return self.out_proj((y_BTI * F.silu(widen(z_BTI) + widen(self.z_bias))).to(hidden_states.dtype)), None
+        return y_BTI * F.silu(widen(z_BTI) + widen(self.z_bias))
 
     def mix(
         self,
@@ -184,6 +211,8 @@ class DiscreteMamba2Mixer(nn.Module):
     ) -> tuple[ScanTerms, Tensor]:
         projected_BTE = mask_positions(self.in_proj(hidden_BTD), valid_BT)
         xBC_BTC, z_BTI, logit_BTH = projected_BTE.split([self.inner + 2 * self.wide, self.inner, self.n_heads], dim=-1)
+        if self.projections_frozen:
+            xBC_BTC = xBC_BTC.detach()
         xBC_BTC = self.conv1d(xBC_BTC, valid_BT=valid_BT, resets_BT=resets_BT, cache=cache)
         x_BTI, B_BTI, C_BTI = xBC_BTC.split([self.inner, self.wide, self.wide], dim=-1)
         B_BTHN, C_BTHN = split_heads(B_BTI, self.n_heads), split_heads(C_BTI, self.n_heads)

@@ -81,7 +81,12 @@ class Mamba2Mixer(nn.Module):
         out_bias: give the output projection a bias, for teachers whose attention has one.
         rope: ``keep`` turns B and C by the positions' angles (``distill.mixers.rotary``), ``drop`` does not.
         layer_idx: place in the decoder, for the cache.
+
+    Attributes:
+        projections_frozen: no gradient passes x, B and C on their way back to the rows of ``in_proj`` that make them.
     """
+
+    projections_frozen = False
 
     def __init__(
         self,
@@ -150,9 +155,30 @@ class Mamba2Mixer(nn.Module):
             position_embeddings: (cos, sin) as the decoder hands them to attention; read with ``rope: keep`` alone.
         """
         memory = cache_layer(past_key_values if cache is None else cache, self.layer_idx)
-        terms, z_BTI = self._terms(hidden_states, valid_BT, resets_BT, memory, position_embeddings)
-        y_BTHP = run(terms, resets_BT=resets_BT, cache=memory)
-        return self.out_proj(self.norm(y_BTHP.flatten(2), z_BTI).to(hidden_states.dtype)), None
+        heads_BTI = self._heads(hidden_states, valid_BT, resets_BT, memory, position_embeddings)
+        return self.out_proj(heads_BTI.to(hidden_states.dtype)), None
+
+    def head_outputs(
+        self,
+        hidden_BTD: Tensor,
+        *,
+        valid_BT: Tensor | None = None,
+        resets_BT: Tensor | None = None,
+        position_embeddings: Rotation | None = None,
+    ) -> Tensor:
+        """(B, T, H·P): what the heads make and the output projection reads; fp32."""
+        return self._heads(hidden_BTD, valid_BT, resets_BT, None, position_embeddings)
+
+    def _heads(
+        self,
+        hidden_BTD: Tensor,
+        valid_BT: Tensor | None,
+        resets_BT: Tensor | None,
+        memory: Any,
+        rotation: Rotation | None,
+    ) -> Tensor:
+        terms, z_BTI = self._terms(hidden_BTD, valid_BT, resets_BT, memory, rotation)
+        return self.norm(run(terms, resets_BT=resets_BT, cache=memory).flatten(2), z_BTI)
 
     def mix(
         self,
@@ -202,6 +228,8 @@ class Mamba2Mixer(nn.Module):
     ) -> tuple[ScanTerms, Tensor]:
         projected_BTE = mask_positions(self.in_proj(hidden_BTD), valid_BT)
         z_BTI, xBC_BTC, dt_BTH = projected_BTE.split([self.inner, self.inner + 2 * self.wide, self.n_heads], dim=-1)
+        if self.projections_frozen:
+            xBC_BTC = xBC_BTC.detach()
         xBC_BTC = F.silu(self.conv1d(xBC_BTC, valid_BT=valid_BT, resets_BT=resets_BT, cache=cache))
         x_BTI, B_BTI, C_BTI = xBC_BTC.split([self.inner, self.wide, self.wide], dim=-1)
         B_BTHN, C_BTHN = split_heads(B_BTI, self.n_heads), split_heads(C_BTI, self.n_heads)
