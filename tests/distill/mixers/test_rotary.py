@@ -116,12 +116,13 @@ def test_documents_and_padding_stay_apart(mixer):
         torch.testing.assert_close(together[:, start:end], alone, rtol=1e-10, atol=1e-10)
 
 
-def test_angles_in_fp32_are_not_rounded_to_the_16_bits_of_what_they_turn():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_has_16_bits_is_turned_in_32_and_rounded_once(dtype):
     torch.manual_seed(2)
     B, C = torch.randn(2, 1, 5, HEADS, STATE, dtype=torch.bfloat16)
-    rotation = tuple(part.float() for part in angles(torch.arange(30_000, 30_005)[None], STATE))
-    for got, given in zip(rotate(B, C, rotation), (B, C), strict=True):
-        exact, _ = rotate(given.float(), given.float(), rotation)
+    cos, sin = (part.to(dtype) for part in angles(torch.arange(30_000, 30_005)[None], STATE))
+    for got, given in zip(rotate(B, C, (cos, sin)), (B, C), strict=True):
+        exact, _ = rotate(given.float(), given.float(), (cos.float(), sin.float()))
         assert torch.equal(got, exact.to(torch.bfloat16))
 
 
