@@ -51,6 +51,7 @@ def rotate(B_BTHN: Tensor, C_BTHN: Tensor, rotation: Rotation | None) -> tuple[T
 
 def _turned(u_BTHN: Tensor, cos_BT1W: Tensor, sin_BT1W: Tensor) -> Tensor:
     width = cos_BT1W.shape[-1]
-    first, second = u_BTHN[..., : width // 2], u_BTHN[..., width // 2 : width]
-    turned_BTHW = u_BTHN[..., :width] * cos_BT1W + torch.cat([-second, first], dim=-1) * sin_BT1W
-    return torch.cat([turned_BTHW.to(u_BTHN.dtype), u_BTHN[..., width:]], dim=-1)
+    u_BTHW, rest_BTHN = u_BTHN[..., :width], u_BTHN[..., width:]
+    first, second = u_BTHW.chunk(2, dim=-1)
+    turned_BTHW = torch.addcmul(u_BTHW * cos_BT1W, torch.cat([-second, first], dim=-1), sin_BT1W).to(u_BTHN.dtype)
+    return torch.cat([turned_BTHW, rest_BTHN], dim=-1) if rest_BTHN.shape[-1] else turned_BTHW
