@@ -53,6 +53,7 @@ def _gemma(config: Any) -> Scales:
 SCALES: dict[str, Callable[[Any], Scales]] = {
     "llama": _plain,
     "mistral": _plain,
+    "mixtral": _plain,
     "qwen2": _plain,
     "qwen3": _plain,
     "phi3": _plain,
@@ -113,6 +114,11 @@ class StudentFacts:
         """The MLP's, by whatever name the family's config has it."""
         config = self.config.get_text_config()
         return next((str(getattr(config, name)) for name in _ACTIVATION if getattr(config, name, None)), "none")
+
+    @property
+    def experts(self) -> int:
+        """How many a layer has; 0 for an ordinary MLP."""
+        return int(getattr(self.config, "num_local_experts", 0))
 
     @property
     def all_attention(self) -> "StudentFacts":

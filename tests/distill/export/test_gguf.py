@@ -37,6 +37,7 @@ TEACHERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "linear-rope": ("llama", {"rope_parameters": {**ROPE, "rope_type": "linear", "factor": 4.0}}, {"conv_width": 2}),
     "biases": ("qwen2", {}, {}),
     "granite": ("granite", SCALES, {}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}, {}),
     "phi3": ("phi3", {}, {}),
     "no-positions": ("smollm3", {"no_rope_layers": [1, 0, 1]}, {}),
 }

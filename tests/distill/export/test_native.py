@@ -110,6 +110,7 @@ FAMILY: dict[str, dict[str, object]] = {
         "embedding_multiplier": 3.0,
         "logits_scaling": 2.0,
     },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "phi3": {},
     # The middle layer, which keeps its attention, is one without positions.
     "smollm3": {"no_rope_layers": [1, 0, 1]},
@@ -117,7 +118,8 @@ FAMILY: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize(
-    ("teacher", "to"), [("granite", "granite"), ("phi3", "granite"), ("phi3", "bamba"), ("smollm3", "granite")]
+    ("teacher", "to"),
+    [("granite", "granite"), ("mixtral", "granite"), ("phi3", "granite"), ("phi3", "bamba"), ("smollm3", "granite")],
 )
 @torch.inference_mode()
 def test_other_families(random_teacher: Callable[..., PreTrainedModel], teacher: str, to: str, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ SIZES = {
     "pad_token_id": 0,
 }
 # What published checkpoints have and what is in the way by itself stands in the table's last column.
-WITHOUT = {"mistral": {"sliding_window": None}}
+WITHOUT = {name: {"sliding_window": None} for name in ("mistral", "mixtral")}
 
 
 def _rows() -> dict[str, list[str]]:
