@@ -48,8 +48,8 @@ _PUBLISHED = {
 def granite_config(facts: StudentFacts, mixer: MixerSize) -> GraniteMoeHybridConfig:
     """The config of the ``GraniteMoeHybridForCausalLM`` that computes what the student does.
 
-    Without experts, the class runs its shared MLP alone; with them it runs that too, so it gets one of zeros. Scores are
-    multiplied with 1 unless told otherwise, and there are no positions unless told so.
+    Without experts, the class runs its shared MLP alone; with them it runs that too, so it gets one of zeros. Scores
+    are multiplied with 1 unless told otherwise, and there are no positions unless told so.
     """
     scales = facts.scales
     kinds = ["full_attention" if index in facts.kept else "linear_attention" for index in range(len(facts.kinds))]
