@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from distill.conversion import empty_model
 from distill.decoder import attention_of, layers_of
 from distill.export.changes import MixerSize
-from distill.families import family_of
+from distill.families import Family, family_of
 from distill.layout import ATTENTION, mixer_layers
 
 
@@ -152,6 +152,7 @@ def facts_of(config: PreTrainedConfig) -> StudentFacts:
     kinds = tuple(config.distill["layers"])
     kept = {index: attention_of(layers[index]) for index, kind in enumerate(kinds) if kind == ATTENTION}
     text = config.get_text_config()
+    family = family_of(config) or Family()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return StudentFacts(
         config=config,
@@ -163,7 +164,7 @@ def facts_of(config: PreTrainedConfig) -> StudentFacts:
         head_dim=head_dim,
         scalings={index: float(getattr(attention, "scaling", head_dim**-0.5)) for index, attention in kept.items()},
         windows={index: _window(attention, text) for index, attention in kept.items()},
-        rotary={index: family_of(config).rotates(attention) for index, attention in kept.items()},
+        rotary={index: family.rotates(attention) for index, attention in kept.items()},
     )
 
 

@@ -103,30 +103,8 @@ def test_what_else_the_classes_can_say(changes: dict, settings: dict, width: int
     assert mixer.chunk_size == 64
 
 
-FAMILY: dict[str, dict[str, object]] = {
-    "granite": {
-        "attention_multiplier": 0.2,
-        "residual_multiplier": 0.5,
-        "embedding_multiplier": 3.0,
-        "logits_scaling": 2.0,
-    },
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-    "phi3": {},
-    # The middle layer, which keeps its attention, is one without positions.
-    "smollm3": {"no_rope_layers": [1, 0, 1]},
-}
-
-
-@pytest.mark.parametrize(
-    ("teacher", "to"),
-    [("granite", "granite"), ("mixtral", "granite"), ("phi3", "granite"), ("phi3", "bamba"), ("smollm3", "granite")],
-)
-@torch.inference_mode()
-def test_other_families(random_teacher: Callable[..., PreTrainedModel], teacher: str, to: str, tmp_path: Path) -> None:
-    student = convert(random_teacher(teacher, **FAMILY[teacher]), keep_attention=[1])
-    model = exported(student, tmp_path, to)
-    ids_BT = torch.randint(3, 61, (2, 70))
-    near(student(ids_BT, use_cache=False).logits, model(ids_BT, use_cache=False).logits)
+def test_fused_matrices_come_apart(random_teacher: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    exported(convert(random_teacher("phi3"), keep_attention=[1]), tmp_path, "bamba")
 
 
 def test_gemma_is_exact_with_all_its_attention(random_teacher: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
