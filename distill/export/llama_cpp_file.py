@@ -50,7 +50,7 @@ def write_gguf(student: Path, out: Path, options: Options) -> list[str]:
     writer = package.GGUFWriter(file, _ARCHITECTURE)
     _say_architecture(writer, package, facts, sizes, options.outtype, student.resolve().name)
     _say_vocabulary(writer, words)
-    with open_weights(student, facts.config) as stored:
+    with open_weights(student, facts.shapes) as stored:
         _write_tensors(writer, package, facts, sizes, stored, options.outtype)
     writer.close()
     added = sizes.padded.heads - facts.mixer_size.heads

@@ -144,7 +144,7 @@ def _write(
     config = config_of(facts, padded)
     config.architectures = [native.__name__]
     config.dtype = facts.config.dtype
-    with open_weights(student, facts.config) as stored:
+    with open_weights(student, facts.shapes) as stored:
         sizes = Sizes(facts.q_heads, facts.kv_heads, size, padded)
         write_shards(_whole(translate_all(facts, limits, stored, sizes, native, config), native, config), out)
     config.save_pretrained(out)

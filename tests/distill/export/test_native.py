@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     BambaForCausalLM,
@@ -108,7 +108,7 @@ def test_fused_matrices_come_apart(random_teacher: Callable[..., PreTrainedModel
 
 
 def test_gemma_is_exact_with_all_its_attention(random_teacher: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
-    student = convert(random_teacher("gemma", head_dim=12), keep_attention=[0, 1, 2])
+    student = convert(random_teacher("gemma", head_dim=12).bfloat16(), keep_attention=[0, 1, 2])
     exported(student, tmp_path, "granite")
 
 
@@ -144,6 +144,15 @@ def test_a_wrong_table_is_noticed_and_nothing_is_left(tmp_path: Path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
     report = export_folder(tmp_path / "student", tmp_path / "out", to="granite", options=Options(verify=False))
     assert "not verified" in report
+
+
+def test_lost_weights_are_named(tmp_path: Path) -> None:
+    convert(llama(), keep_attention=[1]).save_pretrained(tmp_path / "student")
+    weights = load_file(tmp_path / "student" / "model.safetensors")
+    del weights["model.layers.0.self_attn.A_log"], weights["model.layers.0.self_attn.D"]
+    save_file(weights, tmp_path / "student" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks weights of its model: model.layers.0.self_attn.\w+ and 1 more"):
+        export_folder(tmp_path / "student", tmp_path / "out", to="granite", options=Options())
 
 
 def test_only_students_are_exported(tmp_path: Path) -> None:
