@@ -5,6 +5,7 @@ fake tensors counts what autograd really keeps, for any width and length, in mil
 """
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from distill.attention import rotated_channels
+from distill.decoder import attention_of
+from distill.experts import make_dense_
 from distill.objectives.streamed_mixing import streamed_mixing_distance
 
 _SHORT = 64
@@ -42,8 +46,8 @@ def of_layer(layer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> S
     """
 
     def run(layer: Any, hidden_BTD: Tensor) -> None:
-        cos_BTP = torch.empty(1, block, layer.self_attn.head_dim)
-        layer(hidden_BTD, position_embeddings=(cos_BTP, cos_BTP), attention_mask=None)
+        cos_BTP = torch.empty(1, block, rotated_channels(attention_of(layer)))
+        layer(hidden_BTD, **_arguments(layer, {"position_embeddings": (cos_BTP, cos_BTP)}))
 
     return _saved(layer, run, hidden, block, dtype)
 
@@ -78,12 +82,20 @@ def of_matrix(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> 
     return Saved(kept + factors + queries_and_keys, once, widest)
 
 
+def _arguments(layer: nn.Module, known: dict[str, Any]) -> dict[str, Any]:
+    """What of ``known`` a layer's forward asks for, and None for what else it insists on."""
+    _, *others = inspect.signature(layer.forward).parameters.values()
+    asked = [p for p in others if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return {p.name: known.get(p.name) for p in asked if p.name in known or p.default is p.empty}
+
+
 def _saved(module: nn.Module, run: Callable[[Any, Tensor], None], hidden: int, block: int, dtype: torch.dtype) -> Saved:
     """From batches of two and of three: what the third sequence adds, and what none does.
 
     A batch of one keeps a little less: with a dimension of one some copies are views.
     """
     module = copy.deepcopy(module).to("meta")
+    make_dense_(module)
     two, three = (_kept(module, run, (batch, block, hidden), dtype) for batch in (2, 3))
     return Saved(
         a_sequence=sum(three) - sum(two),

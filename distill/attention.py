@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from distill.decoder import attention_of, layers_of
 from distill.errors import UserError
-from distill.families import FAMILIES, Family, family_name, family_of
+from distill.families import FAMILIES, Family, family_name, family_of, found
 from distill.projections import Projection, is_linear, out_features, split, whole
 from distill.within import whole_shape
 
@@ -43,7 +42,7 @@ class AttentionView:
         sliding_window: how far back a position sees, or None.
         rotate: applies rotary positions, ``(q_BHTP, k_BKTP, cos, sin) -> (q, k)``, to as many channels as cos has.
         softcap: c of ``c·tanh(scores / c)``, or None.
-        rotates: whether positions are rotated in at all.
+        rotates: whether the rotation that the decoder hands out is used.
         q_norm, k_norm: norms of queries and keys; over a head's P channels, or over all heads' together.
     """
 
@@ -74,11 +73,10 @@ class AttentionView:
 
     def queries_and_shared_keys(self, hidden_BTD: Tensor, position_embeddings: Positions) -> tuple[Tensor, Tensor]:
         """As `queries_and_keys`, with the keys once: (B, H, T, P) and (B, K, T, P)."""
-        q_BHTP = self._by_head(self.q(hidden_BTD), self.n_heads, self.q_norm).transpose(1, 2)
-        k_BKTP = self._by_head(self.k(hidden_BTD), self.n_kv_heads, self.k_norm).transpose(1, 2)
-        if not self.rotates:
+        q_BHTP = self.by_head(self.q(hidden_BTD), self.n_heads, self.q_norm).transpose(1, 2)
+        k_BKTP = self.by_head(self.k(hidden_BTD), self.n_kv_heads, self.k_norm).transpose(1, 2)
+        if not self.rotates or position_embeddings is None:
             return q_BHTP, k_BKTP
-        assert position_embeddings is not None, "the decoder hands rotations to its layers"
         width = position_embeddings[0].shape[-1]
         if width == self.head_dim:
             return self.rotate(q_BHTP, k_BKTP, *position_embeddings)
@@ -87,13 +85,13 @@ class AttentionView:
 
     def values(self, hidden_BTD: Tensor) -> Tensor:
         """Values repeated to the query heads, (B, T, H, P)."""
-        return self.per_query_head(self._by_head(self.v(hidden_BTD), self.n_kv_heads), dim=2)
+        return self.per_query_head(self.by_head(self.v(hidden_BTD), self.n_kv_heads), dim=2)
 
     def per_query_head(self, heads: Tensor, dim: int) -> Tensor:
         """Repeat key/value heads to query heads: neighbours share one (``repeat_interleave``), as attention does."""
         return heads.repeat_interleave(self.n_heads // self.n_kv_heads, dim=dim)
 
-    def _by_head(self, projected_BTC: Tensor, n_heads: int, norm: Any = None) -> Tensor:
+    def by_head(self, projected_BTC: Tensor, n_heads: int, norm: Any = None) -> Tensor:
         """(B, T, heads·P) to (B, T, heads, P), through the norm."""
         over_all = norm is not None and n_heads > 1 and _last(norm) == n_heads * self.head_dim
         if over_all:
@@ -108,29 +106,44 @@ def views(model: PreTrainedModel, layers: Iterable[int]) -> dict[int, AttentionV
     Raises:
         UserError: naming the family, the layer and what is missing.
     """
-    family, found = family_of(model.config), {}
+    family, seen = family_of(model.config), {}
     for index in layers:
         try:
-            found[index] = view(attention_of(layers_of(model)[index]), family)
+            seen[index] = view(attention_of(layers_of(model)[index]), family)
         except UserError as error:
-            raise UserError(f"layer {index} of this {family_name(model.config)} is not read: {error}") from None
-    return found
+            raise UserError(f"layer {index} of this {family_name(model.config)} cannot be converted: {error}") from None
+    return seen
 
 
-def view(attention: Any, family: Family) -> AttentionView:
+def view(attention: Any, family: Family | None) -> AttentionView:
     """Read ``attention``, what a decoder layer of the given family mixes over time with.
 
+    Args:
+        family: its row; None looks for the names.
+
     Raises:
-        UserError: naming the projections that are missing, where the layer is not built as its family's row says.
+        UserError: naming what is missing, or is there and not part of a view.
     """
+    family = family or found(attention)
+    if not hasattr(attention, "config"):
+        raise UserError(f"{type(attention).__name__} has no config to read its heads from")
     names = (family.fused, family.o) if family.fused else (family.q, family.k, family.v, family.o)
     missing = [name for name in names if not is_linear(getattr(attention, name, None))]
     if missing:
-        raise UserError(f"{type(attention).__name__} has no linear {', '.join(missing)}: it cannot be converted")
+        raise UserError(f"{type(attention).__name__} has no linear {', '.join(missing)}")
+    read = (*names, *(family.norms or ()))
+    unread = [name for name, _ in attention.named_parameters() if name.split(".")[0] not in read]
+    if unread:
+        raise UserError(f"{type(attention).__name__} also has {', '.join(unread)}, which is no part of any view")
     head_dim = _head_dim(attention)
     if family.fused:
-        n_heads, n_kv_heads = int(attention.config.num_attention_heads), int(family.kv_heads(attention.config))
-        fused = getattr(attention, family.fused)
+        fused, n_heads = getattr(attention, family.fused), int(attention.config.num_attention_heads)
+        n_kv_heads = (out_features(fused) // head_dim - n_heads) // 2
+        if n_kv_heads < 1 or n_heads % n_kv_heads or out_features(fused) != (n_heads + 2 * n_kv_heads) * head_dim:
+            raise UserError(
+                f"{family.fused} is {out_features(fused)} wide, which is not {n_heads} heads of {head_dim}"
+                " for queries and as many heads for keys as for values"
+            )
         q, k, v = split(fused, n_heads, n_kv_heads, head_dim, grouped=family.grouped)
     else:
         q, k, v = (getattr(attention, name) for name in (family.q, family.k, family.v))
@@ -154,6 +167,12 @@ def view(attention: Any, family: Family) -> AttentionView:
     )
 
 
+def rotated_channels(attention: Any) -> int:
+    """How many of a head's channels the decoder's cos and sin are for; a mixer, which reads none, takes any."""
+    rope = getattr(getattr(attention, "config", None), "rope_parameters", None) or {}
+    return int(_head_dim(attention) * rope.get("partial_rotary_factor", 1.0))
+
+
 def _head_dim(attention: Any) -> int:
     for name in ("head_dim", "head_size"):
         if hasattr(attention, name):
@@ -163,6 +182,9 @@ def _head_dim(attention: Any) -> int:
 
 def _sliding_window(attention: Any) -> int | None:
     """Per layer where the family says so (Qwen2 mixes both kinds), else from the config (Mistral)."""
+    kinds, index = getattr(attention.config, "layer_types", None), getattr(attention, "layer_idx", None)
+    if kinds and index is not None and kinds[index] != "sliding_attention":
+        return None
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window
     return getattr(attention.config, "sliding_window", None)
@@ -171,7 +193,11 @@ def _sliding_window(attention: Any) -> int | None:
 def _rotation(attention: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     """The family's own, since they differ in which channels make a pair; it stands beside the attention class."""
     beside = sys.modules[type(attention).__module__]
-    return getattr(beside, "apply_rotary_pos_emb", apply_rotary_pos_emb)
+    return getattr(beside, "apply_rotary_pos_emb", _no_rotation)
+
+
+def _no_rotation(*_inputs: Tensor) -> tuple[Tensor, Tensor]:
+    raise UserError("its rotation is not where others have theirs, apply_rotary_pos_emb beside the attention class")
 
 
 def _last(norm: Any) -> int:

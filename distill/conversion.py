@@ -15,10 +15,11 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from distill.attention import AttentionView, family_of, views
+from distill.attention import AttentionView, views
 from distill.calibration import calibrate
 from distill.decoder import norm_eps
 from distill.errors import UserError
+from distill.families import FAMILIES, family_name
 from distill.layout import layer_kinds, mixer_layers, resolve
 from distill.mixers import MIXERS
 from distill.roles import ROLES, roles
@@ -31,6 +32,7 @@ from distill.student import (
     student_config,
     teacher_class,
 )
+from distill.verification import verify, verify_delivery
 
 CONTEXTS = (1024, 4096, 32768, 131072)
 
@@ -46,6 +48,8 @@ class Report:
         state_bytes: what all mixers remember per sequence, fp32, at any length.
         kv_bytes_per_token: what the kept attention layers add per token, in the teacher's dtype.
         teacher_kv_bytes_per_token: what the teacher adds per token.
+        view_error: how far the teacher's attention, recomputed as it was read, is from its own output at most,
+            relative to the largest (``distill.verification``); None where nothing was converted.
     """
 
     layers: list[str]
@@ -55,6 +59,7 @@ class Report:
     state_bytes: int
     kv_bytes_per_token: int
     teacher_kv_bytes_per_token: int
+    view_error: float | None = None
 
     def cache_bytes(self, tokens: int) -> tuple[int, int]:
         """(student's, teacher's) cache bytes for a sequence of ``tokens``."""
@@ -121,13 +126,16 @@ def convert_with_report(
         teacher.config, mixer=mixer, keep_attention=keep_attention, state_dim=state_dim, conv_width=conv_width
     )
     replaced = views(teacher, mixer_layers(config))
+    errors = verify(teacher, replaced)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = _build(config, teacher)
     _copy_weights(teacher, student)
+    if replaced and family_name(teacher.config) not in FAMILIES:
+        verify_delivery(student)
     seeded = _seed(student, teacher, replaced, seed) if seed_from_attention else {}
-    return student, report(teacher, student, seeded)
+    return student, report(teacher, student, seeded, max(errors.values(), default=None))
 
 
 def plan(
@@ -151,8 +159,11 @@ def plan(
     kept = resolve(text.num_hidden_layers, layers=list(keep_attention))
     if (state_dim is not None and state_dim < 1) or conv_width < 1:
         raise UserError(f"state_dim is {state_dim} and conv_width {conv_width}; both must be at least 1")
-    family_of(teacher)
-    attention = views(empty_model(teacher), [0])[0]
+    layers = layer_kinds(text.num_hidden_layers, kept, mixer)
+    changed = [index for index, kind in enumerate(layers) if kind == mixer]
+    attention, *others = views(empty_model(teacher), changed or [0]).values()
+    if any((other.n_heads, other.head_dim) != (attention.n_heads, attention.head_dim) for other in others):
+        raise UserError(f"the layers of this {family_name(teacher)} have different heads; mixers are all of one shape")
     settings = {
         "n_heads": attention.n_heads,
         "head_dim": attention.head_dim,
@@ -161,7 +172,7 @@ def plan(
         "norm_eps": norm_eps(teacher),
         "out_bias": attention.o.bias is not None,
     }
-    return student_config(teacher, layer_kinds(text.num_hidden_layers, kept, mixer), settings)
+    return student_config(teacher, layers, settings)
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -203,9 +214,15 @@ def load_teacher(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreT
     return model.eval().requires_grad_(False)
 
 
-def report(teacher: PreTrainedModel, student: PreTrainedModel, seeded: dict[int, list[Seeded]] | None = None) -> Report:
+def report(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    seeded: dict[int, list[Seeded]] | None = None,
+    view_error: float | None = None,
+) -> Report:
     """Count what changed; works on models without weights too."""
-    attention = views(teacher, [0])[0]
+    first = next(iter(mixer_layers(student.config)), 0)
+    attention = views(teacher, [first])[first]
     kv_bytes = 2 * attention.n_kv_heads * attention.head_dim * teacher.dtype.itemsize
     kinds = student.config.distill["layers"]
     return Report(
@@ -216,6 +233,7 @@ def report(teacher: PreTrainedModel, student: PreTrainedModel, seeded: dict[int,
         state_bytes=state_bytes(student),
         kv_bytes_per_token=(len(kinds) - len(mixer_layers(student.config))) * kv_bytes,
         teacher_kv_bytes_per_token=len(kinds) * kv_bytes,
+        view_error=view_error,
     )
 
 

@@ -9,7 +9,8 @@ D, V      hidden size, vocabulary
 H, P, N   heads, channels a head, state size a head
 Q         positions the scan takes at once, `distill.ssd.chunked.CHUNK`
 R         rows of a strip of mixing matrices, `distill.objectives.strips.ROWS`, at most T
-n_role    parameters of a role (`distill.roles`); n_role of the student, unless marked t for the teacher
+n_role    parameters of a role (`distill.roles`); n_role of the student, unless marked t for the teacher; of experts
+          the share that a token meets
 ========  =============================================================================
 
 Floating-point operations a token, forward, multiplications and additions counted apart; what is elementwise
@@ -45,6 +46,7 @@ from transformers import PreTrainedModel
 from distill import activations
 from distill.data.batches import micro_batches
 from distill.decoder import attention_of, layers_of
+from distill.experts import idle_parameters
 from distill.layout import mixer_layers
 from distill.objectives import strips
 from distill.objectives.chunked import VOCABULARY_SLICE, chunk_rows
@@ -80,7 +82,7 @@ class Kept(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
-    """The numbers of the formulas above; parameters by role."""
+    """The numbers of the formulas above; parameters by role, of which ``idle`` are those of experts not met."""
 
     n_layers: int
     n_kept: int
@@ -92,6 +94,7 @@ class Sizes:
     block: int
     teacher: dict[str, int]
     student: dict[str, int]
+    idle: int = 0
 
     @property
     def n_changed(self) -> int:
@@ -116,6 +119,7 @@ def sizes_of(student: PreTrainedModel, block: int, teacher_roles: dict[str, int]
         block=block,
         teacher=teacher_roles,
         student=roles,
+        idle=idle_parameters(student),
     )
 
 
@@ -143,7 +147,7 @@ def teacher_flops_per_token(sizes: Sizes, stage: Stage) -> float:
     if not runs_teacher(stage):
         return 0
     s = sizes
-    layers = 2 * (s.teacher["attention"] + s.teacher["mlp"]) + s.n_layers * _attention(s)
+    layers = 2 * (s.teacher["attention"] + s.teacher["mlp"] - s.idle) + s.n_layers * _attention(s)
     if isinstance(stage, MixingStage):
         return layers + s.n_changed * (s.block + s.rows) * s.heads * s.head_dim
     return layers if isinstance(stage, HiddenStage) else layers + _head(s)
@@ -151,7 +155,7 @@ def teacher_flops_per_token(sizes: Sizes, stage: Stage) -> float:
 
 def student_flops_per_token(sizes: Sizes, stage: Stage) -> float:
     """Forward and backward of what a stage runs of the student."""
-    s, n = sizes, sizes.student
+    s, n = sizes, {**sizes.student, "mlp": sizes.student["mlp"] - sizes.idle}
     chunk = min(CHUNK, s.block)
     scan = s.heads * (2 * chunk * (s.state_dim + s.head_dim) + 4 * s.head_dim * s.state_dim)
     if isinstance(stage, MixingStage):

@@ -47,6 +47,13 @@ def replace_attention(layer: nn.Module, mixer: nn.Module) -> None:
     setattr(layer, _attention_name(layer), mixer)
 
 
+def learns_positions(model: Any) -> bool:
+    """Whether the decoder has a vector for each position, and so an end to them, whatever its layers do (GPT-2)."""
+    tokens, layers = model.get_input_embeddings(), set(layers_of(model).modules())
+    others = (module for module in model.get_decoder().modules() if module is not tokens and module not in layers)
+    return any(isinstance(module, nn.Embedding) for module in others)
+
+
 def norm_eps(config: PreTrainedConfig) -> float:
     """What a family's norms add to the mean square, by whatever name its config has it; 1e-5 where it has none."""
     text = config.get_text_config()

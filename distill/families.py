@@ -24,9 +24,7 @@ class Family:
         grouped: in it each key/value head stands behind its query heads; else all queries come first.
         norms: names of the norms of queries and keys; what an attention layer has not, is not applied.
         softcap: name, inside attention, of what caps the scores.
-        rotates: whether an attention layer rotates its queries and keys.
-        kv_heads: how many key/value heads, from the config; only asked where they are fused.
-        lacks: what a config asks for that the view cannot say, or None.
+        rotates: whether an attention layer uses the rotation that its decoder hands it.
     """
 
     q: str = "q_proj"
@@ -38,43 +36,21 @@ class Family:
     norms: tuple[str, str] | None = None
     softcap: str | None = None
     rotates: Callable[[Any], bool] = lambda attention: True
-    kv_heads: Callable[[Any], int] = lambda config: config.num_key_value_heads
-    lacks: Callable[[Any], str | None] = lambda config: None
-
-
-def _falcon_kv_heads(config: Any) -> int:
-    if config.new_decoder_architecture:
-        return int(config.num_kv_heads)
-    return 1 if config.multi_query else int(config.num_attention_heads)
-
-
-def _two_way(config: Any) -> str | None:
-    return "attention in both directions" if getattr(config, "use_bidirectional_attention", False) else None
 
 
 _QK_NORM = ("q_norm", "k_norm")
 
 FAMILIES: dict[str, Family] = {
-    "falcon": Family(
-        fused="query_key_value",
-        grouped=True,
-        o="dense",
-        kv_heads=_falcon_kv_heads,
-        lacks=lambda config: "ALiBi, a bias on the scores" if config.alibi else None,
+    "cohere2": Family(rotates=lambda attention: attention.sliding_window is not None),
+    "exaone4": Family(
+        norms=_QK_NORM, rotates=lambda attention: attention.sliding_window is None or attention.is_sliding
     ),
-    "gemma": Family(lacks=_two_way),
-    "gemma2": Family(softcap="attn_logit_softcapping", lacks=_two_way),
-    "gemma3_text": Family(norms=_QK_NORM, lacks=_two_way),
-    "gpt2": Family(
-        fused="c_attn",
-        o="c_proj",
-        rotates=lambda attention: False,
-        kv_heads=lambda config: config.num_attention_heads,
-        lacks=lambda config: "cross attention" if config.add_cross_attention else None,
-    ),
-    "gpt_neox": Family(
-        fused="query_key_value", grouped=True, o="dense", kv_heads=lambda config: config.num_attention_heads
-    ),
+    "falcon": Family(fused="query_key_value", grouped=True, o="dense"),
+    "gemma": Family(),
+    "gemma2": Family(softcap="attn_logit_softcapping"),
+    "gemma3_text": Family(norms=_QK_NORM),
+    "gpt2": Family(fused="c_attn", o="c_proj"),
+    "gpt_neox": Family(fused="query_key_value", grouped=True, o="dense"),
     "granite": Family(),
     "llama": Family(),
     "mistral": Family(),
@@ -89,24 +65,62 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": Family(),
 }
 
+# What other families call the same; the first name that an attention layer has is taken.
+_APART = {
+    "q": ("q_proj", "query", "wq"),
+    "k": ("k_proj", "key", "wk"),
+    "v": ("v_proj", "value", "wv"),
+    "o": ("o_proj", "out_proj", "dense", "c_proj", "wo"),
+}
+_FUSED = {"qkv_proj": False, "c_attn": True, "query_key_value": True}
+_NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
+_SOFTCAPS = ("attn_logit_softcapping",)
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
 
 def family_name(config: PreTrainedConfig) -> str:
     """The family of a teacher's or student's text decoder."""
     return str(config.get_text_config().model_type).removeprefix("distilled_")
 
 
-def family_of(config: PreTrainedConfig) -> Family:
-    """The row for a teacher's (or student's) config.
+def family_of(config: PreTrainedConfig) -> Family | None:
+    """The row for a teacher's (or student's) config; None where there is none, so that names have to be looked for.
 
     Raises:
-        UserError: for a family without a row, or a variant of it that cannot be read.
+        UserError: for a config that asks for what no view can say.
     """
-    name = family_name(config)
-    if name not in FAMILIES:
-        raise UserError(
-            f"the teacher is of the family {config.model_type!r}; supported families are {', '.join(sorted(FAMILIES))}"
-        )
-    lacks = FAMILIES[name].lacks(config.get_text_config())
-    if lacks is not None:
-        raise UserError(f"the teacher is a {name} with {lacks}, which no mixer starts from; take another checkpoint")
-    return FAMILIES[name]
+    name, text = family_name(config), config.get_text_config()
+    if (lacking := _beyond_any_view(text)) is not None:
+        raise UserError(f"this {name} has {lacking}, which a mixer cannot start from; take another checkpoint")
+    return FAMILIES.get(name)
+
+
+def found(attention: Any) -> Family:
+    """A row for an attention layer of an unknown family: its names, as far as they are among those of others."""
+
+    def has(name: str) -> bool:
+        return getattr(attention, name, None) is not None
+
+    fused = next((name for name in _FUSED if has(name)), None)
+    names = {part: next((name for name in known if has(name)), known[0]) for part, known in _APART.items()}
+    return Family(
+        **names,
+        fused=None if has(names["q"]) else fused,
+        grouped=fused is not None and _FUSED[fused],
+        norms=next((pair for pair in _NORMS if has(pair[0])), None),
+        softcap=next((name for name in _SOFTCAPS if has(name)), None),
+        rotates=lambda attention: bool(getattr(attention, "use_rope", True)),
+    )
+
+
+def _beyond_any_view(config: Any) -> str | None:
+    """What a text config asks for that is neither projections, norms, rotation, window nor cap."""
+    unknown = set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES)
+    if getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False):
+        return "ALiBi, a bias on the scores"
+    if getattr(config, "add_cross_attention", False) or getattr(config, "is_encoder_decoder", False):
+        return "cross attention"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "attention in both directions"
+    return f"layers of the kind {', '.join(sorted(unknown))}" if unknown else None

@@ -33,7 +33,7 @@ def roles(model: PreTrainedModel) -> dict[str, Role]:
     for index, layer in enumerate(layers_of(model)):
         mark(attention_of(layer), "mixer" if index in changed else "attention")
     for module in decoder.modules():
-        if type(module).__name__.endswith("Norm"):
+        if "Norm" in type(module).__name__:
             mark(module, "norms")
     for layer in layers_of(model):
         mark(layer, "mlp")

@@ -26,6 +26,7 @@ from distill.student_base import Student
 
 MODEL_TYPE = "distilled_"
 CLASS_NAME = "Distilled"
+_DROPOUT = ("dropout", "pdrop")
 
 
 def save_with_code(
@@ -119,11 +120,13 @@ def student_config(teacher: PreTrainedConfig, layers: Sequence[str], mixer: dict
     """A student's config: its teacher's, with the layout under a key of our own.
 
     The teacher's name is left out: trainers that reload ``config._name_or_path`` as a reference model (TRL) would
-    silently get the teacher.
+    silently get the teacher. Dropout is off (GPT-2's configs have it on): a student is to match its teacher, and a loss
+    that is computed again has to be the same.
     """
     values = copy.deepcopy(teacher.to_dict())
     for key in ("model_type", "architectures", "_name_or_path", "transformers_version", "auto_map"):
         values.pop(key, None)
+    values |= {key: 0.0 for key, value in values.items() if key.endswith(_DROPOUT) and isinstance(value, float)}
     layout = {"version": 1, "layers": list(layers), "mixer": dict(mixer), "teacher": teacher.model_type}
     return student_config_class(type(teacher))(**values, distill=layout)  # type: ignore[call-arg]
 

@@ -21,6 +21,7 @@ class Limits:
         expand: what the width of the mixers, H·P, must be a multiple of the hidden size by; None for any whole number.
         needs_attention: it cannot run without a layer that keeps attention.
         scales: it has the multipliers of Granite (``facts.Scales`` and a free scaling of the scores).
+        needs_rotation: its attention always rotates positions.
         mixer_bias: its mixers' output projection may have a bias.
         rope_types: the kinds of rotary positions it knows; None for all of transformers'.
         conv_widths: the widths of the short convolution it runs.
@@ -32,6 +33,7 @@ class Limits:
     expand: int | None
     needs_attention: bool
     scales: bool
+    needs_rotation: bool
     mixer_bias: bool
     rope_types: tuple[str, ...] | None
     conv_widths: range
@@ -55,6 +57,7 @@ GRANITE = Limits(
     expand=None,
     needs_attention=True,
     scales=True,
+    needs_rotation=False,
     mixer_bias=True,
     rope_types=None,
     conv_widths=range(1, 64),
@@ -66,6 +69,7 @@ BAMBA = Limits(
     expand=None,
     needs_attention=True,
     scales=False,
+    needs_rotation=True,
     mixer_bias=True,
     rope_types=None,
     conv_widths=range(1, 64),
@@ -77,6 +81,7 @@ GGUF = Limits(
     expand=2,
     needs_attention=True,
     scales=True,
+    needs_rotation=False,
     mixer_bias=False,
     rope_types=("default", "linear", "llama3"),
     conv_widths=range(2, 64),

@@ -110,7 +110,7 @@ _MEANINGS: tuple[tuple[str, str, bool], ...] = (
     (r"self_attn\.[qk]_(norm|layernorm)\.", "attention with normalised queries and keys", True),
     (r"self_attn\.sinks", "attention with sinks", True),
     (r"self_attn\.", OTHER_PROJECTIONS, True),
-    (r"(experts|router|block_sparse_moe|mlp\.gate\.weight)", "a mixture of experts", False),
+    (r"(expert|router|block_sparse_moe|mlp\.gate\.weight)", "a mixture of experts", False),
     (r"mlp\.(gate|up|down)_proj\.bias", "an MLP with biases", False),
     (r"mlp\.", "an MLP without a gate", False),
     (r"norm\w*\.bias", "a LayerNorm with a bias instead of an RMS norm", False),
@@ -164,9 +164,10 @@ def _attention(facts: StudentFacts, limits: Limits) -> Iterator[Refusal]:
         yield Refusal(tuple(windows), reason, LEAVE_OUT)
     if facts.kept and getattr(config, "attn_logit_softcapping", None) is not None:
         yield Refusal(tuple(facts.kept), "attention scores with a soft cap", LEAVE_OUT)
-    if len(set(facts.rotary.values())) > 1:
-        bare = [index for index, rotated in facts.rotary.items() if not rotated]
-        reason = "attention without rotary positions, while other layers have them"
+    bare = [index for index, rotated in facts.rotary.items() if not rotated]
+    if bare and (limits.needs_rotation or len(bare) < len(facts.kept)):
+        others = "" if limits.needs_rotation else ", while other layers have them"
+        reason = f"attention without rotary positions{others}"
         yield Refusal(tuple(bare), reason, LEAVE_OUT)
     if len(set(facts.scalings.values())) > 1:
         yield Refusal(tuple(facts.kept), "attention scores scaled differently by layer", LEAVE_OUT)

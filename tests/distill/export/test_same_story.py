@@ -17,9 +17,7 @@ from distill.converting import convert_folder
 from distill.export.exporting import export_folder
 from distill.export.formats import FORMATS, Options
 from distill.recipe import load_recipe
-
-sys.path.insert(0, str(Path(__file__).parent))
-from llama_cpp_server import INSTALLED, REASON, complete
+from tests.distill.export.llama_cpp_server import INSTALLED, REASON, complete
 
 PROMPT, NEW_TOKENS = "Once upon a time", 48
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 COMMON = {
     "vocab_size": 97,
@@ -28,6 +28,8 @@ LLAMA3 = {
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Cohere 2": ("cohere2", {**GROUPED, **WINDOWS}),
+    "EXAONE 4": ("exaone4", {**GROUPED, **WINDOWS, "head_dim": 12}),
     "Falcon, all heads": ("falcon", {"multi_query": False, "new_decoder_architecture": False, "bias": True}),
     "Falcon, multi-query": ("falcon", {"multi_query": True, "new_decoder_architecture": False}),
     "Falcon, new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
@@ -56,15 +58,27 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "StarCoder2": ("starcoder2", {**GROUPED, "sliding_window": 6}),
 }
 
+# Families without a row, read by looking for names that others use.
+FOUND: dict[str, tuple[str, dict[str, Any]]] = {
+    "Cohere *": ("cohere", {**GROUPED, "use_qk_norm": True}),
+    "OLMo *": ("olmo", GROUPED),
+    "StableLM *": ("stablelm", GROUPED),
+}
+EVERY = {**CASES, **FOUND}
+
 
 def tiny(case: str, seed: int = 0) -> PreTrainedModel:
     """A random teacher whose every parameter is away from its initial value, biases and norms included."""
-    return built(*CASES[case], seed=seed)
+    return built(*EVERY[case], seed=seed)
+
+
+def config(model_type: str, settings: dict[str, Any]) -> PreTrainedConfig:
+    return AutoConfig.for_model(model_type, **{**COMMON, **settings})
 
 
 def built(model_type: str, settings: dict[str, Any], seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **COMMON, **settings)).eval()
+    model = AutoModelForCausalLM.from_config(config(model_type, settings)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
