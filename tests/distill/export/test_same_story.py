@@ -34,8 +34,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 prompt, new_tokens, folders = json.loads(sys.stdin.read())
 stories = []
 for folder in folders:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=folder.endswith("standalone"))
+    trust = folder.endswith("standalone")  # the tokenizer is a stock one, and reads the config all the same
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
     ids = tokenizer(prompt, return_tensors="pt")
     stories.append(model.generate(**ids, max_new_tokens=new_tokens, do_sample=False)[0].tolist())
 assert not any(name.split(".")[0] == "distill" for name in sys.modules)
