@@ -5,6 +5,7 @@ fake tensors counts what autograd really keeps, for any width and length, in mil
 """
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from distill.attention import rotated_channels
+from distill.decoder import attention_of
+from distill.experts import make_dense_
 from distill.objectives.streamed_mixing import streamed_mixing_distance
 
 _SHORT = 64
@@ -42,7 +46,9 @@ def of_layer(layer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> S
     """
 
     def run(layer: Any, hidden_BTD: Tensor) -> None:
-        layer(hidden_BTD, position_embeddings=_rotation(layer.self_attn, block), attention_mask=None)
+        attention = attention_of(layer)
+        known = {"position_embeddings": _rotation(attention, block)}
+        layer(hidden_BTD, **_arguments(layer, known))
 
     return _saved(layer, run, hidden, block, dtype)
 
@@ -90,9 +96,17 @@ def of_matrix(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> 
     return Saved(kept + factors + queries_and_keys, once, widest)
 
 
+def _arguments(layer: nn.Module, known: dict[str, Any]) -> dict[str, Any]:
+    """What of ``known`` a layer's forward asks for, and None for what else it insists on."""
+    _, *others = inspect.signature(layer.forward).parameters.values()
+    asked = [p for p in others if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return {p.name: known.get(p.name) for p in asked if p.name in known or p.default is p.empty}
+
+
 def _rotation(attention_or_mixer: Any, length: int) -> tuple[Tensor, Tensor]:
     """cos and sin, which all layers share and which are therefore once and not a sequence's own."""
-    width = min(attention_or_mixer.head_dim, getattr(attention_or_mixer, "state_dim", attention_or_mixer.head_dim))
+    width = rotated_channels(attention_or_mixer)
+    width = min(width, getattr(attention_or_mixer, "state_dim", width))
     cos_1TW = torch.empty(1, length, width)
     return cos_1TW, cos_1TW
 
@@ -103,6 +117,7 @@ def _saved(module: nn.Module, run: Callable[[Any, Tensor], None], hidden: int, b
     A batch of one keeps a little less: with a dimension of one some copies are views.
     """
     module = copy.deepcopy(module).to("meta")
+    make_dense_(module)
     two, three = (_kept(module, run, (batch, block, hidden), dtype) for batch in (2, 3))
     return Saved(
         a_sequence=sum(three) - sum(two),

@@ -22,7 +22,7 @@ def calibrate(teacher: PreTrainedModel, layers: Iterable[int], seed: int = 0) ->
     One layer after another, so that one layer's is all that is in memory.
     """
     text = teacher.config.get_text_config()
-    length = min(LENGTH, text.max_position_embeddings)
+    length = min(LENGTH, getattr(text, "max_position_embeddings", LENGTH))
     sequences = max(SEQUENCES, -(-TOKENS_PER_DIMENSION * text.hidden_size // length))
     generator = torch.Generator().manual_seed(seed)
     ids_BT = torch.randint(text.vocab_size, (sequences, length), generator=generator)

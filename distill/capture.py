@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from distill.attention import family_of, view
+from distill.decoder import attention_of, layers_of, replace_layers
+from distill.decoder_inputs import told
 from distill.documents import document_starts
+from distill.projections import module_of
 from distill.within import within
 
 Batch = dict[str, Tensor]
@@ -30,7 +33,7 @@ class LayerTrace:
 
     Attributes:
         layer_input: the hidden state that enters the layer.
-        layer_kwargs: what else the decoder hands to its layers (positions, masks); always there.
+        layer_args, layer_kwargs: what else the decoder hands to its layers (positions, masks); always there.
         attention_input: what attention reads: the layer's norm applied to its input.
         head_outputs: what attention's heads make and its output projection reads.
         attention_output: what attention adds to the residual stream, after the output projection.
@@ -38,6 +41,7 @@ class LayerTrace:
     """
 
     layer_input: Tensor = field(init=False)
+    layer_args: tuple[Any, ...] = field(init=False)
     layer_kwargs: dict[str, Any] = field(init=False)
     attention_input: Tensor = field(init=False)
     head_outputs: Tensor = field(init=False)
@@ -45,8 +49,9 @@ class LayerTrace:
     layer_output: Tensor = field(init=False)
 
     @property
-    def position_embeddings(self) -> tuple[Tensor, Tensor]:
-        return self.layer_kwargs["position_embeddings"]
+    def position_embeddings(self) -> tuple[Tensor, Tensor] | None:
+        """(cos, sin); None where a family learns its positions."""
+        return self.layer_kwargs.get("position_embeddings")
 
 
 def traced_layers(
@@ -64,12 +69,17 @@ def traced_layers(
         wants: which tensors to keep; each is one a layer, until the trace goes.
     """
     watched = set(layers)
-    hidden_BTD, calls = _calls_of_layers(model, batch)
-    for index in range(max(watched, default=-1) + 1):
+    if not watched:
+        return
+    trace, decoder_layers = LayerTrace(), layers_of(model)
+    with _watched(decoder_layers[0], trace, wants, model.config) if 0 in watched else nullcontext():
+        hidden_BTD, calls = _first_layer(model, batch)
+    if 0 in watched:
+        yield 0, trace
+    for index in range(1, max(watched) + 1):
         trace = LayerTrace()
-        layer: Any = model.get_decoder().layers[index]
-        with _watched(layer, trace, wants, model.config) if index in watched else nullcontext():
-            hidden_BTD = _called(layer, hidden_BTD, calls[index])
+        with _watched(decoder_layers[index], trace, wants, model.config) if index in watched else nullcontext():
+            hidden_BTD = _called(decoder_layers[index], hidden_BTD, calls[index])
         if index in watched:
             yield index, trace
 
@@ -90,6 +100,11 @@ def sequence_arguments(batch: Batch) -> dict[str, Tensor | None]:
     }
 
 
+def as_decoder_calls(layer: Any, hidden_BTD: Tensor, trace: LayerTrace, sequence: dict[str, Tensor | None]) -> Tensor:
+    """What leaves a student's ``layer`` when it is called as the teacher's was, with the mixer's arguments besides."""
+    return _hidden(layer(hidden_BTD, *trace.layer_args, **told(layer, trace.layer_kwargs, sequence)))
+
+
 class _Call(NamedTuple):
     """What a decoder hands to one of its layers besides the hidden state."""
 
@@ -98,37 +113,47 @@ class _Call(NamedTuple):
 
 
 class _Recorder(nn.Module):
-    """Stands where a layer stands, notes what it is called with, and lets the hidden state through."""
+    """Stands where a layer stands and notes what it is called with.
 
-    def __init__(self, layer: nn.Module, calls: list[tuple[Tensor, _Call]]) -> None:
+    The first layer runs; the others give out what that one gave, so that a decoder finds what its layers return, be it
+    a tensor or a tuple.
+    """
+
+    def __init__(self, layer: nn.Module, calls: list[_Call], outputs: list[Any]) -> None:
         super().__init__()
-        vars(self).update(layer=layer, calls=calls)  # not as a submodule: it is the decoder's
+        vars(self).update(layer=layer, calls=calls, outputs=outputs)  # not as a submodule: it is the decoder's
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["layer"], name)  # some decoders ask a layer what kind it is
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden_BTD, *rest = args or (kwargs.pop("hidden_states"),)
-        self.calls.append((hidden_BTD, _Call(tuple(rest), kwargs)))
-        return hidden_BTD
+        self.calls.append(_Call(tuple(rest), kwargs))
+        if not self.outputs:
+            self.outputs.append(self.layer(hidden_BTD, *rest, **kwargs))
+        return self.outputs[0]
 
 
 @torch.no_grad()
-def _calls_of_layers(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, list[_Call]]:
-    """The hidden state that enters the first layer, and how the decoder calls each: masks differ where windows do."""
-    decoder, calls = model.get_decoder(), list[tuple[Tensor, _Call]]()
-    layers = decoder.layers
-    decoder.layers = nn.ModuleList(_Recorder(layer, calls) for layer in layers)
+def _first_layer(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, list[_Call]]:
+    """What leaves the first layer, and how the decoder calls each: masks differ where windows do."""
+    layers, calls, outputs = layers_of(model), list[_Call](), list[Any]()
+    replace_layers(model, nn.ModuleList(_Recorder(layer, calls, outputs) for layer in layers))
+    decoder = model.get_decoder()
     try:
         within(model, decoder, input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
     finally:
-        decoder.layers = layers
-    return calls[0][0], [call for _, call in calls]
+        replace_layers(model, layers)
+    return _hidden(outputs[0]), calls
 
 
 @torch.no_grad()
 def _called(layer: nn.Module, hidden_BTD: Tensor, call: _Call) -> Tensor:
-    output = layer(hidden_BTD, *call.args, **call.kwargs)
+    return _hidden(layer(hidden_BTD, *call.args, **call.kwargs))
+
+
+def _hidden(output: Any) -> Tensor:
+    """The hidden state, which some families' layers return in a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -141,7 +166,7 @@ def _watched(layer: Any, trace: LayerTrace, wants: Collection[Field], config: Pr
             setattr(trace, name, tensor)
 
     def enters(_layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        trace.layer_kwargs = kwargs
+        trace.layer_args, trace.layer_kwargs = args[1:], kwargs
         keep("layer_input", args[0])
 
     def attends(_attention: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
@@ -151,19 +176,20 @@ def _watched(layer: Any, trace: LayerTrace, wants: Collection[Field], config: Pr
         keep("head_outputs", args[0])
 
     def attended(_attention: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        keep("attention_output", output[0])
+        keep("attention_output", _hidden(output))
 
     def leaves(_layer: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        keep("layer_output", output[0] if isinstance(output, tuple) else output)
+        keep("layer_output", _hidden(output))
 
+    attention = attention_of(layer)
     handles = [
         layer.register_forward_pre_hook(enters, with_kwargs=True),
         layer.register_forward_hook(leaves),
-        layer.self_attn.register_forward_pre_hook(attends, with_kwargs=True),
-        layer.self_attn.register_forward_hook(attended),
+        attention.register_forward_pre_hook(attends, with_kwargs=True),
+        attention.register_forward_hook(attended),
     ]
     if "head_outputs" in wants:  # alone: a student's layers, which have no such projection, are watched too
-        handles.append(view(layer.self_attn, family_of(config)).o.register_forward_pre_hook(projects))
+        handles.append(module_of(view(attention, family_of(config)).o).register_forward_pre_hook(projects))
     try:
         yield
     finally:

@@ -76,7 +76,7 @@ def check(recipe: Recipe, *, ranks: int = 1, planning: bool = False) -> RecipeFa
         folder = teacher_folder(recipe.teacher.path)
         config = read_config(folder or recipe.teacher.path)
         text = config.get_text_config()
-        tokenizer_size = None
+        tokenizer_size, tokenizer = None, None
         with found.at("teacher.path"):
             if not config_alone:
                 tokenizer = read_tokenizer(folder or recipe.teacher.path)
@@ -87,6 +87,8 @@ def check(recipe: Recipe, *, ranks: int = 1, planning: bool = False) -> RecipeFa
         with found.at("student.keep_attention"):
             kept = kept_layers(recipe.student.keep_attention, text.num_hidden_layers)
             _check_mixers(text.num_hidden_layers - len(kept), recipe)
+            with found.at("student.exportable"):
+                _check_exportable(recipe, config, kept, tokenizer)
             with found.at("student.rope"):
                 _check_rope(recipe.student, config, kept)
         with found.at("data.block"):
@@ -266,6 +268,30 @@ def _check_mixers(n_mixers: int, recipe: Recipe) -> None:
         raise UserError(
             f"keep_attention leaves nothing for {' and '.join(idle)} to train; keep fewer layers, or drop what is idle"
         )
+
+
+def _check_exportable(
+    recipe: Recipe, config: "PreTrainedConfig", kept: tuple[int, ...], tokenizer: "PreTrainedTokenizerBase | None"
+) -> None:
+    """The student can be written in the format that the recipe names, by its config and, for gguf, its tokenizer."""
+    student = recipe.student
+    if student.exportable is None:
+        return
+    from distill.conversion import plan
+    from distill.export.refusals import check_exportable
+    from distill.export.vocabulary import vocabulary
+
+    made = plan(
+        config,
+        mixer=student.mixer,
+        keep_attention=kept,
+        state_dim=student.state_dim,
+        conv_width=student.conv_width,
+        rope=student.rope,
+    )
+    check_exportable(made, student.exportable)
+    if student.exportable == "gguf" and tokenizer is not None:
+        vocabulary(tokenizer, config.get_text_config().vocab_size)
 
 
 def _check_rope(student: Student, config: "PreTrainedConfig", kept: tuple[int, ...]) -> None:

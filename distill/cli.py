@@ -1,4 +1,4 @@
-"""The `distill` command: plan, convert, generate, consolidate, doctor.
+"""The `distill` command: plan, convert, generate, export, consolidate, doctor.
 
 Training is not here: the stages are programs of the checkout, ``python -m stages.run recipes/NAME.yaml``.
 """
@@ -140,6 +140,59 @@ def generate(
     )
     if len(texts) > 1:
         typer.echo("\n\n".join(texts))
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A student, such as runs/quickstart/logits.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must be new or empty.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="granite, bamba, gguf or standalone.")],
+    outtype: Annotated[str, typer.Option(help="How gguf stores matrices: f32, f16 or q8_0.")] = "f16",
+    state: Annotated[
+        int | None, typer.Option(help="State of a mixer's head in gguf, zeros added; llama.cpp on CUDA wants 128.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Load what was written and compare its logits with ours.")
+    ] = True,
+    quantise: Annotated[
+        str | None, typer.Option(metavar="SCHEME", help="int8: linear layers in 8 bits, and what that costs, measured.")
+    ] = None,
+    eval_text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Measure it on this text instead of the run's held-out text.")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="The teacher's Hub id for the model card, if not recorded.")
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="Upload the finished export to the Hub; else no network.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is already there.")] = False,
+) -> None:
+    """Write a student in a format that runs where this package is not installed.
+
+    granite and bamba are classes of transformers (vLLM runs granite), gguf is llama.cpp's. What a format cannot say is
+    refused before anything is written, each reason with its layer and the setting that would make it exportable.
+    standalone says every student: it brings its own code. All come with a model card.
+
+    Example: `distill export runs/quickstart/logits exported --to granite`
+    """
+    quiet_unless_watched()
+    from distill.export.exporting import export_folder
+    from distill.export.formats import Options
+
+    options = Options(
+        verify=verify,
+        outtype=outtype,
+        state=state,
+        quantise=quantise,
+        eval_text=eval_text,
+        base_model=base_model,
+        push=push,
+        private=private,
+    )
+    report = export_folder(folder, out, to=to, options=options, overwrite=overwrite)
+    typer.echo("\n".join([*report, f"saved in {out}"]))
 
 
 @app.command()

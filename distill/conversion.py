@@ -15,22 +15,26 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from distill.attention import AttentionView, family_of, view
+from distill.attention import AttentionView, views
 from distill.calibration import calibrate
+from distill.decoder import norm_eps
 from distill.errors import UserError
-from distill.layout import ATTENTION, layer_kinds, mixer_layers, resolve
+from distill.families import FAMILIES, family_name
+from distill.layout import layer_kinds, mixer_layers, resolve
 from distill.mixers import MIXERS
 from distill.mixers.rotary import Rope
 from distill.roles import ROLES, roles
 from distill.rotation import require_rotation
 from distill.seeding import Seeded, seed_mixer
 from distill.student import (
-    STUDENTS,
     load_model,
     mixers_of,
     state_bytes,
+    student_class,
     student_config,
+    teacher_class,
 )
+from distill.verification import verify, verify_delivery
 
 CONTEXTS = (1024, 4096, 32768, 131072)
 
@@ -46,6 +50,8 @@ class Report:
         state_bytes: what all mixers remember per sequence, fp32, at any length.
         kv_bytes_per_token: what the kept attention layers add per token, in the teacher's dtype.
         teacher_kv_bytes_per_token: what the teacher adds per token.
+        view_error: how far the teacher's attention, recomputed as it was read, is from its own output at most,
+            relative to the largest (``distill.verification``); None where nothing was converted.
         rope: whether the mixers keep the teacher's rotary positions.
     """
 
@@ -57,6 +63,7 @@ class Report:
     kv_bytes_per_token: int
     teacher_kv_bytes_per_token: int
     rope: str
+    view_error: float | None = None
 
     def cache_bytes(self, tokens: int) -> tuple[int, int]:
         """(student's, teacher's) cache bytes for a sequence of ``tokens``."""
@@ -132,15 +139,17 @@ def convert_with_report(
         conv_width=conv_width,
         rope=rope,
     )
-    family = family_of(teacher.config)
-    replaced = {index: view(teacher.get_decoder().layers[index].self_attn, family) for index in mixer_layers(config)}
+    replaced = views(teacher, mixer_layers(config))
+    errors = verify(teacher, replaced)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = _build(config, teacher)
     _copy_weights(teacher, student)
+    if replaced and family_name(teacher.config) not in FAMILIES:
+        verify_delivery(student)
     seeded = _seed(student, teacher, replaced, seed) if seed_from_attention else {}
-    return student, report(teacher, student, seeded)
+    return student, report(teacher, student, seeded, max(errors.values(), default=None))
 
 
 def plan(
@@ -167,22 +176,25 @@ def plan(
         raise UserError(f"state_dim is {state_dim} and conv_width {conv_width}; both must be at least 1")
     if rope not in get_args(Rope):
         raise UserError(f"rope is {rope!r}; allowed are {', '.join(get_args(Rope))}")
+    layers = layer_kinds(text.num_hidden_layers, kept, mixer)
+    changed = [index for index, kind in enumerate(layers) if kind == mixer]
     empty = empty_model(teacher)
-    attention = view(empty.get_decoder().layers[0].self_attn, family_of(teacher))
+    attention, *others = views(empty, changed or [0]).values()
+    if any((other.n_heads, other.head_dim) != (attention.n_heads, attention.head_dim) for other in others):
+        raise UserError(f"the layers of this {family_name(teacher)} have different heads; mixers are all of one shape")
     state_dim = state_dim or attention.head_dim
-    kinds = layer_kinds(text.num_hidden_layers, kept, mixer)
     if rope == "keep":
-        require_rotation(empty, [index for index, kind in enumerate(kinds) if kind != ATTENTION], state_dim)
+        require_rotation(empty, changed, state_dim)
     settings = {
         "n_heads": attention.n_heads,
         "head_dim": attention.head_dim,
         "state_dim": state_dim,
         "conv_width": conv_width,
-        "norm_eps": text.rms_norm_eps,
+        "norm_eps": norm_eps(teacher),
         "out_bias": attention.o.bias is not None,
         "rope": rope,
     }
-    return student_config(teacher, kinds, settings)
+    return student_config(teacher, layers, settings)
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -201,8 +213,8 @@ def unset_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 
 
 def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
-    layout = getattr(config, "distill", None)
-    model_class = STUDENTS[layout["teacher"]] if layout else family_of(config).causal_lm
+    stock = teacher_class(config)
+    model_class = stock if getattr(config, "distill", None) is None else student_class(stock)
     with no_init_weights():
         model = model_class(copy.deepcopy(config))
     model.tie_weights()  # skipped above, together with the initialisation
@@ -224,9 +236,15 @@ def load_teacher(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreT
     return model.eval().requires_grad_(False)
 
 
-def report(teacher: PreTrainedModel, student: PreTrainedModel, seeded: dict[int, list[Seeded]] | None = None) -> Report:
+def report(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    seeded: dict[int, list[Seeded]] | None = None,
+    view_error: float | None = None,
+) -> Report:
     """Count what changed; works on models without weights too."""
-    attention = view(teacher.get_decoder().layers[0].self_attn, family_of(teacher.config))
+    first = next(iter(mixer_layers(student.config)), 0)
+    attention = views(teacher, [first])[first]
     kv_bytes = 2 * attention.n_kv_heads * attention.head_dim * teacher.dtype.itemsize
     kinds = student.config.distill["layers"]
     return Report(
@@ -238,23 +256,24 @@ def report(teacher: PreTrainedModel, student: PreTrainedModel, seeded: dict[int,
         kv_bytes_per_token=(len(kinds) - len(mixer_layers(student.config))) * kv_bytes,
         teacher_kv_bytes_per_token=len(kinds) * kv_bytes,
         rope=student.config.distill["mixer"].get("rope", "drop"),
+        view_error=view_error,
     )
 
 
 def _build(config: PreTrainedConfig, teacher: PreTrainedModel) -> PreTrainedModel:
     """A student with untrained mixers and, everywhere else, weights still to be copied."""
     with _default_dtype(teacher.dtype):
-        student = STUDENTS[teacher.config.model_type]._from_config(
-            config, attn_implementation=teacher.config._attn_implementation
-        )
+        made = student_class(teacher_class(teacher.config))
+        student = made._from_config(config, attn_implementation=teacher.config._attn_implementation)
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.to(teacher.device).eval()
 
 
 def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    changed = tuple(f"layers.{index}.self_attn." for index in mixer_layers(student.config))
+    mixers = {id(mixer) for mixer in mixers_of(student).values()}
+    changed = tuple(f"{name}." for name, module in student.named_modules() if id(module) in mixers)
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
-    strays = [name for name in (*missing, *unexpected) if not any(part in name for part in changed)]
+    strays = [name for name in (*missing, *unexpected) if not name.startswith(changed)]
     assert not strays, f"teacher and student differ outside the changed layers: {strays}"
 
 

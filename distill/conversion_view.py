@@ -29,6 +29,10 @@ def layers(report: Report) -> Text:
     line.append(f" {len(kinds) - len(kept)} of {len(kinds)} become {mixer} (m){positions}")
     if kept:
         line.append(f"; {'layer' if len(kept) == 1 else 'layers'} {', '.join(kept)} with attention (a)")
+    if report.view_error is not None:
+        line.append(
+            f"\n        attention as it was read, recomputed: off by {report.view_error:.0e} of its size at most"
+        )
     return line
 
 

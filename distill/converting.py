@@ -8,6 +8,7 @@ from distill.checks import check_weights, read_config, read_tokenizer, teacher_f
 from distill.conversion import Report, convert_with_report, load_teacher, plan
 from distill.errors import UserError
 from distill.layout import resolve
+from distill.new_folder import check_new_folder
 from distill.weight_files import stored_tensors
 
 
@@ -29,7 +30,7 @@ def convert_folder(
         UserError: the teacher, the layout or the target cannot be used; nothing is written.
     """
     folder = teacher_folder(teacher)
-    _check_target(out, folder, overwrite)
+    check_new_folder(out, folder, "teacher", overwrite)
     config = read_config(folder or teacher)
     kept = _kept(keep, config.get_text_config().num_hidden_layers)
     plan(config, mixer=mixer, keep_attention=kept, rope=rope)
@@ -53,16 +54,3 @@ def _kept(keep: str, n_layers: int) -> list[int]:
     if not all(index.isdecimal() for index in indices):
         raise UserError(f"--keep-attention is {keep!r}; give layers such as 2,5 or a pattern such as mmma")
     return resolve(n_layers, layers=[int(index) for index in indices])
-
-
-def _check_target(out: Path, teacher: Path | None, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; give a new folder")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    if teacher is not None and out.resolve() == teacher.resolve():
-        raise UserError(f"{out} is the teacher itself; give another folder")
-    if not overwrite:
-        raise UserError(f"{out} is not empty; give another folder, or --overwrite to replace the model in it")
-    if not (out / "config.json").is_file():
-        raise UserError(f"{out} holds something other than a model, which --overwrite does not replace")

@@ -9,7 +9,8 @@ D, V      hidden size, vocabulary
 H, P, N   heads, channels a head, state size a head
 Q         positions the scan takes at once, `distill.ssd.chunked.CHUNK`
 R         rows of a strip of mixing matrices, `distill.objectives.strips.ROWS`, at most T
-n_role    parameters of a role (`distill.roles`); n_role of the student, unless marked t for the teacher
+n_role    parameters of a role (`distill.roles`); n_role of the student, unless marked t for the teacher; of experts
+          the share that a token meets
 ========  =============================================================================
 
 Floating-point operations a token, forward, multiplications and additions counted apart; what is elementwise
@@ -47,6 +48,8 @@ from transformers import PreTrainedModel
 
 from distill import activations
 from distill.data.batches import micro_batches
+from distill.decoder import attention_of, layers_of
+from distill.experts import idle_parameters
 from distill.layout import mixer_layers
 from distill.objectives import strips
 from distill.objectives.chunked import VOCABULARY_SLICE, chunk_rows
@@ -84,7 +87,7 @@ class Kept(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
-    """The numbers of the formulas above; parameters by role."""
+    """The numbers of the formulas above; parameters by role, of which ``idle`` are those of experts not met."""
 
     n_layers: int
     n_kept: int
@@ -96,6 +99,7 @@ class Sizes:
     block: int
     teacher: dict[str, int]
     student: dict[str, int]
+    idle: int = 0
 
     @property
     def n_changed(self) -> int:
@@ -120,6 +124,7 @@ def sizes_of(student: PreTrainedModel, block: int, teacher_roles: dict[str, int]
         block=block,
         teacher=teacher_roles,
         student=roles,
+        idle=idle_parameters(student),
     )
 
 
@@ -147,7 +152,7 @@ def teacher_flops_per_token(sizes: Sizes, stage: Stage) -> float:
     if not runs_teacher(stage):
         return 0
     s = sizes
-    layers = 2 * (s.teacher["attention"] + s.teacher["mlp"]) + s.n_layers * _attention(s)
+    layers = 2 * (s.teacher["attention"] + s.teacher["mlp"] - s.idle) + s.n_layers * _attention(s)
     if isinstance(stage, MixingStage):
         return layers + s.n_changed * (s.block + s.rows) * s.heads * s.head_dim
     if isinstance(stage, HiddenStage):
@@ -157,7 +162,7 @@ def teacher_flops_per_token(sizes: Sizes, stage: Stage) -> float:
 
 def student_flops_per_token(sizes: Sizes, stage: Stage) -> float:
     """Forward and backward of what a stage runs of the student."""
-    s, n = sizes, sizes.student
+    s, n = sizes, {**sizes.student, "mlp": sizes.student["mlp"] - sizes.idle}
     chunk = min(CHUNK, s.block)
     scan = s.heads * (2 * chunk * (s.state_dim + s.head_dim) + 4 * s.head_dim * s.state_dim)
     if isinstance(stage, MixingStage):
@@ -268,7 +273,7 @@ def _head_gradient(stage: LogitsStage, sizes: Sizes) -> int:
 
 
 def _every_layer(sizes: Sizes, student: PreTrainedModel, dtype: torch.dtype) -> list[activations.Saved]:
-    layers, kinds = student.get_decoder().layers, student.config.distill["layers"]
+    layers, kinds = layers_of(student), student.config.distill["layers"]
     saved = {
         kind: activations.of_layer(layers[kinds.index(kind)], sizes.hidden, sizes.block, dtype) for kind in set(kinds)
     }
@@ -279,11 +284,11 @@ def _kept_by_layers(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrai
     """A layer at a time, and what the teacher read and wrote in each, which stays until the last has trained."""
     if not sizes.n_changed:
         return Kept(0, 0, 0, 0)
-    layer = student.get_decoder().layers[mixer_layers(student.config)[0]]
+    layer = layers_of(student)[mixer_layers(student.config)[0]]
     shape = (sizes.hidden, sizes.block, DTYPES[recipe.dtype])
     moved = room = 0
     if isinstance(stage, MixingStage):
-        saved = activations.of_matrix(layer.self_attn, *shape)
+        saved = activations.of_matrix(attention_of(layer), *shape)
         heads = sequences * sizes.heads
         room = strips.working_bytes(heads, sizes.head_dim, sizes.state_dim, sizes.block, "cuda")
         # Written three times, as scores, as weights and as errors, and never kept.
@@ -291,9 +296,9 @@ def _kept_by_layers(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrai
     elif isinstance(stage, HiddenStage) and stage.target == "block":
         saved = activations.of_layer(layer, *shape)
     elif isinstance(stage, HiddenStage) and stage.target == "heads":
-        saved = activations.of_heads(layer.self_attn, *shape)
+        saved = activations.of_heads(attention_of(layer), *shape)
     else:
-        saved = activations.of_mixer(layer.self_attn, *shape)
+        saved = activations.of_mixer(attention_of(layer), *shape)
     graph = sequences * saved.a_sequence
     traced = _traced(stage, sizes, mixer_layers(student.config))
     traces = sequences * sizes.block * traced * DTYPES[recipe.teacher.dtype].itemsize

@@ -2,13 +2,19 @@
 
 Mixers need both as they were given; the layers below only see them after the decoder turned them into an attention
 mask. So a hook in front of the decoder reads them and passes them on as keyword arguments, which reach every layer.
+Where a decoder hands its layers nothing but what it knows itself (Falcon), they are noted on the tensor of positions,
+which it hands on as it is: also to a layer that is computed again for its gradients.
 """
 
+import ast
 import functools
 import inspect
+import textwrap
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_masks_for_generate
@@ -38,14 +44,65 @@ def mask_for_generate(arguments: dict[str, Any]) -> Any:
     return StepMask(create_masks_for_generate(**arguments), None if mask_BT is None else mask_BT[:, -1:].bool())
 
 
-def prepare_inputs_of(decoder: Any) -> None:
-    """Let :func:`prepare_sequence` run before every call of ``decoder``."""
-    names = tuple(inspect.signature(decoder.forward).parameters)
-    decoder.register_forward_pre_hook(functools.partial(prepare_sequence, names=names), with_kwargs=True)
+CACHES = ("past_key_values", "layer_past", "past_key_value")
+"""What families call the cache that they hand to attention, where it is not ``cache``."""
+
+_NOTE = "distill_sequence"
+
+
+def prepare_inputs_of(decoder: Any, layers: Iterable[Any], mixers: Iterable[nn.Module]) -> None:
+    """Let :func:`prepare_sequence` run before every call of ``decoder``, and :func:`read_as_mixer` before a mixer's."""
+    names, layers = tuple(inspect.signature(decoder.forward).parameters), list(layers)
+    passes_on = all(_passes_keywords_on(type(module).forward) for module in (decoder, *layers))
+    prepare = functools.partial(prepare_sequence, names=names, n_layers=len(layers), passes_on=passes_on)
+    decoder.register_forward_pre_hook(prepare, with_kwargs=True)
+    for mixer in mixers:
+        mixer.register_forward_pre_hook(read_as_mixer, with_kwargs=True)
+
+
+def read_as_mixer(
+    _mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Before a mixer runs: what its decoder hands to attention, under the names that mixers know."""
+    noted = getattr(kwargs.get("position_ids"), _NOTE, {})
+    given = [kwargs[name] for name in CACHES if kwargs.get(name) is not None]
+    named = {"cache": given[0]} if given else {}
+    # Nothing to say also where something else runs in the place of the mixer's forward (``distill.within``).
+    return (args, {**noted, **kwargs, **named}) if noted or named else None
+
+
+def told(layer: Any, kwargs: dict[str, Any], sequence: dict[str, Tensor | None]) -> dict[str, Any]:
+    """The keyword arguments of a decoder layer, with what its mixer needs to know of the sequence."""
+    if _passes_keywords_on(type(layer).forward):
+        return {**kwargs, **sequence}
+    return {**kwargs, "position_ids": _noted(kwargs["position_ids"], sequence)}
+
+
+def _noted(position_ids: Tensor, sequence: dict[str, Tensor | None]) -> Tensor:
+    """The same positions with a note on them; another tensor object, since one may serve several calls."""
+    positions = position_ids.view_as(position_ids)
+    setattr(positions, _NOTE, sequence)
+    return positions
+
+
+@functools.cache
+def _passes_keywords_on(function: Callable[..., Any]) -> bool:
+    """Whether what a ``forward`` is given besides its own arguments goes on to what it calls."""
+    function = inspect.unwrap(function)
+    names = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.VAR_KEYWORD]
+    calls = (node for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))))
+    passed = [key.value for call in calls if isinstance(call, ast.Call) for key in call.keywords if key.arg is None]
+    return any(isinstance(value, ast.Name) and value.id in names for value in passed)
 
 
 def prepare_sequence(
-    decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, names: tuple[str, ...]
+    decoder: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    names: tuple[str, ...],
+    n_layers: int,
+    passes_on: bool,
 ) -> tuple[tuple[()], dict[str, Any]]:
     """Before the decoder runs: find padding and document borders for the mixers, and make room in the cache.
 
@@ -53,6 +110,8 @@ def prepare_sequence(
         decoder: the module that is called.
         args, kwargs: what it is called with.
         names: of its arguments, in order.
+        n_layers: how many layers it has.
+        passes_on: whether keyword arguments reach its layers' attention.
 
     Raises:
         ValueError: for inputs that some layer would silently mix up: a 4-D mask, padding between tokens, packed
@@ -77,10 +136,22 @@ def prepare_sequence(
     if resets_BT is not None:
         _isolate_documents(kwargs, valid_BT, cache)
         resets_BT = resets_BT.expand(tokens.shape[0], -1)
-    kwargs[cache_name] = cache = _with_room(cache, decoder, kwargs.get("use_cache"))
+    kwargs[cache_name] = cache = _with_room(cache, decoder, n_layers, kwargs.get("use_cache"))
     if length > 1 and (memory := _memory(cache)) is not None:
         memory.ends_in_padding = valid_BT is not None and not bool(valid_BT[:, -1].all())
-    return (), {**kwargs, "valid_BT": valid_BT, "resets_BT": resets_BT}
+    sequence = {"valid_BT": valid_BT, "resets_BT": resets_BT}
+    if passes_on:
+        return (), {**kwargs, **sequence}
+    if any(tensor is not None for tensor in sequence.values()):
+        kwargs["position_ids"] = _noted(_positions(position_ids, length, cache, tokens.device), sequence)
+    return (), kwargs
+
+
+def _positions(position_ids: Tensor | None, length: int, cache: Any, device: torch.device) -> Tensor:
+    """As given, or as a decoder counts them."""
+    if position_ids is not None:
+        return position_ids
+    return (torch.arange(length, device=device) + (0 if cache is None else cache.get_seq_length()))[None]
 
 
 def _memory(cache: Any) -> MixerCacheLayer | None:
@@ -140,10 +211,10 @@ def _isolate_documents(kwargs: dict[str, Any], valid_BT: Tensor | None, cache: A
     kwargs["use_cache"] = False
 
 
-def _with_room(cache: Any, decoder: Any, use_cache: bool | None) -> Any:
+def _with_room(cache: Any, decoder: Any, n_layers: int, use_cache: bool | None) -> Any:
     """The cache to run with, mixers' layers in their places; a new one where none was given and one is wanted."""
     if use_cache is None:
         use_cache = decoder.config.use_cache
     if cache is None and use_cache and not (decoder.training and decoder.gradient_checkpointing):
         cache = DynamicCache(config=decoder.config)
-    return adopt(cache, mixer_layers(decoder.config), len(decoder.layers)) if isinstance(cache, Cache) else cache
+    return adopt(cache, mixer_layers(decoder.config), n_layers) if isinstance(cache, Cache) else cache

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
+from distill.decoder import layers_of
 from distill.errors import UserError
 from distill.evaluating import evaluating
 from distill.head import ModelHead, final_states, head_of
@@ -118,7 +119,7 @@ def layer_distances(
         UserError: the models differ in depth, or no token is valid.
     """
     device = device or device_of(student)
-    depth, teacher_depth = (len(model.get_decoder().layers) for model in (student, teacher))
+    depth, teacher_depth = (len(layers_of(model)) for model in (student, teacher))
     if depth != teacher_depth:
         raise UserError(
             f"the student has {depth} layers and the teacher {teacher_depth}: layers are compared one to "
@@ -278,14 +279,14 @@ def _layer_outputs(model: PreTrainedModel, rows: Batch) -> list[Tensor]:
     def keep(_layer: nn.Module, _arguments: object, output: Tensor | tuple[Tensor, ...]) -> None:
         outputs.append(output if isinstance(output, Tensor) else output[0])
 
-    decoder = model.get_decoder()
-    hooks = [layer.register_forward_hook(keep) for layer in decoder.layers]
+    decoder, layers = model.get_decoder(), layers_of(model)
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
     try:
         within(model, decoder, input_ids=rows["input_ids"], position_ids=rows["position_ids"], use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    assert len(outputs) == len(decoder.layers), "every decoder layer runs once in a forward"
+    assert len(outputs) == len(layers), "every decoder layer runs once in a forward"
     return outputs
 
 

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 import distill.student  # noqa: F401  (makes students known to AutoModelForCausalLM)
+from distill.decoder import learns_positions
 from distill.errors import UserError
 from distill.layout import ATTENTION
 from distill.weight_files import stored_tensors
@@ -106,7 +107,7 @@ def _check_settings(max_new_tokens: int, temperature: float, top_p: float) -> No
 
 def _check_length(model: PreTrainedModel, prompt: int, new: int) -> None:
     layout = getattr(model.config, "distill", None)
-    if layout and ATTENTION not in layout["layers"]:
+    if layout and ATTENTION not in layout["layers"] and not learns_positions(model):
         return  # mixers alone count no positions
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and prompt + new > longest:

@@ -171,7 +171,17 @@ def read(folder: Path) -> StageRecord:
 def folder_digest(folder: Path) -> str:
     """SHA-256 over a model folder's config and weights; over its name where it is not a local folder (a hub id)."""
     files = [path for path in (folder / "config.json", *_weight_files(folder)) if path.is_file()]
-    told = [f"{path.name} {sha256_of(path)}" for path in files] or [str(folder)]
+    if not files:
+        return name_digest(str(folder))
+    return _digest([f"{path.name} {sha256_of(path)}" for path in files])
+
+
+def name_digest(name: str) -> str:
+    """What ``folder_digest`` gives for a hub id, which is no folder here: by it a name is known to be one."""
+    return _digest([name])
+
+
+def _digest(told: list[str]) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 

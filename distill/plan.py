@@ -146,6 +146,7 @@ class Plan:
             "recipe": self.recipe.model_dump(mode="json"),
             "weights_found": self.weights_found,
             "layers": self.conversion.layers,
+            "exportable": self.recipe.student.exportable,
             "parameters": {"teacher": self.conversion.parameters_before, "student": self.conversion.parameters_after},
             "state_bytes": self.conversion.state_bytes,
             "cache_bytes": {

@@ -28,7 +28,10 @@ def _head(plan: Plan) -> Iterator[RenderableType]:
     yield Text.assemble((recipe.name, "bold"), f": {recipe.teacher.path} into {recipe.run_dir}")
     if not plan.weights_found:
         yield Text("weights not found: planned from the config alone", style="yellow")
-    yield from (layers(report), parameters(report), cache(report))
+    yield layers(report)
+    if recipe.student.exportable:
+        yield Text(f"exportable: {recipe.student.exportable} (checked)")
+    yield from (parameters(report), cache(report))
 
 
 def _on_this_machine(plan: Plan) -> Iterator[RenderableType]:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from distill.decoder import layers_of
 from distill.recipe import HiddenStage, MixingStage, Stage
 from distill.roles import roles
 from distill.student import mixers_of
@@ -26,7 +27,7 @@ def reached(student: PreTrainedModel, stage: Stage) -> set[str]:
     if not isinstance(stage, MixingStage | HiddenStage):
         return {name for name, _ in student.named_parameters()}
     mixers: dict[int, Any] = mixers_of(student)
-    layers = student.get_decoder().layers
+    layers = layers_of(student)
     parameters: Iterable[nn.Parameter]
     if isinstance(stage, MixingStage):
         parameters = (parameter for mixer in mixers.values() for parameter in mixer.matrix_parameters())

@@ -120,6 +120,8 @@ class Student(Section):
     """Numbers of state for each channel of a head; null for the size of the teacher's heads."""
     conv_width: Count = 4
     """Positions the mixers' short convolution looks at."""
+    exportable: Literal["granite", "bamba", "gguf"] | None = None
+    """A format that `distill export` must be able to write the student in, checked before the run; null for any."""
     rope: Literal["drop", "keep"] = "drop"
     """keep: B and C carry the teacher's rotary positions, as its keys and queries do; drop: they do not."""
 
@@ -238,6 +240,7 @@ class Recipe(Section):
         for key in _LABELS:
             content.pop(key)
         content["data"].pop("workers")
+        content["student"].pop("exportable")
         content["stages"] = {
             name: {key: value for key, value in stage.items() if key not in (*_CUT, *_CADENCE)}
             for name, stage in content["stages"].items()

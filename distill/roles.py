@@ -5,6 +5,7 @@ from typing import Literal, get_args
 from torch import nn
 from transformers import PreTrainedModel
 
+from distill.decoder import attention_of, layers_of
 from distill.layout import mixer_layers
 from distill.student import is_student
 
@@ -15,8 +16,9 @@ ROLES: tuple[Role, ...] = get_args(Role)
 def roles(model: PreTrainedModel) -> dict[str, Role]:
     """The role of every parameter, by its name in ``model.named_parameters()`` (tied parameters appear once).
 
-    Decided by where a parameter stands, never by a substring of its name: what ``self_attn`` holds is a mixer or
-    attention, what a norm module holds is a norm, what else a decoder layer holds belongs to its MLP (experts too).
+    Decided by where a parameter stands, never by a substring of its name: what stands in attention's place is a
+    mixer or attention, what a norm module holds is a norm, what else a decoder layer holds belongs to its MLP (experts
+    too), and learned positions are embeddings.
     """
     decoder = model.get_decoder()
     changed = set(mixer_layers(model.config)) if is_student(model) else set()
@@ -28,13 +30,16 @@ def roles(model: PreTrainedModel) -> dict[str, Role]:
 
     mark(model.get_input_embeddings(), "embeddings")
     mark(model.get_output_embeddings(), "head")
-    for index, layer in enumerate(decoder.layers):
-        mark(layer.self_attn, "mixer" if index in changed else "attention")
+    for index, layer in enumerate(layers_of(model)):
+        mark(attention_of(layer), "mixer" if index in changed else "attention")
     for module in decoder.modules():
-        if type(module).__name__.endswith("Norm"):
+        if "Norm" in type(module).__name__:
             mark(module, "norms")
-    for layer in decoder.layers:
+    for layer in layers_of(model):
         mark(layer, "mlp")
+    for module in decoder.modules():
+        if isinstance(module, nn.Embedding):
+            mark(module, "embeddings")
     unknown = [name for name, parameter in model.named_parameters() if id(parameter) not in by_id]
     assert not unknown, f"parameters without a role: {unknown}"
     return {name: by_id[id(parameter)] for name, parameter in model.named_parameters()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distill.attention import AttentionView, family_of, view
+from distill.attention import AttentionView, views
 from distill.errors import UserError
 from distill.mixers.rotary import rotate
 
@@ -36,9 +36,8 @@ def require_rotation(teacher: PreTrainedModel, layers: Iterable[int], state_dim:
             f"rope is keep and state_dim {state_dim}, but the teacher turns {width} columns of every head; state_dim"
             f" must be at least {width}"
         )
-    family = family_of(teacher.config)
-    for index in layers:
-        if what := _difference(view(decoder.layers[index].self_attn, family), width):
+    for index, attention in views(teacher, layers).items():
+        if what := _difference(attention, width):
             raise UserError(
                 f"rope is keep, but attention in layer {index} of the teacher {what}; use drop, or keep attention there"
             )
@@ -60,7 +59,7 @@ def _difference(attention: AttentionView, width: int) -> str | None:
 
     q_BHTP, k_BHTP = some(1, 1, 2, attention.head_dim), some(1, 1, 2, attention.head_dim)
     rotation = some(1, 2, width), some(1, 2, width)
-    theirs = attention.rotate(q_BHTP, k_BHTP, *rotation)
+    theirs = attention.turned(q_BHTP, k_BHTP, rotation)
     ours = rotate(q_BHTP.transpose(1, 2), k_BHTP.transpose(1, 2), rotation)
     if torch.equal(theirs[0], q_BHTP):
         return "does not turn its heads by position (NoPE)"

@@ -7,6 +7,7 @@ and convolution, starts where it disturbs least. Keys and values that query head
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from distill.capture import LayerTrace
 from distill.mixers import DiscreteMamba2Mixer, Mamba2Mixer, Mixer
 from distill.mixers.state_space import inverse_softplus
 from distill.objectives import attention_matrix
+from distill.projections import Projection
 
 GATE_INPUT = 2.0  # SiLU is past its bend here, and not yet so far that the gate could not close
 LARGEST_RATIO = 1e3
@@ -45,16 +47,23 @@ def seed_mixer(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> lis
     return SEEDS[type(mixer)](mixer, attention, trace)
 
 
-def _copy_projections(mixer: Mamba2Mixer | DiscreteMamba2Mixer, attention: AttentionView) -> list[Seeded]:
+def _copy_projections(
+    mixer: Mamba2Mixer | DiscreteMamba2Mixer, attention: AttentionView, trace: LayerTrace
+) -> list[Seeded]:
     """The four projections and, where the teacher has them, their biases.
 
-    The scaling of the scores is split evenly between B and C, which keeps both at one size. A bias goes into the
-    convolution: its only open tap is the current position's, so W u + b is what the projection would have been.
+    The scaling of the scores is split evenly between B and C, which keeps both at one size. A norm of queries or keys
+    becomes a factor on each row. A bias goes into the convolution: its only open tap is the current position's, so
+    W u + b is what the projection would have been.
     """
     half = attention.scaling**0.5
     sources = {"x": (attention.v, 1.0), "B": (attention.k, half), "C": (attention.q, half)}
     rows = mixer.in_rows()
     first = min(rows[name].start for name in sources)
+    gains = {
+        "B": _norm_gain(attention, attention.k, attention.k_norm, trace),
+        "C": _norm_gain(attention, attention.q, attention.q_norm, trace),
+    }
     for name, (projection, scale) in sources.items():
         width = mixer.head_dim if name == "x" else mixer.state_dim
         place = rows[name]
@@ -62,11 +71,15 @@ def _copy_projections(mixer: Mamba2Mixer | DiscreteMamba2Mixer, attention: Atten
         # Columns of a state wider than the head: C starts at zero, so that they have no influence, but B at random,
         # since the gradient of each is a multiple of the other.
         beyond = torch.zeros_like(made) if name == "C" else made
-        mixer.in_proj.weight[place] = _heads(scale * projection.weight, attention, beyond, width)
-        if projection.bias is not None:
+        weight_ID, bias = projection.weight, projection.bias
+        if (gain_I := gains.get(name)) is not None:
+            weight_ID = gain_I[:, None] * weight_ID
+            bias = None if bias is None else gain_I * bias
+        mixer.in_proj.weight[place] = _heads(scale * weight_ID, attention, beyond, width)
+        if bias is not None:
             inside = slice(place.start - first, place.stop - first)
             assert mixer.conv1d.bias is not None
-            bias_I1, beyond = scale * projection.bias[:, None], torch.zeros_like(made[:, :1])
+            bias_I1, beyond = scale * bias[:, None], torch.zeros_like(made[:, :1])
             mixer.conv1d.bias[inside] = _heads(bias_I1, attention, beyond, width)[:, 0]
     mixer.out_proj.weight.copy_(attention.o.weight)
     if attention.o.bias is not None:
@@ -78,11 +91,29 @@ def _copy_projections(mixer: Mamba2Mixer | DiscreteMamba2Mixer, attention: Atten
     )
     return [
         Seeded("in_proj x", f"v{shared}"),
-        Seeded("in_proj B", f"k{shared}, × √scaling"),
-        Seeded("in_proj C", "q, × √scaling"),
+        Seeded("in_proj B", f"k{shared}, × √scaling{_NORMED if attention.k_norm is not None else ''}"),
+        Seeded("in_proj C", f"q, × √scaling{_NORMED if attention.q_norm is not None else ''}"),
         Seeded("out_proj", "o"),
         Seeded("conv1d", "identity" + (", bias from q, k, v" if attention.q.bias is not None else "")),
     ]
+
+
+_NORMED = ", × the norm's weight / mean size before the norm"
+
+
+def _norm_gain(attention: AttentionView, projection: Projection, norm: Any, trace: LayerTrace) -> Tensor | None:
+    """(heads·P,) what a norm of queries or keys multiplies each channel with, token for token in least squares.
+
+    A state-space layer has no norm there. norm(q) = w q / rms(q), of which only rms depends on the token: the factor is
+    w over a mean of rms, weighted by q². What is left, head by head, the ratio of the matrices' sizes takes out.
+    """
+    if norm is None:
+        return None
+    before_BTI = projection(trace.attention_input)
+    after_BTI = attention.by_head(before_BTI, before_BTI.shape[-1] // attention.head_dim, norm).flatten(2)
+    before_BTI, after_BTI = before_BTI.float(), after_BTI.float()
+    size_I = before_BTI.square().sum(dim=(0, 1))
+    return (before_BTI * after_BTI).sum(dim=(0, 1)) / size_I.clamp_min(torch.finfo(size_I.dtype).tiny)
 
 
 def _heads(weight: Tensor, attention: AttentionView, beyond: Tensor, width: int) -> Tensor:
@@ -99,7 +130,9 @@ def _heads(weight: Tensor, attention: AttentionView, beyond: Tensor, width: int)
 def _size_ratio(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> Tensor:
     """(H,) how much larger attention's matrix is than the mixer's, head by head, in Frobenius norm."""
     q_BHTP, k_BHTP = attention.queries_and_keys(trace.attention_input, trace.position_embeddings)
-    teacher_BHTT = attention_matrix(q_BHTP, k_BHTP, scaling=attention.scaling, window=attention.sliding_window)
+    teacher_BHTT = attention_matrix(
+        q_BHTP, k_BHTP, scaling=attention.scaling, window=attention.sliding_window, softcap=attention.softcap
+    )
     student_BHTT = mixer.mixing_matrix(trace.attention_input, position_embeddings=trace.position_embeddings)
     sizes = (matrix_BHTT.float().square().sum(dim=(0, 2, 3)).sqrt() for matrix_BHTT in (teacher_BHTT, student_BHTT))
     teacher_H, student_H = sizes
@@ -110,7 +143,7 @@ def _size_ratio(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> Te
 
 def _seed_mamba2(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> list[Seeded]:
     assert isinstance(mixer, Mamba2Mixer)
-    seeded = _copy_projections(mixer, attention)
+    seeded = _copy_projections(mixer, attention, trace)
     nn.init.zeros_(mixer.D)
     # The norm follows the gate, so a gate that is equal over a head's channels and never changes sign has no effect.
     mixer.in_proj.weight[mixer.in_rows()["z"]] = GATE_INPUT * steady_direction(trace.attention_input)
@@ -134,7 +167,7 @@ def _seed_mamba2(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> l
 
 def _seed_discrete_mamba2(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> list[Seeded]:
     assert isinstance(mixer, DiscreteMamba2Mixer)
-    seeded = _copy_projections(mixer, attention)
+    seeded = _copy_projections(mixer, attention, trace)
     nn.init.zeros_(mixer.D)
     mixer.scale_reads_(_size_ratio(mixer, attention, trace))
     return [

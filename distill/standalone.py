@@ -1,66 +1,178 @@
 """Write the code a student's folder needs to load where this package is not installed.
 
-``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` imports Python files lying flat in the folder.
-So the modules a student class needs are copied with their absolute imports turned into relative ones:
-``distill/ssd/chunked.py`` becomes ``distill_ssd_chunked.py`` and ``from distill.ssd.chunked import scan`` becomes
-``from .distill_ssd_chunked import scan``. The copies are this package's source, not a second implementation.
+``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` imports Python files lying flat in the folder:
+
+    modeling_distilled_llama.py     written for this student: its class, and the fingerprints of all the others
+    distill_mixers.py               written for this student: the mixers it has
+    distill_ssd_chunked.py …        this package's source: ``from distill.ssd.chunked import scan`` has become
+                                    ``from .distill_ssd_chunked import scan``
+
+The copies are this package's source, not a second implementation, and only what this student needs: no other family,
+no other mixer, nothing of training. A model loaded from there is saved with this code again by transformers.
 """
 
 import importlib.util
 import re
-import shutil
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from transformers import PreTrainedModel
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
 
-ROOT = "distill.student"
+from distill.intact_code import fingerprint
+from distill.layout import ATTENTION
+from distill.mixers import MIXERS
+
+PACKAGE = "distill-ssm"
+BASE, TABLE, GUARD = "distill.student_base", "distill.mixers", "distill.intact_code"
 _IMPORT = re.compile(r"^(\s*)from (distill[\w.]*) import ", flags=re.MULTILINE)
+
+_CLASS = '''\
+"""{student}: {teacher}, some of whose attention layers are state-space mixers."""
+
+from pathlib import Path
+
+from .{guard} import require_intact
+
+# Copied together; a file of another version would compute something else without a word.
+WRITTEN = {{
+{written}}}
+require_intact(Path(__file__).parent, WRITTEN)
+
+{imports}
+from .{base} import Student
+
+
+class {config}({stock}):
+    model_type = "{model_type}"
+
+
+class {student}(Student, {teacher}):
+    config_class = {config}
+
+
+# What is saved again takes its code along.
+{config}.register_for_auto_class()
+{student}.register_for_auto_class("AutoModelForCausalLM")
+'''
+
+_TABLE = '''\
+"""The mixers this student has."""
+
+{imports}
+MIXERS = {{{entries}}}
+'''
 
 
 def auto_map(student: type[PreTrainedModel]) -> dict[str, str]:
     """The config entry that tells transformers which classes to load from the folder."""
-    module = _flat(ROOT)
-    assert student.config_class is not None
-    return {
-        "AutoConfig": f"{module}.{student.config_class.__name__}",
-        "AutoModelForCausalLM": f"{module}.{student.__name__}",
-    }
+    config, module = _config_class(student), _module(student)
+    return {"AutoConfig": f"{module}.{config.__name__}", "AutoModelForCausalLM": f"{module}.{student.__name__}"}
 
 
-def write_code(folder: Path) -> list[Path]:
-    """Copy the student class and everything of this package it imports into ``folder``."""
+def write_code(folder: Path, student: type[PreTrainedModel], layers: Iterable[str]) -> list[Path]:
+    """Write a student's class and everything of this package it imports into ``folder``.
+
+    Args:
+        student: its class, of ``distill.student``.
+        layers: one name a layer, ``"attention"`` or a mixer's, as ``config.distill`` has them.
+
+    Returns:
+        The files, the one with the class last.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    if __name__ != "distill.standalone":  # this is itself such a copy: its neighbours are all that is needed
-        return [_copy(path, folder) for path in sorted(Path(__file__).parent.glob("distill_*.py"))]
-    written = []
-    for module in _needed(ROOT):
-        path = folder / f"{_flat(module)}.py"
-        relative = _IMPORT.sub(lambda match: f"{match[1]}from .{_flat(match[2])} import ", _source(module))
-        path.write_text(relative, encoding="utf-8")
-        written.append(path)
-    return written
+    kinds = sorted(set(layers) - {ATTENTION})
+    sources = {f"{_flat(module)}.py": _copy(module) for module in _needed(kinds)}
+    sources[f"{_flat(TABLE)}.py"] = _header("") + _table(kinds)
+    sources[f"{_module(student)}.py"] = _header("") + _class(student, sources)
+    for name, text in sources.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in sources]
 
 
-def _copy(path: Path, folder: Path) -> Path:
-    return Path(shutil.copy(path, folder))
+def package_version() -> str:
+    """This package's version; "(a checkout)" where it runs without being installed."""
+    try:
+        return version(PACKAGE)
+    except PackageNotFoundError:
+        return "(a checkout)"
 
 
-def _needed(root: str) -> list[str]:
-    """``root`` and the modules of this package it imports, directly or through others."""
-    found, queue = [], [root]
+def _needed(kinds: Iterable[str]) -> list[str]:
+    """The modules to copy: the student's base, its mixers, and what these import, directly or through others."""
+    queue = [BASE, GUARD, *(MIXERS[kind].__module__ for kind in kinds)]
+    found = {TABLE}  # written, not copied: it would bring every mixer
     while queue:
         module = queue.pop()
         if module not in found:
-            found.append(module)
+            found.add(module)
             queue += [match[2] for match in _IMPORT.finditer(_source(module))]
-    return sorted(found)
+    return sorted(found - {TABLE})
+
+
+def _class(student: type[PreTrainedModel], sources: dict[str, str]) -> str:
+    config = _config_class(student)
+    teacher, stock = _stock(student), _stock(config)
+    return _CLASS.format(
+        student=student.__name__,
+        teacher=teacher.__name__,
+        config=config.__name__,
+        stock=stock.__name__,
+        model_type=config.model_type,
+        guard=_flat(GUARD),
+        base=_flat(BASE),
+        imports="\n".join(_import_of(made) for made in (stock, teacher)),
+        written="".join(f'    "{name}": "{fingerprint(text)}",\n' for name, text in sources.items()),
+    )
+
+
+def _table(kinds: list[str]) -> str:
+    classes = {kind: MIXERS[kind] for kind in kinds}
+    return _TABLE.format(
+        imports="".join(f"from .{_flat(made.__module__)} import {made.__name__}\n" for made in classes.values()),
+        entries=", ".join(f'"{kind}": {made.__name__}' for kind, made in classes.items()),
+    )
+
+
+def _copy(module: str) -> str:
+    relative = _IMPORT.sub(lambda match: f"{match[1]}from .{_flat(match[2])} import ", _source(module))
+    return _header(f", {_path(module).relative_to(_path('distill').parent.parent).as_posix()}") + relative
+
+
+def _header(file: str) -> str:
+    return f"# SPDX-License-Identifier: Apache-2.0\n# Written by {PACKAGE} {package_version()}{file}.\n"
+
+
+def _import_of(made: type) -> str:
+    """``from transformers import …``: from its own module only where the library does not name it on top."""
+    place = "transformers" if getattr(transformers, made.__name__, None) is made else made.__module__
+    return f"from {place} import {made.__name__}"
+
+
+def _stock(made: type) -> type:
+    """The class of transformers that a student's class or config is made of."""
+    return next(base for base in made.__mro__ if base.__module__.startswith("transformers."))
+
+
+def _config_class(student: type[PreTrainedModel]) -> type[PreTrainedConfig]:
+    assert student.config_class is not None
+    return student.config_class
+
+
+def _module(student: type[PreTrainedModel]) -> str:
+    return f"modeling_{_config_class(student).model_type}"
 
 
 def _source(module: str) -> str:
+    return _path(module).read_text(encoding="utf-8")
+
+
+def _path(module: str) -> Path:
     spec = importlib.util.find_spec(module)
     assert spec is not None, module
     assert spec.origin is not None, module
-    return Path(spec.origin).read_text(encoding="utf-8")
+    return Path(spec.origin)
 
 
 def _flat(module: str) -> str:

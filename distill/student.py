@@ -1,8 +1,9 @@
 """The Hugging Face class of a converted model: its teacher's own class with mixers in some layers.
 
-Importing this module (``import distill`` does) registers the classes, so that ``AutoModelForCausalLM`` loads a
-student's folder. The folder also carries the code it needs (``distill.standalone``), for environments without this
-package.
+A student class is made when it is first asked for: by name, as an attribute of this module (``DistilledXForCausalLM``
+for any ``XForCausalLM`` of transformers), or by model type, which ``AutoConfig`` and ``AutoModelForCausalLM`` know once
+this module is imported (``import distill`` does). So none of transformers' model files is loaded before it is needed.
+A student's folder also carries the code it needs (``distill.standalone``), for environments without this package.
 """
 
 import copy
@@ -11,99 +12,123 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from distill.attention import FAMILIES, Family
-from distill.decoder_inputs import mask_for_generate, prepare_inputs_of
+from distill.decoder import attention_of, layers_of
 from distill.errors import UserError
 from distill.layout import mixer_layers
-from distill.mixers import MIXERS, Mixer
+from distill.mixers import Mixer
+from distill.standalone import auto_map, write_code
+from distill.student_base import Student
+
+MODEL_TYPE = "distilled_"
+CLASS_NAME = "Distilled"
+_DROPOUT = ("dropout", "pdrop")
 
 
-class Student:
-    """What every student class adds to its teacher's class.
+def save_with_code(
+    student: PreTrainedModel, save_directory: str | Path, is_main_process: bool = True, *args: Any, **kwargs: Any
+) -> None:
+    """Save as any Hugging Face model, plus the code that loads the folder without this package."""
+    if is_main_process:  # before the weights: with push_to_hub the folder is uploaded when they are written
+        write_code(Path(save_directory), type(student), student.config.distill["layers"])
+    student.config.auto_map = auto_map(type(student))
+    PreTrainedModel.save_pretrained(student, save_directory, is_main_process, *args, **kwargs)
 
-    ``config.distill`` holds ``layers`` (one name a layer: ``"attention"`` or a mixer's) and ``mixer`` (the arguments
-    the mixers are built with).
+
+def teacher_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The stock class of a teacher's config, or the one that a student's class is made from.
+
+    Raises:
+        UserError: transformers has no causal language model for it.
     """
-
-    # A state cannot be rolled back, which assisted generation would need: generate refuses it by this flag.
-    _is_stateful = True
-
-    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        install_mixers(self, config.distill)  # type: ignore[arg-type]
-
-    @staticmethod
-    def create_masks_for_generate(**arguments: Any) -> Any:
-        """What ``generate`` passes as mask: the 2-D mask itself, which mixers read, or a mask for one step."""
-        return mask_for_generate(arguments)
-
-    def save_pretrained(
-        self, save_directory: str | Path, is_main_process: bool = True, *args: Any, **kwargs: Any
-    ) -> None:
-        """Save as any Hugging Face model, plus the code that loads the folder without this package."""
-        from distill.standalone import auto_map, write_code
-
-        if is_main_process:  # before the weights: with push_to_hub the folder is uploaded when they are written
-            write_code(Path(save_directory))
-        self.config.auto_map = auto_map(type(self))  # type: ignore[attr-defined, arg-type]
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
+    layout = getattr(config, "distill", None)
+    stock = CONFIG_MAPPING[layout["teacher"]] if layout else type(config)
+    if stock not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"transformers has no causal language model of the type {config.model_type!r}")
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock]
+    return found
 
 
-def install_mixers(model: PreTrainedModel, layout: dict[str, Any]) -> None:
-    """Put mixers where the layout says, in place, and let the decoder prepare what they read."""
-    decoder = model.get_decoder()
-    places = mixer_layers(model.config)
-    for index in places:
-        layer = decoder.layers[index]
-        mixer = MIXERS[layout["layers"][index]](
-            hidden_size=model.config.get_text_config().hidden_size, layer_idx=index, **layout["mixer"]
-        )
-        layer.self_attn = mixer.to(dtype=model.dtype)
-    # Also where all attention is kept: whether packed documents stay apart must not depend on the layout.
-    prepare_inputs_of(decoder)
+def student_class(teacher: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The student class of a teacher's class, made known to transformers: ``DistilledLlamaForCausalLM``."""
+    name = f"{CLASS_NAME}{teacher.__name__}"
+    if name not in globals():
+        assert teacher.config_class is not None
+        config = student_config_class(teacher.config_class)
+        values = {
+            "config_class": config,
+            "save_pretrained": save_with_code,
+            "__module__": __name__,
+            "__doc__": Student.__doc__,
+        }
+        made = globals()[name] = type(name, (Student, teacher), values)
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModelForCausalLM.register(config, made, exist_ok=True)
+    return globals()[name]
 
 
-def student_class(family: Family) -> type[PreTrainedModel]:
-    """The student class of a teacher's class: ``DistilledLlamaForCausalLM`` for ``LlamaForCausalLM``."""
-    teacher, stock = family.causal_lm, _config_class(family.causal_lm)
-    config = type(
-        f"Distilled{stock.__name__}",
-        (stock,),
-        {"model_type": f"distilled_{stock.model_type}", "__module__": __name__},
-    )
-    return type(
-        f"Distilled{teacher.__name__}",
-        (Student, teacher),
-        {"config_class": config, "__module__": __name__, "__doc__": Student.__doc__},
-    )
+def student_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The config class of a student of the teachers that have ``stock``: ``DistilledLlamaConfig``."""
+    name = f"{CLASS_NAME}{stock.__name__}"
+    if name not in globals():
+        values = {"model_type": f"{MODEL_TYPE}{stock.model_type}", "__module__": __name__}
+        globals()[name] = type(name, (stock,), values)
+    return globals()[name]
 
 
-def _config_class(model_class: type[PreTrainedModel]) -> type[PreTrainedConfig]:
-    assert model_class.config_class is not None
-    return model_class.config_class
+def __getattr__(name: str) -> type:
+    """A student's classes by name, for pickling and for loading a folder with its own code."""
+    stock = getattr(transformers, name.removeprefix(CLASS_NAME), None) if name.startswith(CLASS_NAME) else None
+    if isinstance(stock, type) and issubclass(stock, PreTrainedModel):
+        return student_class(stock)
+    if isinstance(stock, type) and issubclass(stock, PreTrainedConfig):
+        return student_config_class(stock)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-STUDENTS: dict[str, type[PreTrainedModel]] = {name: student_class(family) for name, family in FAMILIES.items()}
-for _class in STUDENTS.values():
-    # As attributes of the module, so that pickling and remote-code loading find them by name.
-    globals().update({made.__name__: made for made in (_class, _config_class(_class))})
-    AutoConfig.register(_config_class(_class).model_type, _config_class(_class), exist_ok=True)
-    AutoModelForCausalLM.register(_config_class(_class), _class, exist_ok=True)
+class _OnDemand(dict[str, Any]):
+    """Config classes by model type, beside transformers' own: a student's is made when it is looked up."""
+
+    def __contains__(self, model_type: object) -> bool:
+        return super().__contains__(model_type) or _teacher_type(model_type) is not None
+
+    def __missing__(self, model_type: str) -> type[PreTrainedConfig]:
+        teacher = _teacher_type(model_type)
+        if teacher is None:
+            raise KeyError(model_type)
+        found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[teacher]]
+        made = student_class(found)
+        assert made.config_class is not None
+        return made.config_class
+
+
+def _teacher_type(model_type: object) -> str | None:
+    """The model type that a student's is made of; None for any other."""
+    name = str(model_type).removeprefix(MODEL_TYPE)
+    return name if name != model_type and name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
+
+
+# Registering a class is all that transformers offers; one that does not exist yet can only stand in its own table.
+CONFIG_MAPPING._extra_content = _OnDemand(CONFIG_MAPPING._extra_content)
 
 
 def student_config(teacher: PreTrainedConfig, layers: Sequence[str], mixer: dict[str, Any]) -> PreTrainedConfig:
     """A student's config: its teacher's, with the layout under a key of our own.
 
     The teacher's name is left out: trainers that reload ``config._name_or_path`` as a reference model (TRL) would
-    silently get the teacher.
+    silently get the teacher. Dropout is off (GPT-2's configs have it on): a student is to match its teacher, and a loss
+    that is computed again has to be the same.
     """
     values = copy.deepcopy(teacher.to_dict())
     for key in ("model_type", "architectures", "_name_or_path", "transformers_version", "auto_map"):
         values.pop(key, None)
+    values |= {key: 0.0 for key, value in values.items() if key.endswith(_DROPOUT) and isinstance(value, float)}
     layout = {"version": 1, "layers": list(layers), "mixer": dict(mixer), "teacher": teacher.model_type}
-    return _config_class(STUDENTS[teacher.model_type])(**values, distill=layout)  # type: ignore[call-arg]
+    return student_config_class(type(teacher))(**values, distill=layout)  # type: ignore[call-arg]
 
 
 def load_student(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -143,8 +168,8 @@ def is_student(model: PreTrainedModel) -> bool:
 
 def mixers_of(student: PreTrainedModel) -> dict[int, Mixer]:
     """The mixers of a student by layer index."""
-    layers = student.get_decoder().layers
-    return {index: layers[index].self_attn for index in mixer_layers(student.config)}
+    layers = layers_of(student)
+    return {index: attention_of(layers[index]) for index in mixer_layers(student.config)}
 
 
 def state_bytes(student: PreTrainedModel, dtype: torch.dtype = torch.float32) -> int:

@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distill.capture import Field, LayerTrace, sequence_arguments, traced_layers
+from distill.capture import Field, LayerTrace, as_decoder_calls, sequence_arguments, traced_layers
+from distill.decoder import attention_of, layers_of
 from distill.objective import Batch
 from distill.student import mixers_of
 from distill.within import within
@@ -44,7 +45,7 @@ def outputs_by_layer(
 
     A teacher's layer is computed when its index is asked for; the student's each time its outputs are.
     """
-    layers: Any = student.get_decoder().layers
+    layers = layers_of(student)
     sequence = sequence_arguments(batch)  # once, not per layer: a GPU finishes its work before it can answer
     for index, trace in traced_layers(teacher, batch, mixers_of(student), READS[target]):
         yield index, partial(_outputs, layers[index], trace, sequence, target, student.dtype)
@@ -52,10 +53,9 @@ def outputs_by_layer(
 
 def _outputs(layer: Any, trace: LayerTrace, sequence: dict[str, Tensor | None], target: Target, dtype: Any) -> Outputs:
     if target == "block":
-        output_BTD = layer(trace.layer_input.to(dtype), **{**trace.layer_kwargs, **sequence})
-        return Outputs(output_BTD, trace.layer_output)
-    mixer, u_BTD = layer.self_attn, trace.attention_input.to(dtype)
-    arguments = {**sequence, "position_embeddings": trace.layer_kwargs.get("position_embeddings")}
+        return Outputs(as_decoder_calls(layer, trace.layer_input.to(dtype), trace, sequence), trace.layer_output)
+    mixer, u_BTD = attention_of(layer), trace.attention_input.to(dtype)
+    arguments = {**sequence, "position_embeddings": trace.position_embeddings}
     if target == "heads":
         return Outputs(within(mixer, mixer.head_outputs, u_BTD, **arguments), trace.head_outputs)
     output_BTD, _ = mixer(u_BTD, **arguments)

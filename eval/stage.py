@@ -16,9 +16,10 @@ import torch
 import typer
 from transformers import PreTrainedModel
 
-from distill.attention import family_of, view
+from distill.attention import views
 from distill.capture import layer_traces, sequence_arguments
 from distill.completions import completions
+from distill.decoder import layers_of
 from distill.engines import processes
 from distill.engines.placement import place_student
 from distill.errors import UserError
@@ -85,17 +86,19 @@ def matrix_pairs(run: Run, student: PreTrainedModel) -> list[MatrixPair]:
     shown = list(mixers)[:: -(-len(mixers) // LAYERS_SHOWN)] if mixers else []
     device = run.device
     batch = {name: rows[:1, :MATRIX_TOKENS].to(device) for name, rows in next(run.held_out()).items()}
-    family, layers = family_of(run.teacher.config), run.teacher.get_decoder().layers
+    layers, attentions = layers_of(run.teacher), views(run.teacher, shown)
     # Over one document alone: a border would only show as an empty corner.
     batch["position_ids"] = torch.arange(batch["input_ids"].shape[1], device=device)[None]
     traces = layer_traces(run.teacher, batch, shown, wants=["attention_input"])
     pairs = []
     for index in shown:
-        trace, attention = traces[index], view(layers[index].self_attn, family)
+        trace, attention = traces[index], attentions[index]
         q_BHTP, k_BHTP = within(
             layers[index], attention.queries_and_keys, trace.attention_input, trace.position_embeddings
         )
-        teacher_BHTT = attention_matrix(q_BHTP, k_BHTP, scaling=attention.scaling, window=attention.sliding_window)
+        teacher_BHTT = attention_matrix(
+            q_BHTP, k_BHTP, scaling=attention.scaling, window=attention.sliding_window, softcap=attention.softcap
+        )
         mixer = mixers[index]
         student_BHTT = within(
             mixer,

@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from distill.attention import family_of, view
+from distill.attention import views
 from distill.conversion import convert
 from distill.engines.plain import PlainEngine
 from distill.objective import Batch, Objective
@@ -210,9 +210,8 @@ def in_order(parts: dict[str, Call]) -> None:
 
 def mixing_floor(setting: Setting) -> dict[str, Call]:
     """Teacher, queries and keys, factors, distance, AdamW."""
-    layers, mixers = setting.teacher.get_decoder().layers, mixers_of(setting.student)
-    family = family_of(setting.teacher.config)
-    attention = {index: view(layers[index].self_attn, family) for index in mixers}
+    mixers = mixers_of(setting.student)
+    attention = views(setting.teacher, mixers)
     u_BTD = hidden_states(setting)
     teacher_BTD = u_BTD.to(setting.teacher.dtype)
     rotary = setting.teacher.get_decoder().rotary_emb(teacher_BTD, setting.batch["position_ids"])

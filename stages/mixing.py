@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distill.attention import family_of, view
+from distill.attention import views
 from distill.capture import LayerTrace, sequence_arguments, traced_layers
+from distill.decoder import layers_of
 from distill.handover import StageRecord
 from distill.objectives import Form, streamed_mixing_distance
 from distill.recipe import MixingStage
@@ -36,8 +37,7 @@ class MixingObjective:
         self.teacher, self.dtype = teacher, student.dtype
         self.form: Form = settings.form
         self.mixers = mixers_of(student)
-        family, self.layers = family_of(teacher.config), teacher.get_decoder().layers
-        self.attention = {index: view(self.layers[index].self_attn, family) for index in self.mixers}
+        self.layers, self.attention = layers_of(teacher), views(teacher, self.mixers)
 
     def begin(self, done: float) -> None:
         """Every step has the same loss."""
@@ -70,6 +70,7 @@ class MixingObjective:
                 scaling=attention.scaling,
                 document_BT=None if resets_BT is None else resets_BT.cumsum(1),
                 window=attention.sliding_window,
+                softcap=attention.softcap,
                 form=self.form,
                 reduction="sum",
             )

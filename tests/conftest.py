@@ -16,6 +16,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from tests.support_table import (  # noqa: F401  (hooks)
+    pytest_addoption,
+    pytest_runtest_makereport,
+    pytest_sessionfinish,
+)
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 SHARED = CHECKOUT.parent / "shared"
 

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
+from distill.decoder import layers_of
 from distill.engines import processes
 from distill.engines.engine import Groups, Parts
 from distill.engines.joint import detached, joint, total
@@ -47,5 +48,5 @@ def shard(model: PreTrainedModel, mixers: Iterable[Any], device: torch.device, s
         settings: for ``fully_shard``.
     """
     mesh = init_device_mesh(device.type, (processes.world(),))
-    for module in (*mixers, *model.get_decoder().layers, model):
+    for module in (*mixers, *layers_of(model), model):
         fully_shard(module, mesh=mesh, **settings)

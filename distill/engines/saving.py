@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from distill.engines import processes, zero
 from distill.standalone import auto_map, write_code
-from distill.student import STUDENTS
+from distill.student import student_class, teacher_class
 
 FILE_BYTES = 5 * 10**9
 """A file of weights ends when it has this many bytes, as Hugging Face's do."""
@@ -29,8 +29,8 @@ def save_student(student: PreTrainedModel, folder: Path) -> None:
             student.save_pretrained(folder)
         return
     if processes.is_main():
-        write_code(folder)
-        own_class = STUDENTS[student.config.distill["teacher"]]  # fully_shard changes an instance's class
+        own_class = student_class(teacher_class(student.config))  # fully_shard changes an instance's class
+        write_code(folder, own_class, student.config.distill["layers"])
         student.config.auto_map = auto_map(own_class)
         student.config.architectures = [own_class.__name__]
         student.config.dtype = str(student.dtype).removeprefix("torch.")

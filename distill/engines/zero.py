@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
+from distill.decoder import layers_of
 from distill.engines import processes
 from distill.engines.engine import Groups, Parts
 from distill.engines.joint import detached, joint, total
@@ -219,7 +220,7 @@ def _config(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
 
 
 def _decoder_layers(model: Any) -> list[nn.Module]:
-    return list(model.get_decoder().layers)
+    return list(layers_of(model))
 
 
 def _numel(module: nn.Module) -> int:

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from distill.attention import family_of, view
 from distill.capture import FIELDS, layer_traces, traced_layers
+from distill.conversion import plan
 from distill.documents import document_starts
 from distill.errors import UserError
 from distill.objectives import attention_matrix
@@ -51,7 +53,7 @@ def test_a_trace_holds_what_was_asked_for(family, wants):
     teacher, batch = tiny(family), packed_batch(97)
     whole = layer_traces(teacher, batch, [0, 2])
     for index, trace in layer_traces(teacher, batch, [2, 0], wants).items():
-        assert vars(trace).keys() == {"layer_kwargs", *wants}
+        assert vars(trace).keys() == {"layer_args", "layer_kwargs", *wants}
         assert trace.position_embeddings
         for name in wants:
             assert torch.equal(getattr(trace, name), getattr(whole[index], name))
@@ -101,10 +103,11 @@ def test_hooks_are_gone_afterwards(family):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in teacher.modules())
 
 
-def test_an_unknown_family_is_named():
-    config = type("Config", (), {"model_type": "rwkv"})()
-    with pytest.raises(UserError, match=r"'rwkv'; supported families are llama, mistral, qwen2"):
-        family_of(config)
+def test_a_family_without_attention_is_named():
+    with pytest.raises(
+        UserError, match="layer 0 of this rwkv cannot be converted: RwkvSelfAttention has no linear q_proj"
+    ):
+        plan(AutoConfig.for_model("rwkv", num_hidden_layers=1))
 
 
 def test_a_layer_without_its_projections_is_refused_by_name():

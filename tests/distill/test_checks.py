@@ -157,6 +157,20 @@ def test_what_can_only_be_a_hub_id_is_asked_for(run_check: Check, monkeypatch: p
     assert asked == ["org/name"]
 
 
+def test_what_is_to_be_exported_can_be(run_check: Check) -> None:
+    assert run_check("student.exportable=granite", "student.keep_attention=[2]").kept == (2,)
+    with pytest.raises(UserError) as error:
+        run_check("student.exportable=bamba", "student.mixer=discrete_mamba2")
+    assert str(error.value).splitlines() == [
+        "student.exportable: bamba (BambaForCausalLM) cannot say this student:",
+        "  layers 0, 1, 2, 3: discrete_mamba2 mixers; set student.mixer: mamba2",
+        "  no layer keeps attention, which BambaForCausalLM does not run without;"
+        " keep one, such as student.keep_attention: [3]",
+    ]
+    with pytest.raises(UserError, match="a WordLevel tokenizer has no counterpart"):
+        run_check("student.exportable=gguf", "student.keep_attention=[2]")
+
+
 def test_all_mistakes_come_together(run_check: Check, teacher: Path) -> None:
     (teacher / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError) as caught:
@@ -317,7 +331,7 @@ def test_tokenizers_that_cannot_be_used(run_check: Check, teacher: Path) -> None
         ("{", "the config of teachers/tiny cannot be read"),
         ('{"model_type": "no-such-thing"}', "the config of teachers/tiny cannot be read"),
         ('{"model_type": "llama", "num_hidden_layers": "x"}', "the config of teachers/tiny cannot be read"),
-        ('{"model_type": "gpt2"}', "family 'gpt2'"),
+        ('{"model_type": "falcon", "alibi": true}', "this falcon has ALiBi"),
         ('{"model_type": "llama", "distill": {}}', "is already a student"),
     ],
 )

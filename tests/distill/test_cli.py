@@ -78,7 +78,7 @@ def recipe(tmp_path: Path, teacher: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", ["plan", "convert", "generate", "doctor"])
+@pytest.mark.parametrize("command", ["plan", "convert", "generate", "export", "doctor"])
 def test_help_has_an_example(run: Command, command: str) -> None:
     result = run(command, "--help")
     assert result.code == 0
@@ -96,10 +96,11 @@ def test_runs_as_a_module() -> None:
 
 
 def test_plan_shows_everything_on_a_screen(run: Command, recipe: Path) -> None:
-    result = run("plan", recipe, "stages.logits.tokens=3M")
+    result = run("plan", recipe, "stages.logits.tokens=3M", "student.exportable=granite")
     assert result.code == 0
     assert len(result.out.splitlines()) <= 24
     assert "m a m m  3 of 4 become mamba2 (m); layer 1 with attention (a)" in result.out
+    assert "exportable: granite (checked)" in result.out
     for word in ("teacher", "student", "128K tokens", "mixing", "hidden", "logits", "activations", "operations"):
         assert word in result.out
     assert f"{3_000_000 // (16 * 32)} " in result.out
@@ -109,6 +110,7 @@ def test_plan_shows_everything_on_a_screen(run: Command, recipe: Path) -> None:
 def test_plan_as_json(run: Command, recipe: Path, teacher: Path) -> None:
     made = json.loads(run("plan", recipe, "--json").out)
     assert made["layers"] == ["mamba2", "attention", "mamba2", "mamba2"]
+    assert made["exportable"] is None
     student = convert(teacher, keep_attention=[1])
     assert sum(made["parameters"]["student"].values()) == sum(p.numel() for p in student.parameters())
     counts = LlamaForCausalLM.from_pretrained(teacher).parameters()
@@ -162,6 +164,24 @@ def test_convert_writes_a_student_that_loads(run: Command, teacher: Path) -> Non
     assert all(torch.equal(expected[name], tensor) for name, tensor in student.state_dict().items())
     assert json.loads(Path("students/hybrid/conversion.json").read_text())["layers"] == student.config.distill["layers"]
     assert run("generate", "students/hybrid", "w5 w6", "--max-new-tokens", "3").code == 0
+
+
+def test_export_writes_what_transformers_loads(run: Command, teacher: Path) -> None:
+    run("convert", teacher, "student", "--keep-attention", "1")
+    result = run("export", "student", "out", "--to", "granite")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.startswith("verified in fp32: logits differ by at most ")
+    assert result.out.endswith("saved in out\n")
+    assert type(AutoModelForCausalLM.from_pretrained("out")).__name__ == "GraniteMoeHybridForCausalLM"
+    assert run("generate", "out", "w5 w6", "--max-new-tokens", "3").code == 0
+    assert run("export", "student", "out", "--to", "bamba").err.startswith("out is not empty; give another folder")
+    assert run("export", "student", "student", "--to", "bamba").err.startswith("student is the student itself")
+    assert run("export", "student", "out", "--to", "bamba", "--overwrite", "--no-verify").out.startswith("not verified")
+    run("convert", teacher, "plain")
+    refused = run("export", "plain", "other", "--to", "granite")
+    assert (refused.code, refused.out) == (2, "")
+    assert "keep one, such as student.keep_attention: [3]" in refused.err
+    assert not Path("other").exists()
 
 
 def test_convert_by_pattern(run: Command, teacher: Path) -> None:
@@ -306,6 +326,22 @@ def test_generate_names_what_is_wrong_with_a_folder(run: Command, teacher: Path,
         content = file.read_bytes()
         (tmp_path / "broken" / file.name).write_bytes(content[:-5] if file.suffix == ".safetensors" else content)
     assert "is truncated" in run("generate", "broken", "w5").err
+
+
+def test_export_writes_a_folder_with_code_and_card(run: Command, teacher: Path) -> None:
+    run("convert", teacher, "student", "--keep-attention", "1")
+    result = run("export", "student", "out", "--to", "standalone", "--base-model", "org/really")
+    assert result.code == 0
+    assert "verified in fp32: logits differ by at most 0.0e+00" in result.out
+    assert "the teacher's licence is not known; fill it in" in result.out
+    assert result.out.endswith("saved in out\n")
+    assert Path("out/modeling_distilled_llama.py").is_file()
+    card = Path("out/README.md").read_text()
+    assert "base_model: org/really" in card
+    assert "# out\n" in card
+    refused = run("export", "student", "again", "--to", "gguf", "--quantise", "int8")
+    assert (refused.code, Path("again").exists()) == (2, False)
+    assert "gguf has --outtype instead" in refused.err
 
 
 def test_doctor(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:

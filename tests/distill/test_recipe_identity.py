@@ -94,6 +94,7 @@ def test_a_dumped_recipe_loads_back_to_an_equal_one(tmp_path: Path) -> None:
         "run_dir=elsewhere",
         "device=cpu",
         "trackers=[tensorboard]",
+        "student.exportable=granite",
         "stages.logits.checkpoint_every=3",
         "stages.logits.eval_every=3",
         "stages.hidden.keep_checkpoints=5",

@@ -1,13 +1,11 @@
 """A student that keeps its teacher's rotary positions: seeding, generation, documents, and where it is refused."""
 
-import dataclasses
-
 import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as in_pairs
 
-from distill import attention, convert, load_student
+from distill import convert, load_student
 from distill.attention import family_of, view
 from distill.calibration import calibrate
 from distill.errors import UserError
@@ -126,7 +124,8 @@ def test_dropped_is_what_a_student_without_the_key_does():
 
 
 def rotating(monkeypatch: pytest.MonkeyPatch, rotate) -> PreTrainedModel:
-    monkeypatch.setitem(attention.FAMILIES, "llama", dataclasses.replace(attention.FAMILIES["llama"], rotate=rotate))
+    """A Llama that turns its heads so."""
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.apply_rotary_pos_emb", rotate)
     return tiny("llama")
 
 

@@ -1,9 +1,6 @@
 """A student as its users meet it: generate in every mode, saving and loading, documents, padding, training."""
 
 import pickle
-import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -202,36 +199,6 @@ def test_bf16_students_run_and_generate(student):
     student.to(torch.bfloat16)
     assert student(prompt(1, 9)).logits.dtype == torch.bfloat16
     student.generate(prompt(1, 9), **GREEDY)
-
-
-WITHOUT_THIS_PACKAGE = """
-import sys
-sys.modules["distill"] = None
-import torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-ids = torch.load(sys.argv[2])
-torch.save([model(ids).logits, model.generate(ids, max_new_tokens=12, do_sample=False)], sys.argv[3])
-model.save_pretrained(sys.argv[4])
-"""
-
-
-@pytest.mark.slow
-def test_a_folder_loads_where_this_package_is_not(tmp_path, family):
-    """A fresh interpreter in which ``import distill`` fails loads the folder, and what it saves loads here again."""
-    student = convert(tiny(family), keep_attention=[1])
-    ids = prompt(2, 11)
-    folder, again = tmp_path / "student", tmp_path / "saved-again"
-    student.save_pretrained(folder)
-    torch.save(ids, tmp_path / "ids.pt")
-    program = [sys.executable, "-c", WITHOUT_THIS_PACKAGE, folder, tmp_path / "ids.pt", tmp_path / "out.pt", again]
-    environment = {"HF_HOME": str(tmp_path / "hub"), "PATH": "", "OMP_NUM_THREADS": "1"}
-    subprocess.run(program, check=True, cwd=tmp_path, env=environment, capture_output=True)
-    logits, generated = torch.load(tmp_path / "out.pt")
-    close(logits, student(ids).logits)
-    assert torch.equal(generated, student.generate(ids, **GREEDY))
-    shutil.rmtree(folder)
-    assert torch.equal(load_student(again)(ids).logits, student(ids).logits)
 
 
 def test_real_prompts_of_eight_lengths_in_one_batch(stories_teacher):

@@ -1,0 +1,110 @@
+"""What no mixer can start from is refused by family, layer and reason, and the teacher is left as it was."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from distill import UserError, convert
+from distill.conversion import convert_with_report, plan
+from distill.decoder import attention_of, layers_of
+from tests.distill.families.models import GROUPED, built, config, tiny
+
+MLA = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 8,
+}
+CHUNKS = {**GROUPED, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48}
+REFUSED = {
+    "falcon": ({"alibi": True}, "this falcon has ALiBi, a bias on the scores"),
+    "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 3}, "this mpt has ALiBi, a bias on the scores"),
+    "deepseek_v3": (MLA, "layer 0 of this deepseek_v3 cannot be converted: .* has no linear q_proj, k_proj, v_proj"),
+    "gpt2": ({"add_cross_attention": True}, "this gpt2 has cross attention"),
+    "gemma3_text": ({**GROUPED, "use_bidirectional_attention": True}, "has attention in both directions"),
+    "llama4_text": (CHUNKS, "has layers of the kind chunked_attention"),
+    "gpt_oss": ({**GROUPED, "head_dim": 8}, "layer 0 of this gpt_oss .* also has sinks, which is no part of any view"),
+}
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_a_config_is_enough_to_refuse(model_type):
+    settings, message = REFUSED[model_type]
+    with pytest.raises(UserError, match=message):
+        plan(config(model_type, settings))
+
+
+def test_documents_that_see_each_other_are_found():
+    opt = built("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32})
+    with pytest.raises(UserError, match=r"layer 0 of this opt .* documents packed into a row see each other"):
+        convert(opt)
+
+
+def test_a_norm_that_is_called_otherwise_is_found():
+    stablelm = built("stablelm", {**GROUPED, "qk_layernorm": True})
+    with pytest.raises(UserError, match="layer 0 of this stablelm cannot be converted: "):
+        convert(stablelm)
+
+
+def _noisy(attention):
+    attention.register_forward_hook(lambda _m, _a, output: (output[0] * 1.01, output[1]))
+
+
+@pytest.mark.parametrize("case", ["Llama", "Qwen3"])
+def test_attention_that_is_not_what_it_seems_is_refused_with_its_error(case):
+    teacher = tiny(case)
+    _noisy(attention_of(layers_of(teacher)[2]))
+    with pytest.raises(UserError, match=r"layer 2 of this \w+ cannot be converted: .* off by 0\.01 of its size"):
+        convert(teacher, keep_attention=[1])
+    convert(teacher, keep_attention=[2])  # which nobody reads
+
+
+def test_a_mask_in_both_directions_is_found():
+    teacher = tiny("Llama")
+    for layer in layers_of(teacher):
+        attention_of(layer).register_forward_pre_hook(
+            lambda _m, args, kwargs: (args, {**kwargs, "attention_mask": torch.zeros(2, 1, 40, 40)}), with_kwargs=True
+        )
+    with pytest.raises(UserError, match=r"layer 0 of this llama cannot be converted: .* more than .* causal mask"):
+        convert(teacher)
+
+
+def test_attention_that_returns_something_else_is_refused():
+    teacher = tiny("Llama")
+    attention_of(layers_of(teacher)[0]).register_forward_hook(lambda _m, _a, output: (*output, None))
+    teacher.get_decoder().layers[0].forward = lambda hidden, **kwargs: (
+        hidden + attention_of(layers_of(teacher)[0])(hidden_states=hidden, **kwargs)[0]
+    )
+    with pytest.raises(UserError, match="its attention returns 3 things, and a mixer two"):
+        convert(teacher)
+
+
+def test_the_largest_error_is_reported_and_none_where_nothing_changes():
+    teacher = tiny("Phi")
+    _, report = convert_with_report(teacher, keep_attention=[1])
+    assert 0 < report.view_error < 1e-5
+    assert convert_with_report(teacher, keep_attention=range(3))[1].view_error is None
+
+
+def test_a_type_without_a_causal_language_model_is_named():
+    with pytest.raises(UserError, match="no causal language model of the type 'vit'"):
+        plan(AutoConfig.for_model("vit"))
+
+
+def test_a_decoder_without_layers_or_attention_is_named():
+    class Model(nn.Module):
+        def get_decoder(self):
+            return nn.Linear(2, 2)
+
+    with pytest.raises(UserError, match="Linear has no list of layers under layers, h, blocks"):
+        layers_of(Model())
+    with pytest.raises(UserError, match="Linear has no attention under self_attn, attn"):
+        attention_of(nn.Linear(2, 2))
