@@ -94,6 +94,9 @@ def convert(
     keep_attention: Annotated[
         str, typer.Option(metavar="LAYERS", help="Layers that keep attention: 2,5 or a pattern such as mmma.")
     ] = "",
+    rope: Annotated[
+        str, typer.Option(metavar="drop|keep", help="keep gives the mixers the teacher's rotary positions.")
+    ] = "drop",
     seed: Annotated[int, typer.Option(help="Seeds what does not come from the teacher.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is already there.")] = False,
     bidirectional: Annotated[
@@ -119,6 +122,7 @@ def convert(
         keep=keep_attention,
         seed=seed,
         overwrite=overwrite,
+        rope=rope,
         bidirectional=bidirectional.value,
     )
     _show(render(report))

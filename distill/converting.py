@@ -15,7 +15,15 @@ from distill.weight_files import stored_tensors
 
 
 def convert_folder(
-    teacher: str, out: Path, *, mixer: str, keep: str, seed: int, overwrite: bool, bidirectional: str = "refuse"
+    teacher: str,
+    out: Path,
+    *,
+    mixer: str,
+    keep: str,
+    seed: int,
+    overwrite: bool,
+    rope: str = "drop",
+    bidirectional: str = "refuse",
 ) -> Report:
     """Converts `teacher` and saves the student, its tokenizer and conversion.json in `out`, whole or not at all.
 
@@ -26,6 +34,7 @@ def convert_folder(
         keep: layers that keep attention, ``"2,5"`` or a pattern such as ``"mmma"``; ``""`` for none.
         seed: of what does not come from the teacher.
         overwrite: whether a model at `out` may be replaced.
+        rope: ``keep`` or ``drop``, the teacher's rotary positions.
         bidirectional: "causal" converts also what a teacher reads in both directions.
 
     Raises:
@@ -35,13 +44,13 @@ def convert_folder(
     check_new_folder(out, folder, "teacher", overwrite)
     config = read_config(folder or teacher)
     kept = _kept(keep, config.get_text_config().num_hidden_layers)
-    plan(config, mixer=mixer, keep_attention=kept, bidirectional=bidirectional)
+    plan(config, mixer=mixer, keep_attention=kept, rope=rope, bidirectional=bidirectional)
     tokenizer = read_tokenizer(folder or teacher)
     if folder:
         check_weights(stored_tensors(folder), config, folder)
     model = load_teacher(folder or teacher)
     student, report = convert_with_report(
-        model, mixer=mixer, keep_attention=kept, seed=seed, bidirectional=bidirectional
+        model, mixer=mixer, keep_attention=kept, seed=seed, rope=rope, bidirectional=bidirectional
     )
     with whole_folder(out.resolve()) as partial:
         student.save_pretrained(partial)

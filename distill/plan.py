@@ -190,6 +190,7 @@ def make_plan(
             keep_attention=facts.kept,
             state_dim=recipe.student.state_dim,
             conv_width=recipe.student.conv_width,
+            rope=recipe.student.rope,
             bidirectional=recipe.student.bidirectional,
         )
     )

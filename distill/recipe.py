@@ -125,6 +125,8 @@ class Student(Section):
     """For teachers that read images in both directions (PaliGemma, Gemma 3): causal lets mixers read them one way."""
     exportable: Literal["granite", "bamba", "gguf"] | None = None
     """A format that `distill export` must be able to write the student in, checked before the run; null for any."""
+    rope: Literal["drop", "keep"] = "drop"
+    """keep: B and C carry the teacher's rotary positions, as its keys and queries do; drop: they do not."""
 
 
 class Evaluation(Section):

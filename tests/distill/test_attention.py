@@ -6,6 +6,7 @@ from transformers import AutoConfig
 
 from distill.attention import family_of, view
 from distill.capture import FIELDS, layer_traces, traced_layers
+from distill.conversion import plan
 from distill.documents import document_starts
 from distill.errors import UserError
 from distill.objectives import attention_matrix
@@ -58,6 +59,15 @@ def test_a_trace_holds_what_was_asked_for(family, wants):
             assert torch.equal(getattr(trace, name), getattr(whole[index], name))
 
 
+def test_heads_are_what_the_output_projection_reads(family):
+    teacher, batch = tiny(family), packed_batch(97)
+    for index, trace in layer_traces(teacher, batch, range(3)).items():
+        attention = teacher.get_decoder().layers[index].self_attn
+        assert torch.equal(attention.o_proj(trace.head_outputs), trace.attention_output)
+        seen = view(attention, family_of(teacher.config))
+        assert trace.head_outputs.shape == (*batch["input_ids"].shape, seen.n_heads * seen.head_dim)
+
+
 def test_a_layer_is_computed_when_it_is_asked_for_and_none_above_the_last(family):
     teacher, ran = tiny(family), []
     layers = teacher.get_decoder().layers
@@ -93,10 +103,11 @@ def test_hooks_are_gone_afterwards(family):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in teacher.modules())
 
 
-def test_an_unknown_family_is_named():
-    config = AutoConfig.for_model("rwkv")
-    with pytest.raises(UserError, match=r"'rwkv'; supported families are falcon, gemma"):
-        family_of(config)
+def test_a_family_without_attention_is_named():
+    with pytest.raises(
+        UserError, match="layer 0 of this rwkv cannot be converted: RwkvSelfAttention has no linear q_proj"
+    ):
+        plan(AutoConfig.for_model("rwkv", num_hidden_layers=1))
 
 
 def test_a_layer_without_its_projections_is_refused_by_name():

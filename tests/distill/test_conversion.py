@@ -84,10 +84,7 @@ def test_projections_are_the_teachers_head_by_head_with_their_biases(family):
         u = torch.randn(2, 7, 32)
         terms, _ = mixer._terms(u, None, None, None)
         torch.testing.assert_close(terms.x_BTHP, attention.values(u))
-        identity = lambda q, k: (q, k)  # noqa: E731
-        unrotated = copy.copy(attention)
-        object.__setattr__(unrotated, "rotate", identity)
-        q, k = unrotated.queries_and_keys(u, ())
+        q, k = attention.queries_and_keys(u, None)
         scores = attention.scaling * q @ k.mT
         ours = torch.einsum("bthn,bshn->bhts", terms.C_BTHN, terms.B_BTHN)
         factor_H = (ours * scores).sum((0, 2, 3)) / scores.square().sum((0, 2, 3))
@@ -171,7 +168,7 @@ def test_calibration_keeps_one_layer_in_memory(family):
 
     for _, trace in calibrate(tiny(family), [0, 1, 2]):
         assert not [earlier for earlier in seen if earlier() is not None]
-        assert vars(trace).keys() == {"layer_kwargs", "attention_input"}
+        assert vars(trace).keys() == {"layer_args", "layer_kwargs", "attention_input"}
         seen.append(weakref.ref(trace.attention_input))
     assert len(seen) == 3
 

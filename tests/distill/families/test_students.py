@@ -7,9 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from distill import activations, convert, load_student
+from distill.attention import views
+from distill.capture import layer_traces
 from distill.conversion import empty_model, plan, report
 from distill.costs import flops_per_token, sizes_of
 from distill.decoder import layers_of, learns_positions
+from distill.objectives import attention_matrix, mixing_distance
 from distill.reach import trained
 from distill.recipe import HiddenStage, LogitsStage, MixingStage
 from distill.student import mixers_of
@@ -72,6 +75,22 @@ def test_a_step_lowers_the_loss_of_every_stage(case, stage):
             if gradient is not None:
                 parameter.sub_(1e-4 * gradient.sign())
     assert loss_of(objective, batch) < before
+
+
+@pytest.mark.parametrize("case", ["Gemma 2", "GPT-NeoX", "OLMo 2", "Phi-3"])
+def test_stage_1_matches_the_matrix_that_the_view_describes(case):
+    """Cap, window, norms and partial rotation all reach the loss."""
+    student, batch = student_of(case), batch_of((24,))
+    objective = MixingObjective(teacher_of(case), student, MixingStage(**SETTINGS))
+    traces = layer_traces(teacher_of(case), batch, [0, 2], wants=["attention_input"])
+    with torch.no_grad():
+        for part, (index, mixer) in zip(objective.parts(batch), mixers_of(student).items(), strict=True):
+            seen, u = views(teacher_of(case), [index])[index], traces[index].attention_input
+            q, k = seen.queries_and_keys(u, traces[index].position_embeddings)
+            look = {"window": seen.sliding_window, "softcap": seen.softcap}
+            teacher_matrix = attention_matrix(q, k, scaling=seen.scaling, **look)
+            expected = mixing_distance(mixer.mixing_matrix(u), teacher_matrix, form=MixingStage(**SETTINGS).form)
+            torch.testing.assert_close(part.loss_sum(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.support("all stages")
