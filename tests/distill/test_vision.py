@@ -26,9 +26,9 @@ EVERY = sorted(MODELS)
 M_ROPE = ("qwen2_vl", "qwen2_5_vl")
 
 
-def student_of(name: str, keep=(), mixer: str = "mamba2"):
+def student_of(name: str, keep=(), rope: str = "drop"):
     """A converted model with mixers as if they were trained."""
-    made = convert(tiny_vision(name), mixer=mixer, keep_attention=keep, bidirectional="causal")
+    made = convert(tiny_vision(name), keep_attention=keep, rope=rope, bidirectional="causal")
     torch.manual_seed(6)
     with torch.no_grad():
         for parameters in mixers_of(made).values():
@@ -53,10 +53,10 @@ def test_with_all_attention_kept_the_student_is_the_teacher_bit_for_bit(name):
     assert torch.equal(student.generate(**prompts, **GREEDY), teacher.generate(**prompts, **GREEDY))
 
 
-@pytest.mark.parametrize("keep", [(), (1,)], ids=str)
+@pytest.mark.parametrize(("keep", "rope"), [((), "drop"), ((1,), "drop"), ((), "keep")], ids=str)
 @pytest.mark.parametrize("name", EVERY)
-def test_a_student_generates_cached_as_uncached_and_as_each_row_alone(name, keep):
-    student = student_of(name, keep)
+def test_a_student_generates_cached_as_uncached_and_as_each_row_alone(name, keep, rope):
+    student = student_of(name, keep, rope)
     lengths = (17, 12, 14)
     batch = image_batch(name, lengths, left=True)
     cached = student.generate(**batch, **GREEDY)

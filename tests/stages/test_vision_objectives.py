@@ -22,7 +22,9 @@ OBJECTIVES = {
     "mixing": lambda teacher, student: MixingObjective(teacher, student, MixingStage(**SETTINGS)),
     "hidden": lambda teacher, student: HiddenObjective(teacher, student, HiddenStage(**SETTINGS)),
     "hidden block": lambda teacher, student: HiddenObjective(teacher, student, HiddenStage(**SETTINGS, target="block")),
+    "hidden heads": lambda teacher, student: HiddenObjective(teacher, student, HiddenStage(**SETTINGS, target="heads")),
     "logits": lambda teacher, student: LogitObjective(teacher, student, LogitsStage(**SETTINGS)),
+    "both": lambda teacher, student: LogitObjective(teacher, student, LogitsStage(**SETTINGS, hidden_weight=0.5)),
 }
 
 
