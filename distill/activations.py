@@ -46,15 +46,29 @@ def of_layer(layer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> S
     """
 
     def run(layer: Any, hidden_BTD: Tensor) -> None:
-        cos_BTP = torch.empty(1, block, rotated_channels(attention_of(layer)))
-        layer(hidden_BTD, **_arguments(layer, {"position_embeddings": (cos_BTP, cos_BTP)}))
+        attention = attention_of(layer)
+        known = {"position_embeddings": _rotation(attention, block)}
+        layer(hidden_BTD, **_arguments(layer, known))
 
     return _saved(layer, run, hidden, block, dtype)
 
 
 def of_mixer(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> Saved:
     """What one mixer alone keeps; arguments as `of_layer`."""
-    return _saved(mixer, lambda mixer, hidden_BTD: mixer(hidden_BTD), hidden, block, dtype)
+
+    def run(mixer: Any, hidden_BTD: Tensor) -> None:
+        mixer(hidden_BTD, position_embeddings=_rotation(mixer, block))
+
+    return _saved(mixer, run, hidden, block, dtype)
+
+
+def of_heads(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> Saved:
+    """What one mixer keeps up to its output projection; arguments as `of_layer`."""
+
+    def run(mixer: Any, hidden_BTD: Tensor) -> None:
+        mixer.head_outputs(hidden_BTD, position_embeddings=_rotation(mixer, block))
+
+    return _saved(mixer, run, hidden, block, dtype)
 
 
 def of_matrix(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> Saved:
@@ -66,7 +80,7 @@ def of_matrix(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> 
     """
 
     def run(mixer: Any, hidden_BTD: Tensor) -> None:
-        factors = mixer.matrix_factors(hidden_BTD)
+        factors = mixer.matrix_factors(hidden_BTD, position_embeddings=_rotation(mixer, hidden_BTD.shape[1]))
         B, T, H, N = factors.B_BTHN.shape
         q_BHTN = torch.empty(B, H, T, N)
         streamed_mixing_distance(factors, q_BHTN, q_BHTN, scaling=1.0)
@@ -87,6 +101,14 @@ def _arguments(layer: nn.Module, known: dict[str, Any]) -> dict[str, Any]:
     _, *others = inspect.signature(layer.forward).parameters.values()
     asked = [p for p in others if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return {p.name: known.get(p.name) for p in asked if p.name in known or p.default is p.empty}
+
+
+def _rotation(attention_or_mixer: Any, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, which all layers share and which are therefore once and not a sequence's own."""
+    width = rotated_channels(attention_or_mixer)
+    width = min(width, getattr(attention_or_mixer, "state_dim", width))
+    cos_1TW = torch.empty(1, length, width)
+    return cos_1TW, cos_1TW
 
 
 def _saved(module: nn.Module, run: Callable[[Any, Tensor], None], hidden: int, block: int, dtype: torch.dtype) -> Saved:

@@ -75,6 +75,10 @@ class AttentionView:
         """As `queries_and_keys`, with the keys once: (B, H, T, P) and (B, K, T, P)."""
         q_BHTP = self.by_head(self.q(hidden_BTD), self.n_heads, self.q_norm).transpose(1, 2)
         k_BKTP = self.by_head(self.k(hidden_BTD), self.n_kv_heads, self.k_norm).transpose(1, 2)
+        return self.turned(q_BHTP, k_BKTP, position_embeddings)
+
+    def turned(self, q_BHTP: Tensor, k_BKTP: Tensor, position_embeddings: Positions) -> tuple[Tensor, Tensor]:
+        """Queries and keys, already through their norms, with their positions rotated in."""
         if not self.rotates or position_embeddings is None:
             return q_BHTP, k_BKTP
         width = position_embeddings[0].shape[-1]

@@ -11,26 +11,31 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from distill.attention import family_of, view
 from distill.decoder import attention_of, layers_of, replace_layers
 from distill.decoder_inputs import told
 from distill.documents import document_starts
+from distill.projections import module_of
 from distill.within import within
 
 Batch = dict[str, Tensor]
-Field = Literal["layer_input", "attention_input", "attention_output", "layer_output"]
+Field = Literal["layer_input", "attention_input", "head_outputs", "attention_output", "layer_output"]
 FIELDS: tuple[Field, ...] = get_args(Field)
 
 
 @dataclass
 class LayerTrace:
-    """One decoder layer's traffic; tensors (B, T, D) in the teacher's dtype. What was not asked for is not there.
+    """One decoder layer's traffic; tensors in the teacher's dtype. What was not asked for is not there.
+
+    All are (B, T, D) but for ``head_outputs``, which is (B, T, H·P).
 
     Attributes:
         layer_input: the hidden state that enters the layer.
         layer_args, layer_kwargs: what else the decoder hands to its layers (positions, masks); always there.
         attention_input: what attention reads: the layer's norm applied to its input.
+        head_outputs: what attention's heads make and its output projection reads.
         attention_output: what attention adds to the residual stream, after the output projection.
         layer_output: the hidden state that leaves the layer.
     """
@@ -39,6 +44,7 @@ class LayerTrace:
     layer_args: tuple[Any, ...] = field(init=False)
     layer_kwargs: dict[str, Any] = field(init=False)
     attention_input: Tensor = field(init=False)
+    head_outputs: Tensor = field(init=False)
     attention_output: Tensor = field(init=False)
     layer_output: Tensor = field(init=False)
 
@@ -60,19 +66,19 @@ def traced_layers(
         model: a stock Hugging Face model, usually the frozen teacher.
         batch: ``input_ids`` and ``position_ids`` (B, T); positions restart with every packed document.
         layers: indices of the decoder layers to watch.
-        wants: which tensors to keep; each is one (B, T, D) a layer, until the trace goes.
+        wants: which tensors to keep; each is one a layer, until the trace goes.
     """
     watched = set(layers)
     if not watched:
         return
     trace, decoder_layers = LayerTrace(), layers_of(model)
-    with _watched(decoder_layers[0], trace, wants) if 0 in watched else nullcontext():
+    with _watched(decoder_layers[0], trace, wants, model.config) if 0 in watched else nullcontext():
         hidden_BTD, calls = _first_layer(model, batch)
     if 0 in watched:
         yield 0, trace
     for index in range(1, max(watched) + 1):
         trace = LayerTrace()
-        with _watched(decoder_layers[index], trace, wants) if index in watched else nullcontext():
+        with _watched(decoder_layers[index], trace, wants, model.config) if index in watched else nullcontext():
             hidden_BTD = _called(decoder_layers[index], hidden_BTD, calls[index])
         if index in watched:
             yield index, trace
@@ -152,7 +158,7 @@ def _hidden(output: Any) -> Tensor:
 
 
 @contextmanager
-def _watched(layer: Any, trace: LayerTrace, wants: Collection[Field]) -> Iterator[None]:
+def _watched(layer: Any, trace: LayerTrace, wants: Collection[Field], config: PreTrainedConfig) -> Iterator[None]:
     """Inside, a call of ``layer`` fills ``trace``."""
 
     def keep(name: Field, tensor: Tensor) -> None:
@@ -165,6 +171,9 @@ def _watched(layer: Any, trace: LayerTrace, wants: Collection[Field]) -> Iterato
 
     def attends(_attention: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         keep("attention_input", args[0] if args else kwargs["hidden_states"])
+
+    def projects(_projection: nn.Module, args: tuple[Tensor, ...]) -> None:
+        keep("head_outputs", args[0])
 
     def attended(_attention: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         keep("attention_output", _hidden(output))
@@ -179,6 +188,8 @@ def _watched(layer: Any, trace: LayerTrace, wants: Collection[Field]) -> Iterato
         attention.register_forward_pre_hook(attends, with_kwargs=True),
         attention.register_forward_hook(attended),
     ]
+    if "head_outputs" in wants:  # alone: a student's layers, which have no such projection, are watched too
+        handles.append(module_of(view(attention, family_of(config)).o).register_forward_pre_hook(projects))
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from distill.errors import UserError
-from distill.recipe import Keep, LayerwiseTraining, Recipe, StageName
+from distill.recipe import Keep, LayerwiseTraining, Recipe, StageName, Student
 from distill.weight_files import TensorFacts, stored_tensors
 
 if TYPE_CHECKING:  # imported where used: they take seconds, and most recipes fail sooner or later than here
@@ -89,6 +89,8 @@ def check(recipe: Recipe, *, ranks: int = 1, planning: bool = False) -> RecipeFa
             _check_mixers(text.num_hidden_layers - len(kept), recipe)
             with found.at("student.exportable"):
                 _check_exportable(recipe, config, kept, tokenizer)
+            with found.at("student.rope"):
+                _check_rope(recipe.student, config, kept)
         with found.at("data.block"):
             _check_block(recipe.data.block, text)
         if folder and not config_alone:
@@ -285,10 +287,19 @@ def _check_exportable(
         keep_attention=kept,
         state_dim=student.state_dim,
         conv_width=student.conv_width,
+        rope=student.rope,
     )
     check_exportable(made, student.exportable)
     if student.exportable == "gguf" and tokenizer is not None:
         vocabulary(tokenizer, config.get_text_config().vocab_size)
+
+
+def _check_rope(student: Student, config: "PreTrainedConfig", kept: tuple[int, ...]) -> None:
+    """What a mixer could not rotate is refused by the plan of the conversion, with the reason."""
+    if student.rope == "keep":
+        from distill.conversion import plan
+
+        plan(config, mixer=student.mixer, keep_attention=kept, state_dim=student.state_dim, rope=student.rope)
 
 
 def _check_block(block: int, text: "PreTrainedConfig") -> None:

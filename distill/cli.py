@@ -84,6 +84,9 @@ def convert(
     keep_attention: Annotated[
         str, typer.Option(metavar="LAYERS", help="Layers that keep attention: 2,5 or a pattern such as mmma.")
     ] = "",
+    rope: Annotated[
+        str, typer.Option(metavar="drop|keep", help="keep gives the mixers the teacher's rotary positions.")
+    ] = "drop",
     seed: Annotated[int, typer.Option(help="Seeds what does not come from the teacher.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is already there.")] = False,
 ) -> None:
@@ -98,7 +101,8 @@ def convert(
     from distill.conversion_view import render
     from distill.converting import convert_folder
 
-    _show(render(convert_folder(teacher, out, mixer=mixer, keep=keep_attention, seed=seed, overwrite=overwrite)))
+    report = convert_folder(teacher, out, mixer=mixer, keep=keep_attention, seed=seed, overwrite=overwrite, rope=rope)
+    _show(render(report))
     typer.echo(f"saved in {out}")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -22,7 +22,9 @@ from distill.errors import UserError
 from distill.families import FAMILIES, family_name
 from distill.layout import layer_kinds, mixer_layers, resolve
 from distill.mixers import MIXERS
+from distill.mixers.rotary import Rope
 from distill.roles import ROLES, roles
+from distill.rotation import require_rotation
 from distill.seeding import Seeded, seed_mixer
 from distill.student import (
     load_model,
@@ -50,6 +52,7 @@ class Report:
         teacher_kv_bytes_per_token: what the teacher adds per token.
         view_error: how far the teacher's attention, recomputed as it was read, is from its own output at most,
             relative to the largest (``distill.verification``); None where nothing was converted.
+        rope: whether the mixers keep the teacher's rotary positions.
     """
 
     layers: list[str]
@@ -59,6 +62,7 @@ class Report:
     state_bytes: int
     kv_bytes_per_token: int
     teacher_kv_bytes_per_token: int
+    rope: str
     view_error: float | None = None
 
     def cache_bytes(self, tokens: int) -> tuple[int, int]:
@@ -78,6 +82,7 @@ def convert(
     seed_from_attention: bool = True,
     state_dim: int | None = None,
     conv_width: int = 4,
+    rope: str = "drop",
 ) -> PreTrainedModel:
     """Turn a pretrained Transformer into a student with Mamba-2 layers.
 
@@ -90,13 +95,15 @@ def convert(
         seed_from_attention: copy the attention weights into the mixers; False starts the mixers at random.
         state_dim: state size of a head; None means the teacher's head size.
         conv_width: taps of the mixers' short convolution.
+        rope: ``keep`` gives the mixers the teacher's rotary positions (``distill.mixers.rotary``), ``drop`` does not.
 
     Returns:
         A ``PreTrainedModel`` in eval mode: in fp32 if ``teacher`` is a folder, in a loaded teacher's dtype and on its
         device otherwise.
 
     Raises:
-        UserError: for an unknown mixer or family, a layer out of range, or a teacher that cannot be read.
+        UserError: for an unknown mixer or family, a layer out of range, a teacher that cannot be read, or
+            ``rope="keep"`` where attention's positions are not rotary ones that a mixer could have.
     """
     model = load_teacher(teacher) if isinstance(teacher, str | Path) else teacher
     student, _ = convert_with_report(
@@ -107,6 +114,7 @@ def convert(
         seed_from_attention=seed_from_attention,
         state_dim=state_dim,
         conv_width=conv_width,
+        rope=rope,
     )
     return student
 
@@ -120,10 +128,16 @@ def convert_with_report(
     seed_from_attention: bool = True,
     state_dim: int | None = None,
     conv_width: int = 4,
+    rope: str = "drop",
 ) -> tuple[PreTrainedModel, Report]:
     """:func:`convert`, with the account of what was done."""
     config = plan(
-        teacher.config, mixer=mixer, keep_attention=keep_attention, state_dim=state_dim, conv_width=conv_width
+        teacher.config,
+        mixer=mixer,
+        keep_attention=keep_attention,
+        state_dim=state_dim,
+        conv_width=conv_width,
+        rope=rope,
     )
     replaced = views(teacher, mixer_layers(config))
     errors = verify(teacher, replaced)
@@ -145,6 +159,7 @@ def plan(
     keep_attention: Sequence[int] = (),
     state_dim: int | None = None,
     conv_width: int = 4,
+    rope: str = "drop",
 ) -> PreTrainedConfig:
     """The student's config, everything checked, without a weight in memory.
 
@@ -159,18 +174,25 @@ def plan(
     kept = resolve(text.num_hidden_layers, layers=list(keep_attention))
     if (state_dim is not None and state_dim < 1) or conv_width < 1:
         raise UserError(f"state_dim is {state_dim} and conv_width {conv_width}; both must be at least 1")
+    if rope not in get_args(Rope):
+        raise UserError(f"rope is {rope!r}; allowed are {', '.join(get_args(Rope))}")
     layers = layer_kinds(text.num_hidden_layers, kept, mixer)
     changed = [index for index, kind in enumerate(layers) if kind == mixer]
-    attention, *others = views(empty_model(teacher), changed or [0]).values()
+    empty = empty_model(teacher)
+    attention, *others = views(empty, changed or [0]).values()
     if any((other.n_heads, other.head_dim) != (attention.n_heads, attention.head_dim) for other in others):
         raise UserError(f"the layers of this {family_name(teacher)} have different heads; mixers are all of one shape")
+    state_dim = state_dim or attention.head_dim
+    if rope == "keep":
+        require_rotation(empty, changed, state_dim)
     settings = {
         "n_heads": attention.n_heads,
         "head_dim": attention.head_dim,
-        "state_dim": state_dim or attention.head_dim,
+        "state_dim": state_dim,
         "conv_width": conv_width,
         "norm_eps": norm_eps(teacher),
         "out_bias": attention.o.bias is not None,
+        "rope": rope,
     }
     return student_config(teacher, layers, settings)
 
@@ -233,6 +255,7 @@ def report(
         state_bytes=state_bytes(student),
         kv_bytes_per_token=(len(kinds) - len(mixer_layers(student.config))) * kv_bytes,
         teacher_kv_bytes_per_token=len(kinds) * kv_bytes,
+        rope=student.config.distill["mixer"].get("rope", "drop"),
         view_error=view_error,
     )
 

@@ -25,7 +25,8 @@ def layers(report: Report) -> Text:
         line.append("a " if kind == ATTENTION else "m ", style="yellow" if kind == ATTENTION else "cyan")
     kept = [str(index) for index, kind in enumerate(kinds) if kind == ATTENTION]
     mixer = next((kind for kind in kinds if kind != ATTENTION), "mixers")
-    line.append(f" {len(kinds) - len(kept)} of {len(kinds)} become {mixer} (m)")
+    positions = " with rotary positions" if report.rope == "keep" else ""
+    line.append(f" {len(kinds) - len(kept)} of {len(kinds)} become {mixer} (m){positions}")
     if kept:
         line.append(f"; {'layer' if len(kept) == 1 else 'layers'} {', '.join(kept)} with attention (a)")
     if report.view_error is not None:

@@ -39,6 +39,7 @@ def _convert(run: Run, held_out: Iterator[Batch]) -> StageRecord:
         seed_from_attention=run.recipe.student.seed_from_attention,
         state_dim=run.recipe.student.state_dim,
         conv_width=run.recipe.student.conv_width,
+        rope=run.recipe.student.rope,
     )
     # What is too large for one device is measured by all of them, in the evaluation that follows.
     loss = None if run.launched.shards_weights else evaluate(student, None, held_out).loss

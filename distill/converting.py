@@ -12,7 +12,9 @@ from distill.new_folder import check_new_folder
 from distill.weight_files import stored_tensors
 
 
-def convert_folder(teacher: str, out: Path, *, mixer: str, keep: str, seed: int, overwrite: bool) -> Report:
+def convert_folder(
+    teacher: str, out: Path, *, mixer: str, keep: str, seed: int, overwrite: bool, rope: str = "drop"
+) -> Report:
     """Converts `teacher` and saves the student, its tokenizer and conversion.json in `out`, whole or not at all.
 
     Args:
@@ -22,6 +24,7 @@ def convert_folder(teacher: str, out: Path, *, mixer: str, keep: str, seed: int,
         keep: layers that keep attention, ``"2,5"`` or a pattern such as ``"mmma"``; ``""`` for none.
         seed: of what does not come from the teacher.
         overwrite: whether a model at `out` may be replaced.
+        rope: ``keep`` or ``drop``, the teacher's rotary positions.
 
     Raises:
         UserError: the teacher, the layout or the target cannot be used; nothing is written.
@@ -30,12 +33,12 @@ def convert_folder(teacher: str, out: Path, *, mixer: str, keep: str, seed: int,
     check_new_folder(out, folder, "teacher", overwrite)
     config = read_config(folder or teacher)
     kept = _kept(keep, config.get_text_config().num_hidden_layers)
-    plan(config, mixer=mixer, keep_attention=kept)
+    plan(config, mixer=mixer, keep_attention=kept, rope=rope)
     tokenizer = read_tokenizer(folder or teacher)
     if folder:
         check_weights(stored_tensors(folder), config, folder)
     model = load_teacher(folder or teacher)
-    student, report = convert_with_report(model, mixer=mixer, keep_attention=kept, seed=seed)
+    student, report = convert_with_report(model, mixer=mixer, keep_attention=kept, seed=seed, rope=rope)
     with whole_folder(out.resolve()) as partial:
         student.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

@@ -26,15 +26,18 @@ Backward costs twice the forward, and n weights that are frozen save 2 n of it. 
     teacher     2 (n_attention + n_mlp)t + L attention
     mixing      teacher + (L − K) (T + R) H P  +  3 (2 n_mixer + (L − K) (T + R) H N)
     hidden      teacher                        +  3 (2 n_mixer + (L − K) scan)     and, with target: block,
-                                               +  3 · 2 n_mlp (L − K) / L
+                                               +  3 · 2 n_mlp (L − K) / L          or, with target: heads,
+                                               −  3 · 2 H P D (L − K)
     logits      teacher + head                 +  3 (layers + head),  where
                                                layers = 2 (n_mixer + n_attention + n_mlp) + (L − K) scan + K attention
                                                +  layers again, with gradient_checkpointing
+                                               +  hidden with target: block, with hidden_weight
 
-The first two stages never run the head, and a last stage with an offline teacher no teacher. Computing a layer again
-stops before its last product, whose result backward does not need; that fifth of it is counted all the same.
-Evaluation, checkpoints and the conversion come on top. Which weights, gradients and moments a process holds depends
-on the engine: `distill.memory`.
+The first two stages never run the head, and a last stage with an offline teacher no teacher. Projections that are
+frozen for a part of stage 2 save nothing: their gradient is computed, as zeros. Computing a layer again stops before
+its last product, whose result backward does not need; that fifth of it is counted all the same. Evaluation,
+checkpoints and the conversion come on top. Which weights, gradients and moments a process holds depends on the
+engine: `distill.memory`.
 """
 
 from dataclasses import dataclass
@@ -71,6 +74,7 @@ class Kept(NamedTuple):
         in_all: all that is kept, one layer after the other, as often as it is written; and what is moved as often as
             that without being kept, such as the strips of mixing matrices.
         head: how much of ``graph`` is the gradient of the language-model head.
+        beside: what layers fed the teacher's states keep in the last stage, and these states, with hidden_weight.
     """
 
     graph: int
@@ -78,6 +82,7 @@ class Kept(NamedTuple):
     weights: int
     in_all: int
     head: int = 0
+    beside: int = 0
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,9 @@ def teacher_flops_per_token(sizes: Sizes, stage: Stage) -> float:
     layers = 2 * (s.teacher["attention"] + s.teacher["mlp"] - s.idle) + s.n_layers * _attention(s)
     if isinstance(stage, MixingStage):
         return layers + s.n_changed * (s.block + s.rows) * s.heads * s.head_dim
-    return layers if isinstance(stage, HiddenStage) else layers + _head(s)
+    if isinstance(stage, HiddenStage):
+        return layers
+    return layers + _head(s) + (layers if stage.hidden_weight else 0)
 
 
 def student_flops_per_token(sizes: Sizes, stage: Stage) -> float:
@@ -160,13 +167,22 @@ def student_flops_per_token(sizes: Sizes, stage: Stage) -> float:
     scan = s.heads * (2 * chunk * (s.state_dim + s.head_dim) + 4 * s.head_dim * s.state_dim)
     if isinstance(stage, MixingStage):
         return 3 * (2 * n["mixer"] + s.n_changed * (s.block + s.rows) * s.heads * s.state_dim)
+    mixers = 2 * n["mixer"] + s.n_changed * scan
+    mlp = 2 * n["mlp"] * s.n_changed / s.n_layers  # of the layers with a mixer
+    frozen_mlp = 0 if "mlp" in stage.train else mlp
     if isinstance(stage, HiddenStage):
-        mlp = n["mlp"] * s.n_changed / s.n_layers if stage.target == "block" else 0
-        return 3 * (2 * n["mixer"] + s.n_changed * scan + 2 * mlp) - (0 if "mlp" in stage.train else 2 * mlp)
+        if stage.target == "block":
+            return 3 * (mixers + mlp) - frozen_mlp
+        unused = 2 * s.heads * s.head_dim * s.hidden * s.n_changed if stage.target == "heads" else 0
+        return 3 * (mixers - unused)
     layers = 2 * (n["mixer"] + n["attention"] + n["mlp"]) + s.n_changed * scan + s.n_kept * _attention(s)
     frozen = sum(2 * n[role] for role in ("mixer", "attention", "mlp") if role not in stage.train)
     again = layers if stage.gradient_checkpointing else 0
-    return 3 * (layers + _head(s)) - frozen + again
+    alone = 0.0  # the layers with a mixer once more, on the teacher's hidden states
+    if stage.hidden_weight:
+        frozen_mixers = 0 if "mixer" in stage.train else 2 * n["mixer"]
+        alone = 3 * (mixers + mlp) - frozen_mlp - frozen_mixers + (mixers + mlp if stage.gradient_checkpointing else 0)
+    return 3 * (layers + _head(s)) - frozen + again + alone
 
 
 def _attention(sizes: Sizes) -> int:
@@ -200,6 +216,7 @@ def _kept_by_logits(recipe: Recipe, stage: LogitsStage, sizes: Sizes, student: P
     every = _every_layer(sizes, student, dtype)
     layers = sequences * sum(layer.a_sequence for layer in every)
     chunk, gradient = _kept_by_chunk(recipe, stage, sizes, sequences), _head_gradient(stage, sizes)
+    alone = _kept_by_layers_alone(recipe, stage, sizes, student, every, sequences)
     moved = 4 * _WRITTEN * sequences * sizes.block * sizes.vocabulary
     copied_head = sizes.hidden * sizes.vocabulary * dtype.itemsize if dtype != torch.float32 else 0
     waits = 0 if sizes.student["head"] else gradient
@@ -207,13 +224,31 @@ def _kept_by_logits(recipe: Recipe, stage: LogitsStage, sizes: Sizes, student: P
         copies = sum(layer.once for layer in every) + copied_head
         back = sequences * max(layer.widest for layer in every) + waits
         graph, head = max((chunk + gradient, gradient), (back, waits))
-        return Kept(layers + graph, traces=0, weights=copies, in_all=layers + moved, head=head)
+        return Kept(layers + graph, 0, weights=copies, in_all=layers + moved + alone, head=head, beside=alone)
     inputs = 4 * sequences * sizes.block * sizes.hidden * len(every)  # under autocast too the hidden state is fp32
     largest = max(every, key=lambda layer: layer.a_sequence)
     at_head = chunk + gradient, copied_head, gradient
     at_layer = sequences * (largest.a_sequence + largest.widest) + waits, largest.once, waits
     graph, weights, head = max(at_head, at_layer, key=lambda moment: moment[0] + moment[1])
-    return Kept(inputs + graph, traces=0, weights=weights, in_all=round(RECOMPUTED * layers) + moved, head=head)
+    in_all = round(RECOMPUTED * layers) + moved + alone
+    return Kept(inputs + graph, 0, weights=weights, in_all=in_all, head=head, beside=alone)
+
+
+def _kept_by_layers_alone(
+    recipe: Recipe,
+    stage: LogitsStage,
+    sizes: Sizes,
+    student: PreTrainedModel,
+    every: list[activations.Saved],
+    sequences: int,
+) -> int:
+    """What the layers with a mixer keep that are fed the teacher's hidden states, and these states."""
+    if not stage.hidden_weight:
+        return 0
+    changed = mixer_layers(student.config)
+    a_sequence = 0 if stage.gradient_checkpointing else sum(every[index].a_sequence for index in changed)
+    state = sizes.block * sizes.hidden * DTYPES[recipe.teacher.dtype].itemsize
+    return sequences * (a_sequence + _boundaries(changed) * state)
 
 
 def _kept_by_chunk(recipe: Recipe, stage: LogitsStage, sizes: Sizes, sequences: int) -> int:
@@ -260,18 +295,27 @@ def _kept_by_layers(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrai
         moved = sizes.n_changed * 4 * heads * sizes.block * (sizes.block + sizes.rows) // 2
     elif isinstance(stage, HiddenStage) and stage.target == "block":
         saved = activations.of_layer(layer, *shape)
+    elif isinstance(stage, HiddenStage) and stage.target == "heads":
+        saved = activations.of_heads(attention_of(layer), *shape)
     else:
         saved = activations.of_mixer(attention_of(layer), *shape)
     graph = sequences * saved.a_sequence
-    tensors = _traced(stage, mixer_layers(student.config))
-    traces = sequences * sizes.block * tensors * sizes.hidden * DTYPES[recipe.teacher.dtype].itemsize
+    traced = _traced(stage, sizes, mixer_layers(student.config))
+    traces = sequences * sizes.block * traced * DTYPES[recipe.teacher.dtype].itemsize
     return Kept(graph=graph + room, traces=traces, weights=saved.once, in_all=sizes.n_changed * graph + traces + moved)
 
 
-def _traced(stage: Stage, changed: list[int]) -> int:
-    """How many (B, T, D) the teacher's traces hold; what leaves a layer enters the next."""
+def _traced(stage: Stage, sizes: Sizes, changed: list[int]) -> int:
+    """How many numbers a token the teacher's traces hold."""
     if isinstance(stage, MixingStage):
-        return len(changed)
+        return len(changed) * sizes.hidden
     if isinstance(stage, HiddenStage) and stage.target == "block":
-        return len({boundary for index in changed for boundary in (index, index + 1)})
-    return 2 * len(changed)
+        return _boundaries(changed) * sizes.hidden
+    if isinstance(stage, HiddenStage) and stage.target == "heads":
+        return len(changed) * (sizes.hidden + sizes.heads * sizes.head_dim)
+    return 2 * len(changed) * sizes.hidden
+
+
+def _boundaries(changed: list[int]) -> int:
+    """Hidden states before and behind the given layers; what leaves a layer enters the next."""
+    return len({boundary for index in changed for boundary in (index, index + 1)})

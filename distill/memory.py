@@ -14,6 +14,7 @@ e, e_t  parameters outside the layers, embeddings and head; f of the student's e
 w       bfloat16 copies of the fp32 weights that the graph holds, made by autocast (bytes): of all layers in the last
         stage, of one with gradient checkpointing and in the first two stages
 g, q    what autograd keeps, and what the teacher read and wrote in the converted layers (bytes)
+h       what converted layers that are fed the teacher's states keep in the last stage, with hidden_weight (bytes)
 K       converted layers; s = ⌈K / R⌉ / K is the largest share of them that falls to one process
 a       micro-batches a step
 ======  ====================================================================================================
@@ -30,14 +31,15 @@ Bytes on each process::
     layers         b m      4 n      4 t s      8 t s      w
 
 and everywhere g + q of activations, but g + q / K with one and layers, which are done with a layer before the teacher's
-next one runs, where the other engines need a single backward for all. With fsdp2 and one micro-batch a step, gradients
-come as activations go, so that of the two the larger counts: its activations are g + q less the gradients. (Elsewhere
-gradients have their place from step to step, or are there from the micro-batches before.) DeepSpeed keeps an fp32 copy
-of the weights it updates beside weights that are fp32 already, hence 12 and not 8. Under fsdp2 what stands outside the
-layers is whole while a batch is computed, and of the layers two at a time (the one that computes and the one fetched
-ahead): first the teacher's, then the student's with the teacher's head still whole, and last the student's with
-gradients. The head's gradient is formed with the loss, and so is part of g where that is the worst moment. DeepSpeed is
-told by `distill.engines.zero` to reduce c gradients together, and to keep at most 2 c weights of a model gathered.
+next one runs, where the other engines need a single backward for all; there h comes on top. With fsdp2 and one
+micro-batch a step, gradients come as activations go, so that of the two the larger counts: its activations are g + q
+less the gradients. (Elsewhere gradients have their place from step to step, or are there from the micro-batches
+before.) DeepSpeed keeps an fp32 copy of the weights it updates beside weights that are fp32 already, hence 12 and not
+8. Under fsdp2 what stands outside the layers is whole while a batch is computed, and of the layers two at a time (the
+one that computes and the one fetched ahead): first the teacher's, then the student's with the teacher's head still
+whole, and last the student's with gradients. The head's gradient is formed with the loss, and so is part of g where
+that is the worst moment. DeepSpeed is told by `distill.engines.zero` to reduce c gradients together, and to keep at
+most 2 c weights of a model gathered.
 
 Bytes that each process sends a step, times (R − 1)/R::
 
@@ -106,6 +108,7 @@ class Numbers:
     q: int
     K: int
     a: int
+    h: int = 0
 
     @property
     def s(self) -> float:
@@ -250,6 +253,8 @@ def numbers(
     if isinstance(stage, LogitsStage):
         layer = whole
         ran, ran_in_teacher = float(sum(of_student.values())), sum(teacher.values())
+        if stage.hidden_weight:  # the layers with a mixer, and the teacher's, a second time
+            ran, ran_in_teacher = ran + (mixer + mlp) * sizes.n_changed, 2 * ran_in_teacher - teacher["head"]
     else:
         layer = mixer + (mlp if isinstance(stage, HiddenStage) and stage.target == "block" else 0)
         ran, ran_in_teacher = layer * sizes.n_changed, sum(teacher.values()) - teacher["head"]
@@ -273,6 +278,7 @@ def numbers(
         q=kept.traces,
         K=sizes.n_changed,
         a=passes,
+        h=kept.beside,
     )
 
 
@@ -281,7 +287,8 @@ def memory(mode: str, k: Numbers) -> Memory:
     row = MODES[mode]
     gradients = ceil(row.gradients(k))
     replaced = gradients if mode == "fsdp2" and k.a == 1 else 0
-    traces = ceil(k.q / max(1, k.K)) if mode in ("one", "layers") else k.q
+    layerwise = mode in ("one", "layers")
+    traces = ceil(k.q / max(1, k.K)) if layerwise else k.q + k.h
     return Memory(
         teacher=ceil(row.teacher(k)),
         student=ceil(row.student(k)),

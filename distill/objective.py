@@ -29,6 +29,13 @@ class Objective(Protocol):
     layerwise: bool
     """Whether parts are layers that share nothing, so that each can train by itself."""
 
+    def begin(self, done: float) -> None:
+        """Called before every step with the share of the stage's steps that are done, from 0 to less than 1.
+
+        All of a step's passes follow, also those that compute it a second time. Nothing else tells an objective how
+        far training is, so a run that goes on after an interruption goes on with the same loss.
+        """
+
     def weight(self, batch: Batch) -> float:
         """How many units (scored tokens, sequences) the loss of ``batch`` is a mean over; no forward needed."""
 

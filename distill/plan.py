@@ -188,6 +188,7 @@ def make_plan(
             keep_attention=facts.kept,
             state_dim=recipe.student.state_dim,
             conv_width=recipe.student.conv_width,
+            rope=recipe.student.rope,
         )
     )
     conversion = report(teacher, student)

@@ -9,7 +9,7 @@ D hidden size.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -64,6 +64,11 @@ class Heads:
     def _chosen(self, rows: Tensor) -> Tensor:
         by_head = rows.unflatten(0, (self.groups, -1, self.head_dim))
         return by_head[:, self.heads].flatten(0, 2)
+
+
+def module_of(projection: Projection) -> nn.Module:
+    """The module that is called for it."""
+    return projection.module if isinstance(projection, Heads) else cast(nn.Module, projection)
 
 
 def is_linear(module: object) -> bool:

@@ -5,6 +5,7 @@ AdamW decays whatever it is given, and DeepSpeed takes a missing gradient for a 
 
     mixing                   what shapes the mixers' matrices
     hidden, target: mixer    the mixers
+    hidden, target: heads    the mixers without their output projection
     hidden, target: block    the layers that have a mixer
     logits                   everything
 """
@@ -32,6 +33,13 @@ def reached(student: PreTrainedModel, stage: Stage) -> set[str]:
         parameters = (parameter for mixer in mixers.values() for parameter in mixer.matrix_parameters())
     elif stage.target == "mixer":
         parameters = (parameter for mixer in mixers.values() for parameter in mixer.parameters())
+    elif stage.target == "heads":
+        parameters = (
+            parameter
+            for mixer in mixers.values()
+            for name, parameter in mixer.named_parameters()
+            if not name.startswith("out_proj.")
+        )
     else:
         parameters = (parameter for index in mixers for parameter in layers[index].parameters())
     ids = {id(parameter) for parameter in parameters}

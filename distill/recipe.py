@@ -122,6 +122,8 @@ class Student(Section):
     """Positions the mixers' short convolution looks at."""
     exportable: Literal["granite", "bamba", "gguf"] | None = None
     """A format that `distill export` must be able to write the student in, checked before the run; null for any."""
+    rope: Literal["drop", "keep"] = "drop"
+    """keep: B and C carry the teacher's rotary positions, as its keys and queries do; drop: they do not."""
 
 
 class HeldOut(Section):

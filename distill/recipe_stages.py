@@ -97,17 +97,31 @@ class MixingStage(LayerwiseTraining):
 class HiddenStage(LayerwiseTraining):
     """Stage 2: each layer's output is matched to the teacher's, given the teacher's input."""
 
-    target: Literal["mixer", "block"] = "mixer"
-    """mixer: the mixer's output against attention's; block: the layer's output against the layer's."""
+    target: Literal["mixer", "block", "heads"] = "mixer"
+    """mixer: its output against attention's; block: the layer's; heads: what the output projections read (mmMamba)."""
     train: Annotated[tuple[Literal["mixer", "norms", "mlp"], ...], Some] = ("mixer",)
-    """The roles that are trained; with target: mixer only mixer."""
+    """The roles that are trained; with target: mixer or heads only mixer."""
+    projections_frozen: Fraction = 0.0
+    """The first part of the steps, in which a mixer's projections to x, B and C do not train (mmMamba's stage 1)."""
 
     @field_validator("train")
     @classmethod
     def _within_target(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        if info.data.get("target") == "mixer" and value != ("mixer",):
-            raise ValueError("must be [mixer] with target: mixer (target: block reaches norms and mlp too)")
+        target = info.data.get("target")
+        if target in ("mixer", "heads") and value != ("mixer",):
+            raise ValueError(f"must be [mixer] with target: {target} (target: block reaches norms and mlp too)")
         return value
+
+    @model_validator(mode="after")
+    def _frozen_is_frozen(self) -> "HiddenStage":
+        if self.projections_frozen and self.weight_decay:
+            raise ValueError(
+                f"projections_frozen needs weight_decay: 0, not {self.weight_decay:g}: what is frozen shares a matrix"
+                " with what trains, and would shrink"
+            )
+        if self.projections_frozen and "norms" in self.train:
+            raise ValueError("projections_frozen stops the gradient that norms train by; leave norms out of train")
+        return self
 
 
 class OfflineTeacher(Section):
@@ -126,6 +140,8 @@ class LogitsStage(Training):
     """Both distributions are softened by it."""
     ce_weight: Fraction = 0.0
     """The share of the plain next-token loss."""
+    hidden_weight: NotNegative = 0.0
+    """Adds so many times the distances of changed layers to the teacher's, each fed the teacher's input (MaTVLM)."""
     gradient_checkpointing: Flag = False
     """Compute each layer's forward again in backward: a third more time, and one layer's activations in memory."""
     offline_teacher: OfflineTeacher | None = None
@@ -139,6 +155,15 @@ class LogitsStage(Training):
             raise ValueError(
                 f"offline_teacher needs temperature: 1, not {self.temperature:g}: what the kept tail weighs at another"
                 " temperature cannot be known"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _hidden_states_at_hand(self) -> "LogitsStage":
+        if self.offline_teacher and self.hidden_weight:
+            raise ValueError(
+                "hidden_weight needs the teacher's hidden states, and offline_teacher keeps its predictions alone;"
+                " leave one of them out"
             )
         return self
 

@@ -133,7 +133,7 @@ def _size_ratio(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> Te
     teacher_BHTT = attention_matrix(
         q_BHTP, k_BHTP, scaling=attention.scaling, window=attention.sliding_window, softcap=attention.softcap
     )
-    student_BHTT = mixer.mixing_matrix(trace.attention_input)
+    student_BHTT = mixer.mixing_matrix(trace.attention_input, position_embeddings=trace.position_embeddings)
     sizes = (matrix_BHTT.float().square().sum(dim=(0, 2, 3)).sqrt() for matrix_BHTT in (teacher_BHTT, student_BHTT))
     teacher_H, student_H = sizes
     ratio_H = teacher_H / student_H.clamp_min(torch.finfo(student_H.dtype).tiny)

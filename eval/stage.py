@@ -101,7 +101,11 @@ def matrix_pairs(run: Run, student: PreTrainedModel) -> list[MatrixPair]:
         )
         mixer = mixers[index]
         student_BHTT = within(
-            mixer, mixer.mixing_matrix, trace.attention_input.to(student.dtype), **sequence_arguments(batch)
+            mixer,
+            mixer.mixing_matrix,
+            trace.attention_input.to(student.dtype),
+            position_embeddings=trace.position_embeddings,
+            **sequence_arguments(batch),
         )
         for head in islice(range(0, attention.n_heads, max(1, attention.n_heads // HEADS_SHOWN)), HEADS_SHOWN):
             pairs.append(MatrixPair.of(index, head, teacher_BHTT[0, head], student_BHTT[0, head]))

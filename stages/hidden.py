@@ -3,47 +3,40 @@
     python -m stages.hidden recipes/quickstart.yaml
 
 For layer l with teacher hidden state u:  min ‖ attention(u) − mixer(u) ‖₂, a mean over tokens; with ``target: block``
-the whole decoder layer instead, MLP included. Every layer reads the teacher's hidden state, so layers train alone and
-one layer's graph is alive at a time. The last layer's target is what leaves the layer, before the final norm.
+the whole decoder layer instead, MLP included; with ``target: heads`` what the heads make before the output projection,
+as a mean squared error (mmMamba). Every layer reads the teacher's hidden state, so layers train alone and one layer's
+graph is alive at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distill.capture import Field, LayerTrace, as_decoder_calls, sequence_arguments, traced_layers
-from distill.decoder import attention_of, layers_of
 from distill.handover import StageRecord
-from distill.objectives import hidden_distance
+from distill.objectives import head_distance, hidden_distance
 from distill.recipe import HiddenStage
 from distill.run import Run
 from distill.student import mixers_of
+from distill.teacher_fed import Outputs, outputs_by_layer
 from distill.train_stage import train_stage
 from distill.training import Batch, Part
 from stages.command import run_program
 
-READS: dict[str, tuple[Field, Field]] = {
-    "mixer": ("attention_input", "attention_output"),
-    "block": ("layer_input", "layer_output"),
-}
-
 
 class HiddenObjective:
-    """The sum over converted layers of the distance between outputs; a mean over tokens.
-
-    ``target: mixer`` compares what mixer and attention add to the residual stream, ``target: block`` what leaves the
-    decoder layer.
-    """
+    """The sum over converted layers of the distance between outputs (`distill.teacher_fed`); a mean over tokens."""
 
     layerwise = True
 
     def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, settings: HiddenStage) -> None:
-        self.teacher, self.target, self.dtype = teacher, settings.target, student.dtype
-        layers = layers_of(student)
-        self.layers = {index: layers[index] for index in mixers_of(student)}
+        self.teacher, self.student, self.settings = teacher, student, settings
+
+    def begin(self, done: float) -> None:
+        """The projections that hold the teacher's q, k and v do not train in the stage's first part."""
+        for mixer in mixers_of(self.student).values():
+            mixer.projections_frozen = done < self.settings.projections_frozen
 
     def weight(self, batch: Batch) -> float:
         """Tokens that are not padding."""
@@ -51,19 +44,13 @@ class HiddenObjective:
 
     def parts(self, batch: Batch) -> Iterator[Part]:
         """One distance a layer."""
-        sequence = sequence_arguments(batch)  # once, not per layer: a GPU finishes its work before it can answer
-        for index, trace in traced_layers(self.teacher, batch, self.layers, READS[self.target]):
-            yield Part(f"layers.{index}", partial(self._distance, self.layers[index], trace, batch, sequence))
+        for index, outputs in outputs_by_layer(self.teacher, self.student, batch, self.settings.target):
+            yield Part(f"layers.{index}", partial(self._distance, outputs, batch["valid"]))
 
-    def _distance(self, layer: Any, trace: LayerTrace, batch: Batch, sequence: dict[str, Tensor | None]) -> Tensor:
+    def _distance(self, outputs: Callable[[], Outputs], valid_BT: Tensor) -> Tensor:
         """The distance of one layer, summed over tokens."""
-        if self.target == "mixer":
-            output_BTD, _ = attention_of(layer)(trace.attention_input.to(self.dtype), **sequence)
-            target_BTD = trace.attention_output
-        else:
-            output_BTD = as_decoder_calls(layer, trace.layer_input.to(self.dtype), trace, sequence)
-            target_BTD = trace.layer_output
-        return hidden_distance(output_BTD, target_BTD, batch["valid"], reduction="sum")
+        distance = head_distance if self.settings.target == "heads" else hidden_distance
+        return distance(*outputs(), valid_BT, reduction="sum")
 
 
 def main(run: Run) -> StageRecord:

@@ -4,9 +4,14 @@
 
 min (1 − w) τ² D(teacher ‖ student at temperature τ) + w CE(text), a mean over scored tokens, where D is forward KL,
 reverse KL or the Jensen-Shannon divergence. Both models' logits are made chunk by chunk (`distill.objectives.chunked`).
+
+With ``hidden_weight`` v, on top of it  v Σ_l ‖ layer_l(h*) − layer*_l(h*) ‖₂  over the layers l with a mixer, each fed
+the teacher's hidden state h*, a mean over the same scored tokens, so that v means the same at any length and batch.
+This is MaTVLM's loss (arXiv 2503.13440) but for its scale: it sums the divergence over the T tokens of a sequence and
+takes one norm over all B T tokens of a batch, which together are about v = (B / T)^½.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,7 +21,7 @@ from transformers import PreTrainedModel
 
 from distill.handover import StageRecord
 from distill.head import ModelHead, final_states, head_of
-from distill.objectives import logit_loss, scored_positions
+from distill.objectives import hidden_distance, logit_loss, scored_positions
 from distill.objectives.logits import next_labels
 from distill.objectives.through_head import logit_loss_through_heads, topk_loss_through_head
 from distill.objectives.topk import TopK, topk_loss
@@ -24,6 +29,7 @@ from distill.recipe import LogitsStage
 from distill.run import Run
 from distill.teacher_cache import CachedBatches
 from distill.teacher_cache.offline import complete_teacher_cache
+from distill.teacher_fed import Outputs, outputs_by_layer
 from distill.train_stage import train_stage
 from distill.training import Batch, Part
 from distill.within import opened, within
@@ -39,13 +45,24 @@ class LogitObjective:
         self.teacher, self.student, self.settings = teacher, student, settings
         self.heads: tuple[ModelHead | None, ModelHead | None] | None = None
 
+    def begin(self, done: float) -> None:
+        """Every step has the same loss."""
+
     def weight(self, batch: Batch) -> float:
         """Positions whose next token is in the same document."""
         return float(scored_positions(batch["labels"]).sum())
 
     def parts(self, batch: Batch) -> Iterator[Part]:
-        """One part: nothing of an end-to-end loss can be freed early."""
+        """The divergence, of which nothing can be freed early; then, if they weigh anything, layer by layer."""
         yield Part("logits", partial(opened, self.teacher, self._divergence, batch))
+        if self.settings.hidden_weight:
+            scored_BT = scored_positions(batch["labels"])
+            for index, outputs in outputs_by_layer(self.teacher, self.student, batch, "block"):
+                yield Part(f"layers.{index}", partial(self._distance, outputs, scored_BT))
+
+    def _distance(self, outputs: Callable[[], Outputs], scored_BT: Tensor) -> Tensor:
+        """The weighted distance of one layer, summed over scored tokens."""
+        return self.settings.hidden_weight * hidden_distance(*outputs(), scored_BT, reduction="sum")
 
     def _divergence(self, batch: Batch) -> Tensor:
         """Summed over scored tokens; called where the weights of both models are whole."""
@@ -83,6 +100,9 @@ class OfflineLogitObjective:
     def __init__(self, student: PreTrainedModel, settings: LogitsStage) -> None:
         self.student, self.settings = student, settings
         self.head: tuple[ModelHead | None] | None = None
+
+    def begin(self, done: float) -> None:
+        """Every step has the same loss."""
 
     def weight(self, batch: Batch) -> float:
         """Positions whose next token is in the same document."""

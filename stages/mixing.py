@@ -39,6 +39,9 @@ class MixingObjective:
         self.mixers = mixers_of(student)
         self.layers, self.attention = layers_of(teacher), views(teacher, self.mixers)
 
+    def begin(self, done: float) -> None:
+        """Every step has the same loss."""
+
     def weight(self, batch: Batch) -> float:
         """Sequences with anything in them."""
         return float(batch["valid"].any(dim=1).sum())
@@ -58,8 +61,9 @@ class MixingObjective:
             )
 
         def distance(u_BTD: Tensor) -> Tensor:
+            positions = trace.position_embeddings
             return streamed_mixing_distance(
-                mixer.matrix_factors(u_BTD, valid_BT=valid_BT, resets_BT=resets_BT),
+                mixer.matrix_factors(u_BTD, valid_BT=valid_BT, resets_BT=resets_BT, position_embeddings=positions),
                 q_BHTP,
                 k_BKTP,
                 valid_BT,

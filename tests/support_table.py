@@ -1,7 +1,8 @@
 """The table of docs/families.md, made from what tests say and from nothing else.
 
 A test marked ``@pytest.mark.support("COLUMN")`` with a parameter ``case`` fills the cell of that family and column: yes
-if every such test passed, no if one failed. Cells whose tests did not run stay as they are.
+if every such test passed, no if one failed, or if one that passed says so (``record_property("support", "no")``), which
+is how a refusal is tested. Cells whose tests did not run stay as they are.
 
     pytest tests -m support --support-table     writes the table
     pytest ...                                  fails where a cell that ran is not what the committed table says
@@ -32,7 +33,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
         assert place[1] in COLUMNS, f"the table has no column {place[1]!r}"
         cells = item.config.stash.setdefault(OUTCOMES, {})
         if report.failed or (report.when == "call" and report.passed):
-            cells[place] = NO if report.failed else cells.get(place, YES)
+            refused = ("support", NO) in item.user_properties
+            cells[place] = NO if report.failed or refused else cells.get(place, YES)
     return report
 
 

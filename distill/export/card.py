@@ -222,7 +222,8 @@ def _limits(account: Account) -> list[str]:
             f"It was {_trained_on(account)}, {count(sum(record.tokens for record in account.trained))} tokens in all;"
             " beyond that length it was neither trained nor measured."
         )
-    if getattr(account.config.get_text_config(), "rope_parameters", None):
+    dropped = account.config.distill["mixer"].get("rope", "drop") == "drop"
+    if dropped and getattr(account.config.get_text_config(), "rope_parameters", None):
         lines.append("Rotary positions are dropped from the converted layers; those that keep attention have them.")
     lines += [
         "A state of fixed size cannot hold a long text word for word: verbatim recall from far back is where such"

@@ -95,8 +95,8 @@ def _transposed(change: Change) -> Change:
 
 
 SAME = Change(lambda tensor, _: tensor, lambda tensor, _: tensor)
-# Gemma's norm multiplies with 1 + w.
-PLUS_ONE = Change(lambda tensor, _: tensor + 1, lambda tensor, _: tensor - 1)
+# Gemma's norm multiplies with 1 + w; in bfloat16 the sum would lose what w says.
+PLUS_ONE = Change(lambda tensor, _: tensor.float() + 1, lambda tensor, _: tensor - 1)
 
 IN_PROJ = _resized(lambda size: [size.head_dim, size.head_dim, size.state, size.state, 1])
 CONVOLUTION = _resized(lambda size: [size.head_dim, size.state, size.state])

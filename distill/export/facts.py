@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from distill.conversion import empty_model
 from distill.decoder import attention_of, layers_of
 from distill.export.changes import MixerSize
-from distill.families import family_of, found
+from distill.families import Family, family_of
 from distill.layout import ATTENTION, mixer_layers
 
 
@@ -53,6 +53,7 @@ def _gemma(config: Any) -> Scales:
 SCALES: dict[str, Callable[[Any], Scales]] = {
     "llama": _plain,
     "mistral": _plain,
+    "mixtral": _plain,
     "qwen2": _plain,
     "qwen3": _plain,
     "phi3": _plain,
@@ -115,6 +116,11 @@ class StudentFacts:
         return next((str(getattr(config, name)) for name in _ACTIVATION if getattr(config, name, None)), "none")
 
     @property
+    def experts(self) -> int:
+        """How many a layer has; 0 for an ordinary MLP."""
+        return int(getattr(self.config, "num_local_experts", 0))
+
+    @property
     def all_attention(self) -> "StudentFacts":
         """The facts if every layer kept its attention."""
         config = copy.deepcopy(self.config)
@@ -146,6 +152,7 @@ def facts_of(config: PreTrainedConfig) -> StudentFacts:
     kinds = tuple(config.distill["layers"])
     kept = {index: attention_of(layers[index]) for index, kind in enumerate(kinds) if kind == ATTENTION}
     text = config.get_text_config()
+    family = family_of(config) or Family()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return StudentFacts(
         config=config,
@@ -157,7 +164,7 @@ def facts_of(config: PreTrainedConfig) -> StudentFacts:
         head_dim=head_dim,
         scalings={index: float(getattr(attention, "scaling", head_dim**-0.5)) for index, attention in kept.items()},
         windows={index: _window(attention, text) for index, attention in kept.items()},
-        rotary={index: (family_of(config) or found(attention)).rotates(attention) for index, attention in kept.items()},
+        rotary={index: family.rotates(attention) for index, attention in kept.items()},
     )
 
 

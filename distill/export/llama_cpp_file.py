@@ -50,7 +50,7 @@ def write_gguf(student: Path, out: Path, options: Options) -> list[str]:
     writer = package.GGUFWriter(file, _ARCHITECTURE)
     _say_architecture(writer, package, facts, sizes, options.outtype, student.resolve().name)
     _say_vocabulary(writer, words)
-    with open_weights(student, facts.config) as stored:
+    with open_weights(student, facts.shapes) as stored:
         _write_tensors(writer, package, facts, sizes, stored, options.outtype)
     writer.close()
     added = sizes.padded.heads - facts.mixer_size.heads
@@ -95,6 +95,9 @@ def _say_architecture(
     writer.add_vocab_size(config.vocab_size)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
+    if facts.experts:
+        writer.add_expert_count(facts.experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     # A layer whose number of key/value heads is 0 is a mixer.
     writer.add_head_count(facts.q_heads)
@@ -148,14 +151,14 @@ def _write_tensors(
     """First the names and shapes of all, then the numbers of each; nothing is kept."""
     import numpy as np
 
-    rows = partial(_rows, facts)
+    lengths = partial(_length, facts)
     rules, n_layers = GGUF.rules(facts), len(facts.kinds)
     factors = frequency_factors(facts.config)
     shapes = {name: partial(torch.empty, facts.shapes[name], device="meta") for name in stored}
     kinds: dict[str, Any] = {}
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype(np.float32), 4 * factors.numel())
-    for name, tensor in translate(rules, n_layers, shapes, sizes, rows):
+    for name, tensor in translate(rules, n_layers, shapes, sizes, lengths):
         kinds[name] = kind = package.GGMLQuantizationType[_stored_as(name, tensor, outtype)]
         in_bytes = package.quants.quant_shape_to_byte_shape(tensor.shape, kind)
         shape, dtype = (in_bytes, np.uint8) if kind.name == "Q8_0" else (tuple(tensor.shape), np.float32)
@@ -165,19 +168,20 @@ def _write_tensors(
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors.numpy())
-    for name, tensor in translate(rules, n_layers, stored, sizes, rows):
+    for name, tensor in translate(rules, n_layers, stored, sizes, lengths):
         writer.write_tensor_data(package.quants.quantize(tensor.float().contiguous().numpy(), kinds[name]))
 
 
 def _stored_as(name: str, tensor: Tensor, outtype: str) -> str:
-    """What llama.cpp multiplies with as a matrix may be small; taps, rates and norms are read as fp32."""
-    if outtype == "f32" or tensor.ndim < 2 or "ssm_conv1d" in name or name.endswith(("ssm_a", "ssm_d", "norm.weight")):
+    """What llama.cpp multiplies with as a matrix may be small; taps, rates, norms and routers are read as fp32."""
+    small = ("ssm_conv1d.weight", "ssm_a", "ssm_d", "norm.weight", "ffn_gate_inp.weight")
+    if outtype == "f32" or tensor.ndim < 2 or name.endswith(small):
         return "F32"
     return "Q8_0" if outtype == "q8_0" and tensor.shape[-1] % _BLOCK == 0 else "F16"
 
 
-def _rows(facts: StudentFacts, name: str) -> int:
-    """Rows of the parts of Phi-3's fused matrices."""
+def _length(facts: StudentFacts, name: str, _axis: int) -> int:
+    """Rows of the parts of Phi-3's fused matrices, and of Mixtral's for an expert."""
     kind = name.split(".")[-2]
     heads = {"attn_q": facts.q_heads, "attn_k": facts.kv_heads, "attn_v": facts.kv_heads}
     return heads[kind] * facts.head_dim if kind in heads else facts.config.intermediate_size

@@ -26,6 +26,11 @@ _GATE, _UP, _DOWN = (f"{_LAYER}mlp.{name}_proj" for name in ("gate", "up", "down
 # Phi-3 keeps queries, keys and values in one matrix, and gate and up projection in another.
 _QKV, _GATE_UP = f"{_LAYER}self_attn.qkv_proj.weight", f"{_LAYER}mlp.gate_up_proj.weight"
 
+# Mixtral: a row of the router for each expert, and all experts' matrices in one tensor, gate above up projection.
+_ROUTER, _EXPERTS, _EXPERTS_DOWN = (
+    f"{_LAYER}mlp.{name}" for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
+)
+
 # A mixer's tensors, and how heads are added to them where a format wants more.
 _MIXER: dict[str, Change] = {
     "in_proj.weight": IN_PROJ,
@@ -67,6 +72,9 @@ def granite(*, norm_plus_one: bool) -> tuple[Rule, ...]:
         Rule((f"{_GATE}.weight", f"{_UP}.weight"), (fused,)),
         same(_GATE_UP, fused),
         same(f"{_DOWN}.weight", output),
+        same(_ROUTER, f"{_LAYER}block_sparse_moe.router.layer.weight"),
+        same(_EXPERTS, f"{_LAYER}block_sparse_moe.input_linear.weight"),
+        same(_EXPERTS_DOWN, f"{_LAYER}block_sparse_moe.output_linear.weight"),
     )
     return _huggingface((*_NORMS, "model.norm.weight"), mlp, PLUS_ONE if norm_plus_one else SAME)
 
@@ -120,4 +128,7 @@ def gguf() -> tuple[Rule, ...]:
             for kind in ("weight", "bias")
         ),
         Rule((_GATE_UP,), ("blk.{i}.ffn_gate.weight", "blk.{i}.ffn_up.weight")),
+        same(_ROUTER, "blk.{i}.ffn_gate_inp.weight"),
+        Rule((_EXPERTS,), ("blk.{i}.ffn_gate_exps.weight", "blk.{i}.ffn_up_exps.weight"), axis=1),
+        same(_EXPERTS_DOWN, "blk.{i}.ffn_down_exps.weight"),
     )

@@ -35,13 +35,21 @@ from distill.export.weights import translate
 
 CHUNK = 64
 """Positions of a chunk of the scan; four times as many, transformers' default, are twice as slow (docs/export.md)."""
+NO_SHARED = 64
+"""Width of a shared MLP of zeros, where all the MLP is experts; a number that tensor parallelism divides."""
+_PUBLISHED = {
+    "experts.gate_up_proj": "input_linear.weight",
+    "experts.down_proj": "output_linear.weight",
+    "router.weight": "router.layer.weight",
+}
+"""Names of GraniteMoeHybrid's experts in memory and in its checkpoints, which other programs read too."""
 
 
 def granite_config(facts: StudentFacts, mixer: MixerSize) -> GraniteMoeHybridConfig:
     """The config of the ``GraniteMoeHybridForCausalLM`` that computes what the student does.
 
-    Without experts, the class runs its shared MLP alone. Its scores are multiplied with 1 unless told, and it has no
-    positions unless told.
+    Without experts, the class runs its shared MLP alone; with them it runs that too, so it gets one of zeros. Scores
+    are multiplied with 1 unless told otherwise, and there are no positions unless told so.
     """
     scales = facts.scales
     kinds = ["full_attention" if index in facts.kept else "linear_attention" for index in range(len(facts.kinds))]
@@ -53,9 +61,9 @@ def granite_config(facts: StudentFacts, mixer: MixerSize) -> GraniteMoeHybridCon
         embedding_multiplier=scales.embedding,
         residual_multiplier=scales.residual,
         logits_scaling=scales.logits,
-        num_local_experts=0,
-        num_experts_per_tok=0,
-        shared_intermediate_size=facts.config.get_text_config().intermediate_size,
+        num_local_experts=facts.experts,
+        num_experts_per_tok=facts.config.num_experts_per_tok if facts.experts else 0,
+        shared_intermediate_size=NO_SHARED if facts.experts else facts.config.intermediate_size,
     )
 
 
@@ -136,7 +144,7 @@ def _write(
     config = config_of(facts, padded)
     config.architectures = [native.__name__]
     config.dtype = facts.config.dtype
-    with open_weights(student, facts.config) as stored:
+    with open_weights(student, facts.shapes) as stored:
         sizes = Sizes(facts.q_heads, facts.kv_heads, size, padded)
         write_shards(_whole(translate_all(facts, limits, stored, sizes, native, config), native, config), out)
     config.save_pretrained(out)
@@ -156,13 +164,16 @@ def translate_all(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every stored tensor in the native class's names."""
     shapes = native_shapes(native, config)
-    yield from translate(limits.rules(facts), len(facts.kinds), stored, sizes, lambda name: shapes[name][0])
+    yield from translate(limits.rules(facts), len(facts.kinds), stored, sizes, lambda name, axis: shapes[name][axis])
 
 
 def _whole(
     tensors: Iterator[tuple[str, Tensor]], native: type[PreTrainedModel], config: PreTrainedConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """With biases of zeros where the class has one that the student has not: Qwen2 biases q, k, v and not o."""
+    """With zeros where the class has what the student has not.
+
+    That is a bias (Qwen2 has them for q, k, v and not for o), or an MLP beside the experts.
+    """
     shapes, made, dtype = native_shapes(native, config), set(), torch.float32
     for name, tensor in tensors:
         assert shapes[name] == tuple(tensor.shape), f"{name} is {tuple(tensor.shape)} and should be {shapes[name]}"
@@ -170,7 +181,8 @@ def _whole(
         dtype = tensor.dtype
         yield name, tensor
     lacking = [name for name in shapes if name not in made]
-    assert all(name.endswith("_proj.bias") for name in lacking), f"nothing was made for {lacking}"
+    unknown = [name for name in lacking if not name.endswith("_proj.bias") and ".shared_mlp." not in name]
+    assert not unknown, f"nothing was made for {unknown}"
     for name in lacking:
         yield name, torch.zeros(shapes[name], dtype=dtype)
 
@@ -179,7 +191,12 @@ def native_shapes(native: type[PreTrainedModel], config: PreTrainedConfig) -> di
     """Name and shape of what the class stores; tied heads once."""
     with torch.device("meta"):
         model = native(config)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return {_published(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _published(name: str) -> str:
+    ending = next((ending for ending in _PUBLISHED if name.endswith(f"block_sparse_moe.{ending}")), None)
+    return name if ending is None else name.removesuffix(ending) + _PUBLISHED[ending]
 
 
 def _copy_beside(student: Path, out: Path) -> list[str]:

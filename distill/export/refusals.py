@@ -110,7 +110,7 @@ _MEANINGS: tuple[tuple[str, str, bool], ...] = (
     (r"self_attn\.[qk]_(norm|layernorm)\.", "attention with normalised queries and keys", True),
     (r"self_attn\.sinks", "attention with sinks", True),
     (r"self_attn\.", OTHER_PROJECTIONS, True),
-    (r"(experts|router|block_sparse_moe|mlp\.gate\.weight)", "a mixture of experts", False),
+    (r"(expert|router|block_sparse_moe|mlp\.gate\.weight)", "a mixture of experts", False),
     (r"mlp\.(gate|up|down)_proj\.bias", "an MLP with biases", False),
     (r"mlp\.", "an MLP without a gate", False),
     (r"norm\w*\.bias", "a LayerNorm with a bias instead of an RMS norm", False),

@@ -1,7 +1,6 @@
 """A student's folder, read tensor by tensor in its own names."""
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,8 +31,8 @@ def read_student_config(folder: Path) -> PreTrainedConfig:
 
 
 @contextmanager
-def open_weights(folder: Path, config: PreTrainedConfig) -> Iterator[dict[str, Callable[[], Tensor]]]:
-    """Every stored tensor by name, behind a call that reads it; tied heads once.
+def open_weights(folder: Path, names: Collection[str]) -> Iterator[dict[str, Callable[[], Tensor]]]:
+    """The stored tensors of these names, each behind a call that reads it.
 
     Raises:
         UserError: the folder has no weights, or not all.
@@ -43,15 +42,12 @@ def open_weights(folder: Path, config: PreTrainedConfig) -> Iterator[dict[str, C
         for path in shards_of(folder):
             file: Any = files.enter_context(safe_open(path, framework="pt"))
             readers |= {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118
-        if config.tie_word_embeddings:
-            readers.pop("lm_head.weight", None)
-        yield readers
+        missing = [name for name in names if name not in readers]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(f"{folder} lacks weights of its model: {missing[0]}{more}")
+        yield {name: readers[name] for name in names}
 
 
 def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZER)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where the file is not there."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

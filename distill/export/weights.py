@@ -11,20 +11,22 @@ from distill.export.changes import SAME, Change, Sizes
 
 @dataclass(frozen=True)
 class Rule:
-    """The rows of all tensors on one side, one under another, are those of the other side, but for a change.
+    """All tensors of one side, one behind another, are those of the other side one behind another, but for a change.
 
     Attributes:
         ours: names in a student, ``{i}`` for the number of a layer.
         theirs: names in the format.
         change: what happens to the numbers.
+        axis: along which they stand one behind another: rows, unless said.
     """
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
     change: Change = SAME
+    axis: int = 0
 
     def reversed(self) -> "Rule":
-        return Rule(self.theirs, self.ours, self.change.reversed())
+        return Rule(self.theirs, self.ours, self.change.reversed(), self.axis)
 
     def at(self, layer: int) -> "Rule":
         """The rule for one layer."""
@@ -32,6 +34,7 @@ class Rule:
             tuple(name.format(i=layer) for name in self.ours),
             tuple(name.format(i=layer) for name in self.theirs),
             self.change,
+            self.axis,
         )
 
 
@@ -60,7 +63,7 @@ def translate(
     n_layers: int,
     stored: Mapping[str, Callable[[], Tensor]],
     sizes: Sizes,
-    rows: Callable[[str], int],
+    lengths: Callable[[str, int], int],
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the format by its name, each read when its turn comes.
 
@@ -69,12 +72,13 @@ def translate(
         n_layers: how often rules for layers apply.
         stored: the student's tensors by name, each behind a call that reads it.
         sizes: for the changes.
-        rows: how many rows a tensor of the format has; asked only where a rule makes several of one.
+        lengths: how long a tensor of the format is along an axis; asked only where a rule makes several of one.
     """
     for rule in applicable(rules, n_layers, stored):
         read = [stored[name]() for name in rule.ours]
-        whole = rule.change.there(read[0] if len(read) == 1 else torch.cat(read), sizes)
+        whole = rule.change.there(read[0] if len(read) == 1 else torch.cat(read, rule.axis), sizes)
         if len(rule.theirs) == 1:
             yield rule.theirs[0], whole
         else:
-            yield from zip(rule.theirs, whole.split([rows(name) for name in rule.theirs]), strict=True)
+            parts = whole.split([lengths(name, rule.axis) for name in rule.theirs], rule.axis)
+            yield from zip(rule.theirs, parts, strict=True)

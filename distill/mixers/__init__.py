@@ -10,26 +10,44 @@ from torch import Tensor, nn
 
 from distill.mixers.discrete_mamba2 import DiscreteMamba2Mixer
 from distill.mixers.mamba2 import Mamba2Mixer
+from distill.mixers.rotary import Rotation
 from distill.ssd.factors import MatrixFactors
 
 
 class Mixer(Protocol):
-    """The face of every mixer. ``valid_BT`` is False at padding, ``resets_BT`` True where a packed document begins."""
+    """The face of every mixer.
+
+    ``valid_BT`` is False at padding, ``resets_BT`` True where a packed document begins, and ``position_embeddings``
+    is the (cos, sin) that the decoder hands to its layers, which a mixer with ``rope: keep`` reads.
+    Where ``projections_frozen`` is set, the rows of ``in_proj`` that make x, B and C get no gradient.
+    """
 
     in_proj: nn.Linear
+    out_proj: nn.Linear
+    projections_frozen: bool
 
     def __call__(self, hidden_states: Tensor, **attention_arguments: Any) -> tuple[Tensor, None]:
         """(B, T, D) to (B, T, D), continuing from ``cache`` where given; None for attention weights."""
         ...
 
     def mixing_matrix(
-        self, hidden_BTD: Tensor, *, valid_BT: Tensor | None = None, resets_BT: Tensor | None = None
+        self,
+        hidden_BTD: Tensor,
+        *,
+        valid_BT: Tensor | None = None,
+        resets_BT: Tensor | None = None,
+        position_embeddings: Rotation | None = None,
     ) -> Tensor:
         """The (B, H, T, T) matrix it multiplies its values with, to look at; documents and padding are zeros in it."""
         ...
 
     def matrix_factors(
-        self, hidden_BTD: Tensor, *, valid_BT: Tensor | None = None, resets_BT: Tensor | None = None
+        self,
+        hidden_BTD: Tensor,
+        *,
+        valid_BT: Tensor | None = None,
+        resets_BT: Tensor | None = None,
+        position_embeddings: Rotation | None = None,
     ) -> MatrixFactors:
         """What that matrix is made of, borders of documents apart; MOHAWK's first stage matches it through them."""
         ...
@@ -39,9 +57,25 @@ class Mixer(Protocol):
         ...
 
     def mix(
-        self, hidden_BTD: Tensor, *, valid_BT: Tensor | None = None, resets_BT: Tensor | None = None
+        self,
+        hidden_BTD: Tensor,
+        *,
+        valid_BT: Tensor | None = None,
+        resets_BT: Tensor | None = None,
+        position_embeddings: Rotation | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(y_BTHP, x_BTHP): that product, and the values, before gate and output projection."""
+        ...
+
+    def head_outputs(
+        self,
+        hidden_BTD: Tensor,
+        *,
+        valid_BT: Tensor | None = None,
+        resets_BT: Tensor | None = None,
+        position_embeddings: Rotation | None = None,
+    ) -> Tensor:
+        """(B, T, H·P): what the output projection reads, head by head."""
         ...
 
     def state_numel(self) -> int:

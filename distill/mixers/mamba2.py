@@ -14,6 +14,7 @@ H, P, N   heads (the teacher's query heads), channels a head, state size a head
 
     z | xBC | Δ' = W_in u
     x | B | C    = SiLU(conv(xBC))
+    B_t, C_t     = R_t B_t, R_t C_t                   (with rope: keep alone; distill.mixers.rotary)
     Δ            = softplus(Δ' + Δ_bias)
     S_t          = exp(Δ_t A) S_{t−1} + Δ_t x_t ⊗ B_t
     y_t          = S_t C_t + D x_t
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.mixers.rotary import Rope, Rotation, rotate
 from distill.mixers.state_space import (
     ScanTerms,
     ShortConvolution,
@@ -77,8 +79,14 @@ class Mamba2Mixer(nn.Module):
         conv_width: taps of the short convolution.
         norm_eps: added to the mean square in the gated norm.
         out_bias: give the output projection a bias, for teachers whose attention has one.
+        rope: ``keep`` turns B and C by the positions' angles (``distill.mixers.rotary``), ``drop`` does not.
         layer_idx: place in the decoder, for the cache.
+
+    Attributes:
+        projections_frozen: no gradient passes x, B and C on their way back to the rows of ``in_proj`` that make them.
     """
+
+    projections_frozen = False
 
     def __init__(
         self,
@@ -90,11 +98,12 @@ class Mamba2Mixer(nn.Module):
         conv_width: int = 4,
         norm_eps: float = 1e-5,
         out_bias: bool = False,
+        rope: Rope = "drop",
         layer_idx: int = 0,
     ) -> None:
         super().__init__()
         self.n_heads, self.head_dim, self.state_dim = n_heads, head_dim, state_dim
-        self.layer_idx = layer_idx
+        self.rope, self.layer_idx = rope, layer_idx
         self.inner, self.wide = n_heads * head_dim, n_heads * state_dim
         self.in_proj = nn.Linear(hidden_size, 2 * self.inner + 2 * self.wide + n_heads, bias=False)
         self.conv1d = ShortConvolution(self.inner + 2 * self.wide, conv_width)
@@ -133,6 +142,7 @@ class Mamba2Mixer(nn.Module):
         past_key_values: Any = None,
         valid_BT: Tensor | None = None,
         resets_BT: Tensor | None = None,
+        position_embeddings: Rotation | None = None,
         **_attention_only: Any,
     ) -> tuple[Tensor, None]:
         """Mix over time. Shapes (B, T, D) to (B, T, D); the second result stands for attention weights.
@@ -142,48 +152,95 @@ class Mamba2Mixer(nn.Module):
             past_key_values: the same, under the name transformers gave it before 5.24.
             valid_BT: False at padding.
             resets_BT: True where a packed document begins.
+            position_embeddings: (cos, sin) as the decoder hands them to attention; read with ``rope: keep`` alone.
         """
         memory = cache_layer(past_key_values if cache is None else cache, self.layer_idx)
-        terms, z_BTI = self._terms(hidden_states, valid_BT, resets_BT, memory)
-        y_BTHP = run(terms, resets_BT=resets_BT, cache=memory)
-        return self.out_proj(self.norm(y_BTHP.flatten(2), z_BTI).to(hidden_states.dtype)), None
+        heads_BTI = self._heads(hidden_states, valid_BT, resets_BT, memory, position_embeddings)
+        return self.out_proj(heads_BTI.to(hidden_states.dtype)), None
+
+    def head_outputs(
+        self,
+        hidden_BTD: Tensor,
+        *,
+        valid_BT: Tensor | None = None,
+        resets_BT: Tensor | None = None,
+        position_embeddings: Rotation | None = None,
+    ) -> Tensor:
+        """(B, T, H·P): what the heads make and the output projection reads; fp32."""
+        return self._heads(hidden_BTD, valid_BT, resets_BT, None, position_embeddings)
+
+    def _heads(
+        self,
+        hidden_BTD: Tensor,
+        valid_BT: Tensor | None,
+        resets_BT: Tensor | None,
+        memory: Any,
+        rotation: Rotation | None,
+    ) -> Tensor:
+        terms, z_BTI = self._terms(hidden_BTD, valid_BT, resets_BT, memory, rotation)
+        return self.norm(run(terms, resets_BT=resets_BT, cache=memory).flatten(2), z_BTI)
 
     def mix(
-        self, hidden_BTD: Tensor, *, valid_BT: Tensor | None = None, resets_BT: Tensor | None = None
+        self,
+        hidden_BTD: Tensor,
+        *,
+        valid_BT: Tensor | None = None,
+        resets_BT: Tensor | None = None,
+        position_embeddings: Rotation | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(y_BTHP, x_BTHP): the scan's output and the values it mixed, before gate and norm."""
-        terms, _ = self._terms(hidden_BTD, valid_BT, resets_BT, None)
+        terms, _ = self._terms(hidden_BTD, valid_BT, resets_BT, None, position_embeddings)
         return run(terms, resets_BT=resets_BT, cache=None), terms.x_BTHP
 
     def mixing_matrix(
-        self, hidden_BTD: Tensor, *, valid_BT: Tensor | None = None, resets_BT: Tensor | None = None
+        self,
+        hidden_BTD: Tensor,
+        *,
+        valid_BT: Tensor | None = None,
+        resets_BT: Tensor | None = None,
+        position_embeddings: Rotation | None = None,
     ) -> Tensor:
         """The (B, H, T, T) matrix that takes the values to :meth:`mix`'s output; fp32."""
-        return matrix(self._terms(hidden_BTD, valid_BT, resets_BT, None)[0], resets_BT=resets_BT)
+        return matrix(self._terms(hidden_BTD, valid_BT, resets_BT, None, position_embeddings)[0], resets_BT=resets_BT)
 
     def matrix_factors(
-        self, hidden_BTD: Tensor, *, valid_BT: Tensor | None = None, resets_BT: Tensor | None = None
+        self,
+        hidden_BTD: Tensor,
+        *,
+        valid_BT: Tensor | None = None,
+        resets_BT: Tensor | None = None,
+        position_embeddings: Rotation | None = None,
     ) -> MatrixFactors:
         """What :meth:`mixing_matrix` is made of, which grows with T and not with T²."""
-        return factors(self._terms(hidden_BTD, valid_BT, resets_BT, None)[0])
+        return factors(self._terms(hidden_BTD, valid_BT, resets_BT, None, position_embeddings)[0])
 
     def state_numel(self) -> int:
         """Numbers remembered per sequence: scan state and convolution inputs."""
         return self.inner * self.state_dim + self.conv1d.in_channels * (self.conv1d.kernel_size[0] - 1)
 
     def _terms(
-        self, hidden_BTD: Tensor, valid_BT: Tensor | None, resets_BT: Tensor | None, cache: Any
+        self,
+        hidden_BTD: Tensor,
+        valid_BT: Tensor | None,
+        resets_BT: Tensor | None,
+        cache: Any,
+        rotation: Rotation | None = None,
     ) -> tuple[ScanTerms, Tensor]:
         projected_BTE = mask_positions(self.in_proj(hidden_BTD), valid_BT)
         z_BTI, xBC_BTC, dt_BTH = projected_BTE.split([self.inner, self.inner + 2 * self.wide, self.n_heads], dim=-1)
+        if self.projections_frozen:
+            xBC_BTC = xBC_BTC.detach()
         xBC_BTC = F.silu(self.conv1d(xBC_BTC, valid_BT=valid_BT, resets_BT=resets_BT, cache=cache))
         x_BTI, B_BTI, C_BTI = xBC_BTC.split([self.inner, self.wide, self.wide], dim=-1)
+        B_BTHN, C_BTHN = split_heads(B_BTI, self.n_heads), split_heads(C_BTI, self.n_heads)
+        if self.rope == "keep":
+            B_BTHN, C_BTHN = rotate(B_BTHN, C_BTHN, rotation)
         step_BTH = mask_positions(F.softplus(widen(dt_BTH) + widen(self.dt_bias)), valid_BT)
         rate_H = -widen(self.A_log).exp()
         terms = ScanTerms(
             x_BTHP=split_heads(mask_positions(x_BTI, valid_BT), self.n_heads),
-            B_BTHN=split_heads(B_BTI, self.n_heads),
-            C_BTHN=split_heads(C_BTI, self.n_heads),
+            B_BTHN=B_BTHN,
+            C_BTHN=C_BTHN,
             log_decay_BTH=step_BTH * rate_H,
             step_BTH=step_BTH,
             skip_H=self.D,

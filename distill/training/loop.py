@@ -136,6 +136,7 @@ def train(
             started = time.perf_counter()
             lr = _set_learning_rate(engine, groups, schedule(done.steps))
             batches = [batch(number) for number in _numbers(done.steps, accumulate, engine)]
+            objective.begin(done.steps / steps)
             rng = checkpoint.rng_state()
             losses, stopping = gradients.backward(batches, lambda: stop.signal is not None)
             loss = sum(losses.values())

@@ -59,6 +59,15 @@ def test_a_trace_holds_what_was_asked_for(family, wants):
             assert torch.equal(getattr(trace, name), getattr(whole[index], name))
 
 
+def test_heads_are_what_the_output_projection_reads(family):
+    teacher, batch = tiny(family), packed_batch(97)
+    for index, trace in layer_traces(teacher, batch, range(3)).items():
+        attention = teacher.get_decoder().layers[index].self_attn
+        assert torch.equal(attention.o_proj(trace.head_outputs), trace.attention_output)
+        seen = view(attention, family_of(teacher.config))
+        assert trace.head_outputs.shape == (*batch["input_ids"].shape, seen.n_heads * seen.head_dim)
+
+
 def test_a_layer_is_computed_when_it_is_asked_for_and_none_above_the_last(family):
     teacher, ran = tiny(family), []
     layers = teacher.get_decoder().layers

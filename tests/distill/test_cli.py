@@ -186,7 +186,14 @@ def test_export_writes_what_transformers_loads(run: Command, teacher: Path) -> N
 
 def test_convert_by_pattern(run: Command, teacher: Path) -> None:
     result = run("convert", teacher, "out", "--keep-attention", "m a", "--mixer", "discrete_mamba2")
-    assert "m a m a  2 of 4 become discrete_mamba2 (m)" in result.out
+    assert "m a m a  2 of 4 become discrete_mamba2 (m); layers" in result.out
+
+
+def test_convert_with_rotary_positions(run: Command, teacher: Path) -> None:
+    result = run("convert", teacher, "out", "--rope", "keep", "--keep-attention", "0")
+    assert "3 of 4 become mamba2 (m) with rotary positions; layer 0" in result.out
+    assert json.loads(Path("out/conversion.json").read_text())["rope"] == "keep"
+    assert json.loads(Path("out/config.json").read_text())["distill"]["mixer"]["rope"] == "keep"
 
 
 def test_convert_replaces_nothing_by_accident(run: Command, teacher: Path) -> None:
@@ -216,6 +223,7 @@ def test_convert_replaces_nothing_by_accident(run: Command, teacher: Path) -> No
         (["--keep-attention", "1,x"], "--keep-attention is '1,x'; give layers such as 2,5 or a pattern such as mmma"),
         (["--keep-attention", "4"], "keep_attention names layer 4; the teacher has 4 layers"),
         (["--keep-attention", "mma"], "which do not repeat evenly over 4 layers"),
+        (["--rope", "yes"], "rope is 'yes'; allowed are drop, keep"),
         (["--mixer", "mamba"], "mixer is 'mamba'; allowed are discrete_mamba2, mamba2"),
     ],
 )

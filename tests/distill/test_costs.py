@@ -91,7 +91,7 @@ def test_frozen_weights_cost_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("mixer", ["mamba2", "discrete_mamba2"])
-@pytest.mark.parametrize("target", ["mixer", "block"])
+@pytest.mark.parametrize("target", ["mixer", "block", "heads"])
 def test_operations_of_the_hidden_stage(mixer: str, target: str) -> None:
     teacher, student, sizes = models(mixer, (1,))
     ids = torch.randint(0, 96, (BATCH, BLOCK))
@@ -102,6 +102,8 @@ def test_operations_of_the_hidden_stage(mixer: str, target: str) -> None:
     def train(layer: torch.nn.Module) -> None:
         if target == "mixer":
             layer.self_attn(hidden_BTD)[0].sum().backward()
+        elif target == "heads":
+            layer.self_attn.head_outputs(hidden_BTD).sum().backward()
         else:
             layer.mlp.requires_grad_(False)
             layer(hidden_BTD, position_embeddings=(cos_BTP, cos_BTP), attention_mask=None).sum().backward()
@@ -111,6 +113,16 @@ def test_operations_of_the_hidden_stage(mixer: str, target: str) -> None:
     )
     planned = flops_per_token(sizes, HiddenStage(tokens=1, target=target))
     assert planned == pytest.approx(real, rel=0.05)
+
+
+def test_operations_of_layers_beside_the_logits() -> None:
+    """On top of the logits: the teacher's layers, and forward and backward of the layers with a mixer, once more."""
+    _, _, sizes = models("mamba2", (1,))
+    for train in (("mixer", "mlp", "attention", "norms"), ("mixer",)):
+        stages = (LogitsStage(tokens=1, train=train, hidden_weight=weight) for weight in (0.1, 0.0))
+        more, plain = (flops_per_token(sizes, stage) for stage in stages)
+        block = HiddenStage(tokens=1, target="block", train=("mixer", "mlp") if "mlp" in train else ("mixer",))
+        assert more - plain == flops_per_token(sizes, block)
 
 
 @pytest.mark.parametrize("block", [BLOCK, 512])
@@ -300,6 +312,7 @@ def test_memory_grows_with_what_a_stage_trains_and_reads() -> None:
         return memory("one", numbers(recipe, only, sizes, student, kept, passes=1, processes=1)).total
 
     assert needed(hidden={}) < needed(hidden={"target": "block"}) < needed(logits={})
+    assert needed(hidden={"target": "heads"}) < needed(hidden={})
     assert needed(hidden={"target": "block"}) < needed(hidden={"target": "block", "train": ["mixer", "mlp"]})
     assert needed(logits={}, dtype="bfloat16") < needed(logits={})
     assert needed(logits={"gradient_checkpointing": True}) < needed(logits={})

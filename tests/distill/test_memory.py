@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from distill import activations
 from distill.conversion import convert_with_report
 from distill.costs import kept_for_backward, sizes_of
 from distill.engines import zero
@@ -162,9 +163,10 @@ def real_numbers(
         LogitsStage(tokens=1),
         LogitsStage(tokens=1, train=("mixer", "norms")),
         HiddenStage(tokens=1, target="block", train=("mixer", "mlp")),
+        HiddenStage(tokens=1, target="heads"),
         MixingStage(tokens=1),
     ],
-    ids=["logits", "some roles", "hidden", "mixing"],
+    ids=["logits", "some roles", "hidden", "heads", "mixing"],
 )
 def test_one_process_holds_what_a_step_of_adamw_leaves_behind(stage: Stage) -> None:
     k, teacher, student = real_numbers(stage)
@@ -195,6 +197,24 @@ def test_the_worst_moment_of_other_losses(checkpointing: bool, loss: dict) -> No
     require_planned(LogitsStage(tokens=1, gradient_checkpointing=checkpointing, **loss), "float32", 4096)
 
 
+def test_one_process_is_done_with_the_logits_before_the_layers_beside_them() -> None:
+    require_planned(LogitsStage(tokens=1, hidden_weight=0.1), "float32", 64)
+
+
+def test_layers_beside_the_logits_stay_where_all_has_one_backward() -> None:
+    """The layers with a mixer, and the states before and behind each."""
+    without, _, student = real_numbers(LogitsStage(tokens=1))
+    k, _, _ = real_numbers(LogitsStage(tokens=1, hidden_weight=0.1))
+    layer = activations.of_layer(student.get_decoder().layers[0], 64, 32, torch.float32).a_sequence
+    beside = 2 * (2 * layer + 4 * 32 * 64 * 2)  # two sequences, two layers, four states in bfloat16
+    assert memory("ddp", k).activations - memory("ddp", without).activations == beside
+    assert memory("one", k) == memory("one", without)
+    again, _, _ = real_numbers(LogitsStage(tokens=1, hidden_weight=0.1, gradient_checkpointing=True))
+    assert again.h == 2 * 4 * 32 * 64 * 2
+    assert k.u > without.u
+    assert k.u_t > without.u_t
+
+
 def require_planned(stage: LogitsStage, dtype: str, vocabulary: int) -> None:
     """What lives at the worst moment of a real step is what was planned."""
     shape = {"vocab_size": vocabulary, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
@@ -203,7 +223,8 @@ def require_planned(stage: LogitsStage, dtype: str, vocabulary: int) -> None:
     if stage.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.zeros(2, 128, dtype=torch.long)
-    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(128).expand(2, -1)}
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(128).expand(2, -1), "valid": valid}
     engine = PlainEngine(student, [{"params": list(student.parameters())}])
     gradients = Gradients(LogitObjective(teacher, student, stage), engine, torch.device("cpu"), getattr(torch, dtype))
     gradients.backward([batch], lambda: False)  # from now on gradients are there

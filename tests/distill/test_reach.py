@@ -17,8 +17,10 @@ from tests.conftest import FAMILIES, tiny
 STAGES: dict[str, tuple[Stage, type]] = {
     "mixing": (MixingStage(tokens=1000), MixingObjective),
     "hidden": (HiddenStage(tokens=1000), HiddenObjective),
+    "hidden heads": (HiddenStage(tokens=1000, target="heads"), HiddenObjective),
     "hidden block": (HiddenStage(tokens=1000, target="block", train=("mixer", "mlp", "norms")), HiddenObjective),
     "logits": (LogitsStage(tokens=1000), LogitObjective),
+    "logits and hidden": (LogitsStage(tokens=1000, hidden_weight=0.5), LogitObjective),
 }
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 import distill.run
+from distill import teacher_fed
 from distill.capture import LayerTrace, traced_layers
 from distill.training import checkpoint
 from stages import hidden
@@ -263,7 +264,7 @@ def poisoned(rank: int) -> None:
                 trace.attention_input = trace.attention_input * math.nan
             yield index, trace
 
-    hidden.traced_layers = traces
+    teacher_fed.traced_layers = traces
 
 
 @pytest.mark.parametrize("config", ENGINES)

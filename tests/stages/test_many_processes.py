@@ -146,6 +146,31 @@ def test_a_step_is_the_same_however_it_is_cut_up(made, whole_batches, cut):
         require_close(got, whole_batches, stage, *TOLERANCE[stage])
 
 
+PEERS = (
+    "student.rope=keep",
+    "stages.mixing.tokens=1024",
+    "stages.hidden={tokens: 1024, batch_size: 4, target: heads, projections_frozen: 0.5, weight_decay: 0.0}",
+    "stages.logits={tokens: 1024, batch_size: 4, hidden_weight: 0.1}",
+)
+
+
+@pytest.fixture(scope="module")
+def with_other_objectives(tmp_path_factory, saved_teacher, text) -> Path:
+    """What one process makes in 8 steps a stage of heads, of frozen projections and of layers beside the logits."""
+    recipe = write_recipe(tmp_path_factory.mktemp("peers"), saved_teacher, text)
+    assert run("stages.run", recipe, *PEERS, *CALM).code == 0
+    return recipe.with_name("run")
+
+
+@pytest.mark.parametrize("config", ["fsdp2", "zero3"])
+def test_layers_called_twice_before_a_backward_are_gathered_twice(with_other_objectives, recipe, config):
+    """What only these engines could get wrong: a layer runs in the student and alone, with one backward for both."""
+    left = Ranks(config, "stages.run", recipe, *PEERS, *CALM).wait()
+    assert left.codes == (0, 0), left.log
+    for stage in TRAINED:
+        require_close(recipe.with_name("run"), with_other_objectives, stage, *TOLERANCE[stage])
+
+
 def test_layers_in_two_processes_are_those_of_one(uninterrupted, tmp_path, saved_teacher, text):
     recipe = write_recipe(tmp_path, saved_teacher, text)
     by_layers = [f"stages.{stage}.parallel=layers" for stage in ("mixing", "hidden")]

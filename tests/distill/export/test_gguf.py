@@ -14,9 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from distill import UserError, convert
 from distill.export.exporting import export_folder
 from distill.export.formats import Options
-
-sys.path.insert(0, str(Path(__file__).parent))
-from llama_cpp_server import INSTALLED, REASON, complete
+from tests.distill.export.llama_cpp_server import INSTALLED, REASON, complete
 
 needs_gguf = pytest.mark.skipif(find_spec("gguf") is None, reason="pip install 'distill-ssm[gguf]'")
 needs_llama_cpp = pytest.mark.skipif(not INSTALLED, reason=REASON)
@@ -31,14 +29,9 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 SIZES = {"vocab_size": 512, "hidden_size": 64, "pad_token_id": None, "head_dim": 16}
-SCALES = {"attention_multiplier": 0.2, "residual_multiplier": 0.5, "embedding_multiplier": 3.0, "logits_scaling": 0.5}
 TEACHERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama3-rope": ("llama", {"rope_parameters": LLAMA3}, {"state_dim": 24}),
     "linear-rope": ("llama", {"rope_parameters": {**ROPE, "rope_type": "linear", "factor": 4.0}}, {"conv_width": 2}),
-    "biases": ("qwen2", {}, {}),
-    "granite": ("granite", SCALES, {}),
-    "phi3": ("phi3", {}, {}),
-    "no-positions": ("smollm3", {"no_rope_layers": [1, 0, 1]}, {}),
 }
 
 

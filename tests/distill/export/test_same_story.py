@@ -17,9 +17,7 @@ from distill.converting import convert_folder
 from distill.export.exporting import export_folder
 from distill.export.formats import FORMATS, Options
 from distill.recipe import load_recipe
-
-sys.path.insert(0, str(Path(__file__).parent))
-from llama_cpp_server import INSTALLED, REASON, complete
+from tests.distill.export.llama_cpp_server import INSTALLED, REASON, complete
 
 PROMPT, NEW_TOKENS = "Once upon a time", 48
 
@@ -36,8 +34,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 prompt, new_tokens, folders = json.loads(sys.stdin.read())
 stories = []
 for folder in folders:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=folder.endswith("standalone"))
+    trust = folder.endswith("standalone")  # the tokenizer is a stock one, and reads the config all the same
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
     ids = tokenizer(prompt, return_tensors="pt")
     stories.append(model.generate(**ids, max_new_tokens=new_tokens, do_sample=False)[0].tolist())
 assert not any(name.split(".")[0] == "distill" for name in sys.modules)

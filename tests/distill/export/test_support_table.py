@@ -21,18 +21,14 @@ SIZES = {
     "pad_token_id": 0,
 }
 # What published checkpoints have and what is in the way by itself stands in the table's last column.
-WITHOUT = {"mistral": {"sliding_window": None}}
+WITHOUT = {name: {"sliding_window": None} for name in ("mistral", "mixtral")}
 
 
 def _rows() -> dict[str, list[str]]:
     """The formats' answers by family, of the table that begins with "teacher"."""
     table = PAGE.read_text(encoding="utf-8").partition("| teacher |")[2].partition("\n\n")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
-    return {family.strip(): row[1:4] for row in rows for family in row[0].split(",")}
-
-
-def test_every_family_has_a_row() -> None:
-    assert set(_rows()) == set(FAMILIES)
+    return {row[0]: row[1:4] for row in rows}
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -41,4 +37,4 @@ def test_rows_are_true(family: str) -> None:
     # The last layer; of SmolLM3, one of those without positions.
     facts = facts_of(plan(config, keep_attention=[3]))
     said = ["no" if refusals(facts, LIMITS[to]) else "yes" for to in ("granite", "bamba", "gguf")]
-    assert _rows()[family] == said
+    assert _rows().get(family, _rows()["every other family"]) == said

@@ -31,7 +31,7 @@ def test_there_and_back(tiny_model: Callable[..., PreTrainedModel], family: str,
     rules = limits.rules(facts)
     assert unplaced(rules, 3, stored) == []
 
-    there = dict(translate(rules, 3, stored, sizes, lambda name: facts.config.intermediate_size))
+    there = dict(translate(rules, 3, stored, sizes, lambda name, axis: facts.config.intermediate_size))
     if to != "gguf":
         native, config_of = {
             "granite": (GraniteMoeHybridForCausalLM, granite_config),
@@ -49,7 +49,7 @@ def test_there_and_back(tiny_model: Callable[..., PreTrainedModel], family: str,
             3,
             {name: partial(there.__getitem__, name) for name in there},
             sizes,
-            lambda name: state[name].shape[0],
+            lambda name, axis: state[name].shape[axis],
         )
     )
     assert back.keys() == state.keys()
@@ -65,13 +65,13 @@ def test_fused_matrices_come_apart_in_their_rows() -> None:
     expected = {"attn_q": changes.QUERIES.there(q, sizes), "attn_k": changes.KEYS.there(k, sizes), "attn_v": v}
     facts = facts_of(convert_config())
     rows = {"attn_q": 32, "attn_k": 16, "attn_v": 16}
-    made = dict(translate(LIMITS["gguf"].rules(facts), 1, stored, sizes, lambda name: rows[name.split(".")[2]]))
+    made = dict(translate(LIMITS["gguf"].rules(facts), 1, stored, sizes, lambda name, axis: rows[name.split(".")[2]]))
     assert {name.split(".")[2] for name in made} == set(expected)
     for name, tensor in made.items():
         assert torch.equal(tensor, expected[name.split(".")[2]])
     whole = {name: partial(made.__getitem__, name) for name in made}
     back = [rule.reversed() for rule in LIMITS["gguf"].rules(facts) if "qkv" in rule.ours[0]]
-    ((_, fused),) = translate(back, 1, whole, sizes, lambda name: 64)
+    ((_, fused),) = translate(back, 1, whole, sizes, lambda name, axis: 64)
     assert torch.equal(fused, torch.cat([q, k, v]))
 
 
@@ -82,6 +82,21 @@ def convert_config():
 
     small = LlamaConfig(vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=8)
     return plan(small, keep_attention=[0])
+
+
+def test_experts_come_apart_and_together(random_teacher: Callable[..., PreTrainedModel]) -> None:
+    mixtral = random_teacher("mixtral", num_local_experts=4, sliding_window=None)
+    student = convert(mixtral, keep_attention=[1])
+    facts, name = facts_of(student.config), "model.layers.0.mlp.experts.gate_up_proj"
+    experts_EID = student.state_dict()[name]
+    sizes = Sizes(4, 2, facts.mixer_size, facts.mixer_size)
+    rules = [rule for rule in LIMITS["gguf"].rules(facts) if "gate_up_proj" in rule.ours[0]]
+    made = dict(translate(rules, 1, {name: lambda: experts_EID}, sizes, lambda name, axis: 48))
+    assert torch.equal(made["blk.0.ffn_gate_exps.weight"], experts_EID[:, :48])
+    assert torch.equal(made["blk.0.ffn_up_exps.weight"], experts_EID[:, 48:])
+    back = [rule.reversed() for rule in rules]
+    whole = {name: partial(made.__getitem__, name) for name in made}
+    assert torch.equal(dict(translate(back, 1, whole, sizes, lambda name, axis: 96))[name], experts_EID)
 
 
 def test_pairs_of_channels_are_those_that_llama_cpp_rotates() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.objectives import hidden_distance
+from distill.objectives import head_distance, hidden_distance
 
 
 def naive(student: Tensor, teacher: Tensor, valid: Tensor) -> float:
@@ -116,3 +116,25 @@ def test_broadcasting_and_unknown_reductions_are_refused(states):
         hidden_distance(student, teacher[:1])
     with pytest.raises(ValueError, match="'batchmean'"):
         hidden_distance(student, teacher, reduction="batchmean")
+
+
+def test_heads_by_loops_and_their_gradient(states):
+    student, teacher, valid = states
+    rows = [(b, t) for b in range(2) for t in range(5) if valid[b, t]]
+    errors = [sum(float(s - h) ** 2 for s, h in zip(student[at], teacher[at], strict=True)) / 7 for at in rows]
+    assert head_distance(student, teacher, valid).item() == pytest.approx(sum(errors) / len(rows), rel=1e-14)
+    total = head_distance(student, teacher, valid, reduction="sum")
+    assert total.item() == pytest.approx(sum(errors), rel=1e-14)
+    assert head_distance(student, teacher).item() == pytest.approx(
+        torch.nn.functional.mse_loss(student, teacher).item(), rel=1e-14
+    )
+    assert torch.autograd.gradcheck(lambda s: head_distance(s, teacher, valid), student.requires_grad_())
+
+
+def test_heads_in_16_bits_are_compared_in_32(states):
+    student, teacher, valid = (x.bfloat16() if x.is_floating_point() else x for x in states)
+    distance = head_distance(student, teacher, valid)
+    assert distance.dtype == torch.float32
+    assert distance == head_distance(student.float(), teacher.float(), valid)
+    with pytest.raises(ValueError, match="same shape"):
+        head_distance(student, teacher[:1])

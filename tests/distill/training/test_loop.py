@@ -15,6 +15,7 @@ from tiny_run import (
     CADENCE,
     STEPS,
     TOKENS,
+    Alignment,
     Student,
     crash,
     groups_of,
@@ -103,11 +104,30 @@ def test_the_result_and_the_lines_agree(tmp_path):
     )
 
 
+def test_an_objective_is_told_how_far_training_is_also_after_an_interruption(tmp_path):
+    told: list[float] = []
+
+    class Told(Alignment):
+        def begin(self, done):
+            told.append(done)
+
+    torch.manual_seed(0)
+    student = Student()
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        run(tmp_path, student=student, objective=Told(student, 1.0), batch=stop_at(6 * ACCUMULATE, crash))
+    assert told == [step / STEPS for step in range(6)]
+    run(tmp_path, student=student, objective=Told(student, 1.0))
+    assert told[6:] == [step / STEPS for step in range(4, STEPS)]  # from the checkpoint on
+
+
 def test_each_part_is_sent_backward_before_the_next_is_computed(tmp_path):
     student = Student()
 
     class InOrder:
         layerwise = True
+
+        def begin(self, done):
+            pass
 
         def weight(self, batch):
             return 1.0

@@ -50,6 +50,9 @@ class Alignment:
     def __init__(self, student: Student, noise: float) -> None:
         self.student, self.noise = student, noise
 
+    def begin(self, done: float) -> None:
+        pass
+
     def weight(self, batch: dict[str, Tensor]) -> float:
         return float(batch["valid"].sum())
 
