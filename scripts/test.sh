@@ -11,5 +11,6 @@ mypy
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
-python -m pytest -m "not slow"
-exec python -m pytest -m slow
+# A file's tests stay together: they share what is slow to make.
+python -m pytest -m "not slow" -n auto --dist loadfile
+exec python -m pytest -m slow -n auto --dist loadfile

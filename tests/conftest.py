@@ -18,8 +18,8 @@ from transformers import (
 
 from tests.support_table import (  # noqa: F401  (hooks)
     pytest_addoption,
+    pytest_configure,
     pytest_runtest_makereport,
-    pytest_sessionfinish,
 )
 
 CHECKOUT = Path(__file__).resolve().parents[1]

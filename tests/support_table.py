@@ -18,36 +18,56 @@ BEGIN, END = "<!-- table: written by pytest --support-table -->", "<!-- end of t
 YES, NO, UNKNOWN = "yes", "no", ""
 
 Cells = dict[tuple[str, str], str]
-OUTCOMES = pytest.StashKey[Cells]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--support-table", action="store_true", help="write the table of docs/families.md from what ran")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # where several processes run tests, one of them hears of all
+        config.pluginmanager.register(_Outcomes(config))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    """Say in a test's report which cells it fills."""
     report = yield
-    for marker in item.iter_markers("support"):
-        place = item.callspec.params["case"], marker.args[0]  # type: ignore[attr-defined]
-        assert place[1] in COLUMNS, f"the table has no column {place[1]!r}"
-        cells = item.config.stash.setdefault(OUTCOMES, {})
-        if report.failed or (report.when == "call" and report.passed):
-            refused = ("support", NO) in item.user_properties
-            cells[place] = NO if report.failed or refused else cells.get(place, YES)
+    if report.failed or (report.when == "call" and report.passed):
+        cell = NO if report.failed or ("support", NO) in item.user_properties else YES
+        for marker in item.iter_markers("support"):
+            assert marker.args[0] in COLUMNS, f"the table has no column {marker.args[0]!r}"
+            case = item.callspec.params["case"]  # type: ignore[attr-defined]
+            report.user_properties = [*report.user_properties, ("cell", (case, marker.args[0], cell))]
     return report
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    ran, committed = session.config.stash.get(OUTCOMES, {}), read(PAGE)
-    if session.config.getoption("--support-table"):
-        write(PAGE, committed | ran)
-        return
-    off = [f"{case}, {column}" for (case, column), cell in ran.items() if committed.get((case, column)) != cell]
-    if off:
-        say = session.config.get_terminal_writer()
-        say.line(f"\ndocs/families.md says otherwise of: {'; '.join(off)}. Write it with --support-table.", red=True)
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+class _Outcomes:
+    """What the reports said; at the end it is written, or compared with what is committed."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config, self.cells = config, Cells()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for name, value in report.user_properties:
+            if name == "cell":
+                case, column, cell = value
+                self.cells[case, column] = cell if cell == NO else self.cells.get((case, column), cell)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        committed = read(PAGE)
+        if self.config.getoption("--support-table"):
+            write(PAGE, committed | self.cells)
+            return
+        off = [
+            f"{case}, {column}" for (case, column), cell in self.cells.items() if committed.get((case, column)) != cell
+        ]
+        if off:
+            say = session.config.get_terminal_writer()
+            say.line(
+                f"\ndocs/families.md says otherwise of: {'; '.join(off)}. Write it with --support-table.", red=True
+            )
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def read(page: Path) -> Cells:
