@@ -2,6 +2,9 @@
 
 A formula for this would have to know the inside of every mixer and change with it. Running the layer itself on
 fake tensors counts what autograd really keeps, for any width and length, in milliseconds and without memory.
+
+All that a layer keeps is linear in T, so two short runs say what a long one keeps. That one would be as many operations
+as a real sweep, and without data each costs more than with it.
 """
 
 import copy
@@ -47,28 +50,28 @@ def of_layer(layer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> S
 
     def run(layer: Any, hidden_BTD: Tensor) -> None:
         attention = attention_of(layer)
-        known = {"position_embeddings": _rotation(attention, block)}
+        known = {"position_embeddings": _rotation(attention, hidden_BTD.shape[1])}
         layer(hidden_BTD, **_arguments(layer, known))
 
-    return _saved(layer, run, hidden, block, dtype)
+    return _at_length(layer, run, hidden, block, dtype)
 
 
 def of_mixer(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> Saved:
     """What one mixer alone keeps; arguments as `of_layer`."""
 
     def run(mixer: Any, hidden_BTD: Tensor) -> None:
-        mixer(hidden_BTD, position_embeddings=_rotation(mixer, block))
+        mixer(hidden_BTD, position_embeddings=_rotation(mixer, hidden_BTD.shape[1]))
 
-    return _saved(mixer, run, hidden, block, dtype)
+    return _at_length(mixer, run, hidden, block, dtype)
 
 
 def of_heads(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> Saved:
     """What one mixer keeps up to its output projection; arguments as `of_layer`."""
 
     def run(mixer: Any, hidden_BTD: Tensor) -> None:
-        mixer.head_outputs(hidden_BTD, position_embeddings=_rotation(mixer, block))
+        mixer.head_outputs(hidden_BTD, position_embeddings=_rotation(mixer, hidden_BTD.shape[1]))
 
-    return _saved(mixer, run, hidden, block, dtype)
+    return _at_length(mixer, run, hidden, block, dtype)
 
 
 def of_matrix(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> Saved:
@@ -85,10 +88,7 @@ def of_matrix(mixer: nn.Module, hidden: int, block: int, dtype: torch.dtype) -> 
         q_BHTN = torch.empty(B, H, T, N)
         streamed_mixing_distance(factors, q_BHTN, q_BHTN, scaling=1.0)
 
-    # All that is kept is linear in T, so two short runs say it. A long one would be as many operations as a real sweep,
-    # and without data each costs more than with it.
-    one, two = (_saved(mixer, run, hidden, length, dtype) for length in (_SHORT, 2 * _SHORT))
-    kept, once, widest = (a + (b - a) * (block - _SHORT) // _SHORT for a, b in zip(one, two, strict=True))
+    kept, once, widest = _at_length(mixer, run, hidden, block, dtype)
     of_mixer: Any = mixer
     heads, width, state = int(of_mixer.n_heads), int(of_mixer.head_dim), int(of_mixer.state_dim)
     factors = block * heads * (width + 2 * state) * dtype.itemsize
@@ -109,6 +109,16 @@ def _rotation(attention_or_mixer: Any, length: int) -> tuple[Tensor, Tensor]:
     width = min(width, getattr(attention_or_mixer, "state_dim", width))
     cos_1TW = torch.empty(1, length, width)
     return cos_1TW, cos_1TW
+
+
+def _at_length(
+    module: nn.Module, run: Callable[[Any, Tensor], None], hidden: int, block: int, dtype: torch.dtype
+) -> Saved:
+    """What is kept of sequences of ``block`` tokens."""
+    if block <= 2 * _SHORT:
+        return _saved(module, run, hidden, block, dtype)
+    one, two = (_saved(module, run, hidden, length, dtype) for length in (_SHORT, 2 * _SHORT))
+    return Saved(*(a + (b - a) * (block - _SHORT) // _SHORT for a, b in zip(one, two, strict=True)))
 
 
 def _saved(module: nn.Module, run: Callable[[Any, Tensor], None], hidden: int, block: int, dtype: torch.dtype) -> Saved:
