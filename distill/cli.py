@@ -224,7 +224,11 @@ def export(
 
     Example: `distill export runs/quickstart/logits exported --to granite`
     """
+    from transformers.utils import logging
+
     quiet_unless_watched()
+    # That other classes run without their kernels here, where they are only compared, is nobody's concern.
+    logging.set_verbosity_error()
     from distill.export.exporting import export_folder
     from distill.export.formats import Options
 

@@ -176,6 +176,8 @@ def _card_of(path: str) -> ModelCardData | None:
     if not isinstance(readme, str | Path) or not Path(readme).is_file():
         return None
     try:
+        if not Path(readme).read_text(encoding="utf-8").startswith("---"):
+            return None  # no metadata; the Hub's library would warn
         return ModelCard.load(Path(readme), ignore_metadata_errors=True).data
     except (ValueError, OSError, yaml.YAMLError):  # somebody else's file
         return None

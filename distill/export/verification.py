@@ -67,7 +67,7 @@ def _logits(model: PreTrainedModel) -> Tensor:
     parts = [out.logits]
     for index in range(early, _TOKENS):
         step = ids_BT[1:, index : index + 1]
-        out = model(step, position_ids=torch.tensor([[index]]), past_key_values=_cache(out), use_cache=True)
+        out = model(step, position_ids=torch.tensor([[index]]), use_cache=True, **_cache(out))
         parts.append(out.logits)
     rows = [padded_BTV[0, _PADDING:], padded_BTV[1], torch.cat(parts, dim=1)[0]]
     model.to("meta")  # type: ignore[arg-type]  # whoever still refers to it, its weights are gone
@@ -78,6 +78,7 @@ def _positions(mask_BT: Tensor) -> Tensor:
     return (mask_BT.cumsum(-1) - 1).clamp_min(0)
 
 
-def _cache(out: Any) -> Any:
-    """The cache of an output, whose name transformers changed in 5.24."""
-    return getattr(out, "cache", None) or out.past_key_values
+def _cache(out: Any) -> dict[str, Any]:
+    """The cache of an output as an argument, by the name that transformers gave it in 5.24 or the one it had before."""
+    name = "cache" if getattr(out, "cache", None) is not None else "past_key_values"
+    return {name: getattr(out, name)}
