@@ -116,8 +116,8 @@ MISTAKES = {
         harm=add_tokens,
     ),
     "another family": Mistake(
-        ("the family 'gpt2'; supported families are llama, mistral, qwen2",),
-        harm=write("teacher/config.json", b'{"model_type": "gpt2"}'),
+        ("teacher.path: this mpt has ALiBi", "take another checkpoint"),
+        harm=write("teacher/config.json", b'{"model_type": "mpt"}'),
     ),
     "no text": Mistake(
         ("data.source", "no such file or folder", "allowed: 'python-stdlib', a file, a folder, a glob"),
