@@ -261,8 +261,8 @@ def check_weights(stored: dict[str, TensorFacts], config: "PreTrainedConfig", fo
     prefix, renamed = f"{model.base_model_prefix}.", names_in(model)
     shapes: dict[str, tuple[int, ...] | None] = {}
     for name, facts in stored.items():
-        own, is_part = renamed(name)
-        shapes[own.removeprefix(prefix)] = None if is_part else facts.shape
+        found = renamed(name)
+        shapes[found.name.removeprefix(prefix)] = facts.shape if found.whole else None
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

@@ -6,13 +6,36 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 
 from distill.errors import UserError
 from distill.weight_files import shards_of
-from distill.weight_names import Renamed
+from distill.weight_names import Part, Renamed
+
+
+class _Experts:
+    """One parameter that the files have in parts; read as safetensors' slices are."""
+
+    def __init__(self) -> None:
+        self.parts: dict[tuple[int, int], Any] = {}
+        self.pieces = 1
+
+    def add(self, part: Part, piece: Any) -> None:
+        self.parts[part.expert, part.piece], self.pieces = piece, part.pieces
+
+    def get_shape(self) -> list[int]:
+        shapes = [self.parts[0, piece].get_shape() for piece in range(self.pieces) if (0, piece) in self.parts]
+        experts = len(self.parts) // self.pieces if len(self.parts) % self.pieces == 0 else -1
+        return [experts, sum(shape[0] for shape in shapes), *shapes[0][1:]] if shapes else [experts]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        chosen = range(len(self.parts) // self.pieces)[rows]
+        made = [torch.cat([self.parts[expert, piece][:] for piece in range(self.pieces)]) for expert in chosen]
+        first = self.parts[0, 0][:0]
+        return torch.stack(made) if made else first.new_empty(0, *self.get_shape()[1:])
 
 
 class StoredWeights:
@@ -56,11 +79,14 @@ class StoredWeights:
         for path in shards_of(self.folder):
             file = self._open.enter_context(safe_open(path, framework="pt"))
             for name in file.keys():  # noqa: SIM118
-                own, is_part = self._renamed(name)
-                if not is_part:
-                    opened[own.removeprefix(self.prefix)] = file.get_slice(name)
+                found = self._renamed(name)
+                own = found.name.removeprefix(self.prefix)
+                if found.whole:
+                    opened[own] = file.get_slice(name)
+                elif found.part is not None:
+                    opened.setdefault(own, _Experts()).add(found.part, file.get_slice(name))
         return opened
 
 
 def _as_it_is(name: str) -> Renamed:
-    return name, False
+    return Renamed(name)

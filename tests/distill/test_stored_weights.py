@@ -11,7 +11,9 @@ from torch import Tensor
 from distill.errors import UserError
 from distill.stored_weights import StoredWeights
 from distill.weight_files import shards_of
+from distill.weight_names import names_in
 from tests.conftest import tiny
+from tests.distill.families.models import tiny as tiny_family
 
 WEIGHTS = {
     "model.layers.0.mlp.weight": torch.arange(12.0).view(4, 3),
@@ -101,3 +103,25 @@ def test_missing_files_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no weights"):
         shards_of(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("case", ["Mixtral", "Qwen3-MoE"])
+def test_experts_that_are_stored_apart_are_read_as_one(case, tmp_path):
+    model = tiny_family(case)
+    model.save_pretrained(tmp_path)
+    assert any(".experts.1." in name for name in load_file(tmp_path / "model.safetensors"))
+    stored = StoredWeights(tmp_path, model.base_model_prefix, names_in(model))
+    for name, parameter in model.named_parameters():
+        for rows in (slice(None), slice(1, 3), slice(len(parameter), len(parameter))):
+            assert torch.equal(stored.rows([name], tuple(parameter.shape), rows), parameter[rows])
+
+
+def test_an_expert_that_is_lacking_is_noticed(tmp_path):
+    model = tiny_family("Mixtral")
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.0.block_sparse_moe.experts.3.w1.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    stored = StoredWeights(tmp_path, model.base_model_prefix, names_in(model))
+    with pytest.raises(UserError, match=r"experts\.gate_up_proj in shape"):
+        stored.rows(["model.layers.0.mlp.experts.gate_up_proj"], (4, 96, 32), slice(None))
