@@ -69,7 +69,7 @@ def encoded(question: Question, tokenizer: PreTrainedTokenizerBase) -> Example:
             f"the tokenizer cannot tell the answers {', '.join(map(repr, question.choices))} apart: it lacks their "
             "characters; take the token ids of the task (--surface ids) or another task"
         )
-    before = len(_ids(tokenizer, question.prompt[: question.source]))
+    before = len(_ids(tokenizer, question.prompt[: question.source].rstrip()))
     return Example(tuple(prompt), choices, question.label, len(prompt) - before)
 
 

@@ -6,12 +6,10 @@ Everything asked is drawn at random, so that nothing a model has read can stand 
 from collections.abc import Callable, Sequence
 from itertools import combinations
 
-import numpy as np
-
 from distill.recall.example import CHOICES, Question, require_items, require_room, shuffled_in
 from distill.recall.material import COLOURS, FILLER, FIRST_NAMES, LAST_NAMES, WORDS
+from distill.recall.rows import Draw, random_gaps
 
-Draw = np.random.Generator
 Measure = Callable[[str], int]
 """How long a text is: in a tokenizer's tokens, or words."""
 
@@ -133,21 +131,28 @@ def _prompt(
     """Head, entries with sentences of no interest between them up to ``length``, tail; and where ``asked`` begins."""
     needed = measure(head) + sum(measure(entry + gap) for entry in entries) + measure(tail)
     require_room(task, len(entries), length, needed)
-    before: list[list[str]] = [[] for _ in range(len(entries) + 1)]
-    failures = 0
-    while failures < MOST_FAILURES and length > needed:
-        sentence = FILLER[rng.integers(len(FILLER))]
-        if needed + measure(sentence + gap) > length:
-            failures += 1
-            continue
-        needed += measure(sentence + gap)
-        before[rng.integers(len(before))].append(sentence)
+    sentences = _sentences(rng, length - needed, gap, measure)
+    before = random_gaps(rng, len(sentences), len(entries))
     text, source = head, 0
     for place, piece in enumerate([*entries, tail]):
-        text += "".join(sentence + gap for sentence in before[place])
+        text += "".join(sentences.pop() for _ in range(before[place]))
         source = len(text) if place == asked else source
         text += piece + (gap if place < len(entries) else "")
     return text, source
+
+
+def _sentences(rng: Draw, room: int, gap: str, measure: Measure) -> list[str]:
+    """Sentences of no interest, each with the gap behind it, that nearly fill the room."""
+    sentences: list[str] = []
+    failures = 0
+    while failures < MOST_FAILURES and room > 0:
+        sentence = FILLER[rng.integers(len(FILLER))] + gap
+        if measure(sentence) > room:
+            failures += 1
+            continue
+        room -= measure(sentence)
+        sentences.append(sentence)
+    return sentences
 
 
 def _question(

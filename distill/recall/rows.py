@@ -155,7 +155,7 @@ def permutation(rng: Draw, items: int, length: int, vocabulary: int) -> Row:
 
 
 def _lookups(
-    rng: Draw, task: str, names: list[Ids], digits: int, mark: Ids, shots: int, length: int, vocabulary: int
+    rng: Draw, task: str, names: Sequence[Ids], digits: int, mark: Ids, shots: int, length: int, vocabulary: int
 ) -> Row:
     """Names with numbers among noise, then the mark and lookups of which only the last lacks its number."""
     numbers = [_number(rng, digits, vocabulary) for _ in names]
@@ -187,7 +187,7 @@ def _among_noise(
     if vocabulary < SMALLEST:
         raise UserError(f"{task}: a vocabulary of {vocabulary} ids is too small; it takes {SMALLEST}")
     room = max(length - needed, 0)
-    gaps = np.bincount(rng.integers(len(pieces) + 1, size=room), minlength=len(pieces) + 1)
+    gaps = random_gaps(rng, room, len(pieces))
     noise = iter(rng.integers(vocabulary // 2 + DIGITS + PERMUTATIONS, vocabulary, size=room).tolist())
     ids: list[int] = []
     starts = []
@@ -196,6 +196,12 @@ def _among_noise(
         starts.append(len(ids))
         ids.extend(piece)
     return tuple(ids), starts[:-1]
+
+
+def random_gaps(rng: Draw, room: int, pieces: int) -> NDArray[np.int64]:
+    """(pieces + 1,): how much of the room lies before each piece and after the last; one piece is anywhere alike."""
+    cuts = np.sort(rng.integers(room + 1, size=pieces))
+    return np.diff(cuts, prepend=0, append=room)
 
 
 def _number(rng: Draw, digits: int, vocabulary: int) -> Ids:

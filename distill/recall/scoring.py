@@ -102,8 +102,8 @@ def log_probabilities(model: PreTrainedModel, pairs: Sequence[tuple[Ids, Ids]], 
             longest = max(len(pairs[number][1]) for read in batch for number in members[read])
             for read, logs_TV in zip(batch, _last_logs(model, batch, longest), strict=True):
                 for number in members[read]:
-                    after = torch.tensor(pairs[number][1], device=logs_TV.device)
-                    logs[number] = float(logs_TV[-len(after) :].gather(-1, after[:, None]).sum(dtype=torch.float64))
+                    after_T1 = torch.tensor(pairs[number][1], device=logs_TV.device)[:, None]
+                    logs[number] = float(logs_TV[-len(after_T1) :].gather(-1, after_T1).sum(dtype=torch.float64))
     return logs
 
 
@@ -139,6 +139,4 @@ def _require_fit(model: PreTrainedModel, examples: Sequence[Example]) -> None:
         )
     highest = max(max(one.prompt + sum(one.choices, ())) for one in examples)
     if highest >= text.vocab_size:
-        raise UserError(
-            f"the examples have ids up to {highest} and the model {text.vocab_size} tokens; see --vocabulary"
-        )
+        raise UserError(f"the examples have ids up to {highest}, and the model has only {text.vocab_size} tokens")
