@@ -1,18 +1,21 @@
 """Train the small Llama that the quickstart distils: a language model of the Python standard library.
 
     OMP_NUM_THREADS=1 python -m scripts.train_teacher
+    OMP_NUM_THREADS=1 python -m scripts.train_teacher --task recall
 
-Everything comes from the running Python: the text (``distill.data``'s ``python-stdlib``), a byte-level BPE
+The second line trains another one, which looks up what its prompt says (``scripts/recall_teacher.py``). Of the first,
+everything comes from the running Python: the text (``distill.data``'s ``python-stdlib``), a byte-level BPE
 tokenizer trained on it, and the weights. A tenth of the files, chosen by a hash of their names, is seen by
 neither; on it the model is compared with a Kneser-Ney n-gram model of the same tokens. The output folder is
 rewritten whole, now and then, while the model improves.
 """
 
+import argparse
 import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +25,7 @@ import tokenizers
 import torch
 import transformers
 import typer
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from distill.data import (
@@ -38,9 +41,9 @@ from distill.data import (
 from distill.data.blocks import IGNORED
 from distill.errors import UserError
 from scripts.ngram import KneserNey
+from scripts.recall_teacher import main as recall
 from scripts.teacher_folder import model_card, samples, write_folder
-
-Batch = dict[str, Tensor]
+from scripts.teacher_training import Batch, optimizers_for, say, shifted_loss, train, wsd
 
 HELD_OUT = 0.1  # fraction of the files
 NGRAM_ORDERS = (3, 4, 5, 6)
@@ -83,61 +86,6 @@ def train_tokenizer(documents: list[Document], vocabulary: int, length: int) -> 
         model_max_length=length,
         clean_up_tokenization_spaces=False,
     )
-
-
-def shifted_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-    """Sum of the cross entropy over the scored positions of a batch, and their number."""
-    logits_BTV = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-    labels = batch["labels"][:, 1:]
-    loss = nn.functional.cross_entropy(
-        logits_BTV[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-    return loss, int((labels != IGNORED).sum())
-
-
-def train(
-    model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    factor: Callable[[int], float],
-    batch: Callable[[int], Batch],
-    steps: int,
-) -> Iterator[tuple[int, float]]:
-    """Train, and after each step yield (steps done, its loss); ``factor(step)`` scales the learning rates."""
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    peaks = [group["lr"] for group in groups]
-    for step in range(steps):
-        model.train()
-        for group, peak in zip(groups, peaks, strict=True):
-            group["lr"] = factor(step) * peak
-        torch.set_float32_matmul_precision("medium")  # products in bfloat16 where the CPU has them
-        loss_sum, count = shifted_loss(model, batch(step))
-        loss = loss_sum / count
-        loss.backward()
-        torch.set_float32_matmul_precision("highest")
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad()
-        yield step + 1, loss.item()
-
-
-def optimizers_for(model: nn.Module, lr: float, matrix_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices, AdamW for the embedding and the norms.
-
-    In trials on this text Muon reached in 1.2M tokens what AdamW alone had not reached in 2.2M.
-    """
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    muon = torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    return [muon, adamw]
-
-
-def wsd(step: int, steps: int, warmup: float, decay: float) -> float:
-    """Warm up, stay, and decay linearly to nothing (fractions of all steps)."""
-    rise = (step + 1) / max(1, warmup * steps)
-    fall = (steps - step) / max(1, decay * steps)
-    return min(1.0, rise, fall)
 
 
 @torch.no_grad()
@@ -193,7 +141,10 @@ def main(
     export_every: Annotated[int, typer.Option(help="Steps between two exports; 0: only the last.")] = 2000,
     ngram: Annotated[bool, typer.Option(help="Compare with n-gram models first.")] = True,
 ) -> None:
-    """Train a small Llama on the standard library of the running Python, into a Hugging Face folder."""
+    """Train a small Llama on the standard library of the running Python, into a Hugging Face folder.
+
+    With --task recall, one that looks up what its prompt says; --task recall --help has its options.
+    """
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     train_documents, test_documents = split_documents(read_documents("python-stdlib"), fraction=HELD_OUT)
@@ -273,16 +224,20 @@ def main(
     say(export(steps))
 
 
-def say(line: str) -> None:
-    """Print at once, so that a log can be followed."""
-    print(line, flush=True)
+def program(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
+    """What ``--task`` asks for, and the arguments that are left for it."""
+    parser = argparse.ArgumentParser("scripts.train_teacher", add_help=False, allow_abbrev=False)
+    parser.add_argument("--task", choices=("stdlib", "recall"), default="stdlib")
+    known, left = parser.parse_known_args(arguments)
+    return (recall if known.task == "recall" else main), left
 
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        typer.run(main)
+        chosen, sys.argv[1:] = program(sys.argv[1:])
+        typer.run(chosen)
     except UserError as error:
         say(f"error: {error}")
         sys.exit(2)

@@ -1,0 +1,125 @@
+"""What models can recall from their prompt: synthetic tasks over lengths and numbers of items, side by side.
+
+python -m eval.recall teachers/stdlib-1m runs/quickstart/logits --task phonebook --lengths 128,256 --items 1,2,4
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from transformers import PreTrainedModel
+
+from distill.atomic import explained_full_disk
+from distill.errors import UserError
+from distill.evaluation_record import json_numbers
+from distill.programs import quiet_unless_watched, report_user_errors
+from distill.recall import TASKS
+from distill.recall.tasks import task_named
+from eval import options, words
+from eval.heat_maps import heat_maps
+from eval.loading import load_model, load_tokenizer
+from eval.recall_sweep import Cell, Surface, drawing, sweep
+
+NAMES = "; ".join(f"{name}: {task.says}" for name, task in TASKS.items())
+FILE = "recall.json"
+
+
+@report_user_errors()
+def main(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders: a teacher, students; any order.")],
+    task: Annotated[list[str], typer.Option(help=f"May be given several times, or all. {NAMES}.")],
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of the prompts, such as 256,512; shorter ones are filled up. 0: no filling.")
+    ] = "0",
+    items: Annotated[str, typer.Option(help="Pairs, entries, words, bits or moves, such as 2,4,8.")] = "2,4,8",
+    output: Annotated[Path, typer.Option(help=f"Folder for {FILE} and a picture TASK.png for each task.")] = Path(
+        "runs/recall"
+    ),
+    surface: Annotated[
+        Surface,
+        typer.Option(help="text, through the model's tokenizer; or ids, for a model trained on the tasks' own."),
+    ] = "text",
+    samples: Annotated[int, typer.Option(min=1, help="Examples a cell.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, other examples; every model gets the same.")] = 0,
+    batch_size: options.BatchSize = 16,
+    device: options.Device = "auto",
+) -> None:
+    """Ask each MODEL for what stands in its prompt, and tell how often it writes it and how often it prefers it.
+
+    The two are not the same: among four choices even a guess is right a quarter of the time, and a model may prefer
+    an answer that it would never write. Prompts, choices and answers are drawn from --seed.
+    """
+    quiet_unless_watched()
+    chosen = list(TASKS) if task == ["all"] else list(dict.fromkeys(task))
+    for name in chosen:
+        task_named(name)
+    numbers, sizes = _numbers(items, "--items", 1), _numbers(lengths, "--lengths", 0)
+    names = _names(models)
+    _require_folder(output)
+    found: dict[str, dict[str, list[Cell]]] = {name: {} for name in chosen}
+    for name, path in names.items():
+        model = load_model(path, device)
+        for one in chosen:
+            draw = _drawing(model, path, one, surface, samples, seed)
+            found[one][name] = sweep(model, draw, numbers, sizes, batch_size)
+            print(_told(one, name, found[one][name]), flush=True)
+    settings = {"surface": surface, "samples": samples, "seed": seed, "models": names}
+    _write(output, settings, found)
+
+
+def _drawing(model: PreTrainedModel, path: str, task: str, surface: Surface, samples: int, seed: int) -> Any:
+    tokenizer = load_tokenizer(path) if surface == "text" else None
+    vocabulary = model.config.get_text_config().vocab_size
+    return drawing(task, surface, samples=samples, seed=seed, vocabulary=vocabulary, tokenizer=tokenizer)
+
+
+def _told(task: str, name: str, cells: list[Cell]) -> str:
+    """A table of one task and model."""
+    lines = [f"{task}, {name}", "  items  length  written  preferred      gap  log p   rank"]
+    for cell in cells:
+        length = f"{cell.length}" if cell.length else f"~{cell.tokens:.0f}"
+        shares = [words.percent(share) for share in (cell.written, cell.chosen, cell.gap)]
+        lines.append(
+            f"{cell.items:>7}{length:>8}{shares[0]:>9}{shares[1]:>11}{shares[2]:>9}"
+            f"{words.plain(cell.log_probability, 2):>7}{cell.rank:>7.2f}"
+        )
+    return "\n".join(lines)
+
+
+def _write(output: Path, settings: dict[str, Any], found: dict[str, dict[str, list[Cell]]]) -> None:
+    tasks = {task: {name: [asdict(cell) for cell in cells] for name, cells in by.items()} for task, by in found.items()}
+    with explained_full_disk(output):
+        output.mkdir(parents=True, exist_ok=True)
+        record = json_numbers(settings | {"tasks": tasks})
+        (output / FILE).write_text(json.dumps(record, indent=1) + "\n")
+        for task, by_model in found.items():
+            heat_maps(f"{task}: {TASKS[task].says}", by_model, output / f"{task}.png")
+    print(f"{output / FILE} and {words.listed(list(found), lambda task: f'{task}.png')} beside it")
+
+
+def _numbers(text: str, option: str, least: int) -> list[int]:
+    """Whole numbers between commas."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) >= least for part in parts):
+        raise UserError(f"{option} {text}: give whole numbers from {least} on with commas between them, such as 4,8")
+    return sorted({int(part) for part in parts})
+
+
+def _names(paths: list[str]) -> dict[str, str]:
+    """Each model's path by its folder's name, or the whole path where two have the same."""
+    last = [Path(path).resolve().name if Path(path).is_dir() else path for path in paths]
+    names = [name if last.count(name) == 1 else path for name, path in zip(last, paths, strict=True)]
+    if len(set(names)) < len(names):
+        raise UserError(f"{words.listed(paths)}: a model is given twice")
+    return dict(zip(names, paths, strict=True))
+
+
+def _require_folder(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file; --output takes a folder")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,181 @@
+"""The teacher of ``train_teacher --task recall``: a small Llama that looks up what its prompt says, and nothing else.
+
+Rows of associative recall and of phone books in token ids (``distill.recall.rows``), half and half, are made anew at
+every step, so that none comes twice. What it has learned is then measured on rows of other seeds, by generation through
+its cache. Beside the model stands a text of such rows, one a line, to distil it on: the tokenizer's words are the ids.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tokenizers
+import torch
+import typer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from distill.data.blocks import IGNORED
+from distill.recall import examine, row_examples
+from distill.recall.rows import SMALLEST, Row, associative, phonebook
+from scripts.teacher_folder import write_folder
+from scripts.teacher_training import Batch, optimizers_for, say, train, wsd
+
+Cell = tuple[str, int, int]  # task, items, length
+
+SHORT: list[Cell] = [("associative", 4, 64), ("associative", 8, 64), ("phonebook", 3, 0), ("phonebook", 6, 0)]
+LONG: list[Cell] = [
+    *SHORT,
+    ("associative", 16, 64),
+    ("associative", 16, 128),
+    ("associative", 32, 128),
+    ("phonebook", 6, 128),
+    ("phonebook", 12, 0),
+    ("phonebook", 18, 0),
+]
+SHORT_STEPS = 0.5  # fraction of the steps that train on short rows: there looking up is discovered
+SHOTS = 8  # lookups a phone book is trained on; it is examined with two and a last one
+LONGEST = 256
+SAMPLES = 256
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder of the finished model.")] = Path("teachers/recall"),
+    work: Annotated[Path, typer.Option(help="Folder of the text to distil it on.")] = Path("runs/recall-teacher"),
+    steps: Annotated[int, typer.Option(min=1, help="Batches to train on.")] = 3000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 64,
+    lr: Annotated[float, typer.Option(help="Highest learning rate of AdamW: embedding, norms.")] = 2.5e-3,
+    matrix_lr: Annotated[float, typer.Option(help="Highest learning rate of Muon: the matrices.")] = 1e-2,
+    warmup: Annotated[float, typer.Option(help="Fraction of the steps that warm up.")] = 0.05,
+    decay: Annotated[float, typer.Option(help="Fraction of the steps that decay to zero.")] = 0.5,
+    vocabulary: Annotated[int, typer.Option(min=SMALLEST, help="Token ids.")] = 512,
+    hidden: Annotated[int, typer.Option(help="Width of the residual stream.")] = 128,
+    layers: Annotated[int, typer.Option(min=2, help="Decoder layers; looking up takes two.")] = 2,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 4,
+    kv_heads: Annotated[int, typer.Option(help="Key and value heads.")] = 2,
+    intermediate: Annotated[int, typer.Option(help="Width of the MLP.")] = 256,
+    text_rows: Annotated[int, typer.Option(min=1, help="Rows of the text to distil it on.")] = 20_000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights and the rows.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+) -> None:
+    """Train a small Llama on associative recall and phone books, into a Hugging Face folder."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    model, tokenizer = new_model(vocabulary, hidden, layers, heads, kv_heads, intermediate), word_tokenizer(vocabulary)
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"{parameters:,} parameters; {steps} steps of {batch_size} rows")
+
+    def batch(step: int) -> Batch:
+        cells = SHORT if step < SHORT_STEPS * steps else LONG
+        return padded(drawn(cells, batch_size, vocabulary, np.random.default_rng([seed, step])))
+
+    optimizers = optimizers_for(model, lr, matrix_lr)
+    for step, loss in train(model, optimizers, lambda s: wsd(s, steps, warmup, decay), batch, steps):
+        if step % 50 == 0 or step == steps:
+            say(f"step {step}: loss {loss:.4f}")
+    facts = {
+        "made by": f"`{' '.join(['python -m scripts.train_teacher --task recall', *sys.argv[1:]])}`",
+        "architecture": f"LlamaForCausalLM, {parameters:,} parameters, {layers} layers of width {hidden}, "
+        f"{heads} query and {kv_heads} key/value heads, vocabulary {vocabulary}",
+        "trained": f"{steps} steps of {batch_size} rows, seed {seed}",
+        **dict(told(model, vocabulary, seed)),
+    }
+    write_folder(output, model.eval(), tokenizer, card(output.name, facts))
+    write_text(work / "rows.txt", text_rows, vocabulary, seed)
+    say(f"{output}: the model; {work / 'rows.txt'}: {text_rows:,} rows to distil it on")
+
+
+def new_model(
+    vocabulary: int, hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int
+) -> LlamaForCausalLM:
+    """Without an end of text: the ids are all the task's own."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=hidden // heads,
+            max_position_embeddings=LONGEST,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
+    )
+
+
+def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Writes id 17 as the word ``17``."""
+    words = {str(number): number for number in range(vocabulary)}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=model, model_max_length=LONGEST)
+
+
+def drawn(cells: list[Cell], number: int, vocabulary: int, rng: np.random.Generator) -> Iterator[Row]:
+    """Rows of any of the cells."""
+    for cell in rng.integers(len(cells), size=number).tolist():
+        task, items, length = cells[cell]
+        if task == "associative":
+            yield associative(rng, items, length, vocabulary)
+        else:
+            yield phonebook(rng, items, length, vocabulary, shots=SHOTS)
+
+
+def padded(rows: Iterator[Row]) -> Batch:
+    """Rows of one batch, (B, T) int64; labels stand one place behind what is read, as in ``distill.data``."""
+    made = list(rows)
+    width = 1 + max(len(row.ids) for row in made)
+    ids_BT = torch.zeros(len(made), width, dtype=torch.long)
+    labels_BT = torch.full((len(made), width), IGNORED)
+    for number, row in enumerate(made):
+        ids_BT[number, : len(row.ids)] = torch.tensor(row.ids)
+        labels_BT[number, 1 : len(row.ids) + 1] = torch.from_numpy(row.labels())
+    return {"input_ids": ids_BT, "labels": labels_BT, "position_ids": torch.arange(width).expand(len(made), -1)}
+
+
+def told(model: LlamaForCausalLM, vocabulary: int, seed: int) -> Iterator[tuple[str, str]]:
+    """What share of each cell the model answers."""
+    for task, items, length in LONG:
+        examples = row_examples(task, items, length, samples=SAMPLES, seed=seed, vocabulary=vocabulary)
+        results = examine(model, examples, batch_size=64)
+        written = sum(result.written for result in results) / len(results)
+        first = sum(result.rank == 1 for result in results) / len(results)
+        name = f"{task}, {items} items, {f'length {length}' if length else 'as long as needed'}"
+        say(f"{name}: {100 * written:.1f}% written, {100 * first:.1f}% chosen of {SAMPLES}")
+        yield name, f"{100 * written:.1f}% written, {100 * first:.1f}% chosen"
+
+
+def write_text(file: Path, number: int, vocabulary: int, seed: int) -> None:
+    """Rows of all cells as words, one a line."""
+    rng = np.random.default_rng([seed, number, 1])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = (" ".join(map(str, row.ids)) for row in drawn(LONG, number, vocabulary, rng))
+    file.write_text("\n".join(rows) + "\n")
+
+
+def card(name: str, facts: dict[str, str]) -> str:
+    """README.md of the teacher."""
+    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    return f"""---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+tags: [llama, recall, synthetic, tiny]
+---
+
+# {name}
+
+A small Llama that looks up values of keys and numbers of names in its prompt, in token ids of its own
+(`distill/recall/rows.py`), and nothing else: it is there to be distilled, and to see what its students still recall.
+
+| | |
+|---|---|
+{table}
+
+Written: the whole answer by greedy decoding. Chosen: the likeliest of four.
+"""
