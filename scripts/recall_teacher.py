@@ -34,10 +34,9 @@ LONG: list[Cell] = [
     ("phonebook", 12, 0),
     ("phonebook", 18, 0),
 ]
-SHORT_STEPS = 0.5  # fraction of the steps that train on short rows: there looking up is discovered
+SHORT_STEPS = 0.6  # fraction of the steps that train on short rows: there looking up is discovered
 SHOTS = 8  # lookups a phone book is trained on; it is examined with two and a last one
 LONGEST = 256
-SAMPLES = 256
 
 
 def main(
@@ -55,6 +54,7 @@ def main(
     heads: Annotated[int, typer.Option(help="Query heads.")] = 4,
     kv_heads: Annotated[int, typer.Option(help="Key and value heads.")] = 2,
     intermediate: Annotated[int, typer.Option(help="Width of the MLP.")] = 256,
+    samples: Annotated[int, typer.Option(min=1, help="Prompts a cell that it is examined on at the end.")] = 256,
     text_rows: Annotated[int, typer.Option(min=1, help="Rows of the text to distil it on.")] = 20_000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights and the rows.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
@@ -79,7 +79,7 @@ def main(
         "architecture": f"LlamaForCausalLM, {parameters:,} parameters, {layers} layers of width {hidden}, "
         f"{heads} query and {kv_heads} key/value heads, vocabulary {vocabulary}",
         "trained": f"{steps} steps of {batch_size} rows, seed {seed}",
-        **dict(told(model, vocabulary, seed)),
+        **dict(told(model, vocabulary, samples, seed)),
     }
     write_folder(output, model.eval(), tokenizer, card(output.name, facts))
     write_text(work / "rows.txt", text_rows, vocabulary, seed)
@@ -138,15 +138,15 @@ def padded(rows: Iterator[Row]) -> Batch:
     return {"input_ids": ids_BT, "labels": labels_BT, "position_ids": torch.arange(width).expand(len(made), -1)}
 
 
-def told(model: LlamaForCausalLM, vocabulary: int, seed: int) -> Iterator[tuple[str, str]]:
+def told(model: LlamaForCausalLM, vocabulary: int, samples: int, seed: int) -> Iterator[tuple[str, str]]:
     """What share of each cell the model answers."""
     for task, items, length in LONG:
-        examples = row_examples(task, items, length, samples=SAMPLES, seed=seed, vocabulary=vocabulary)
+        examples = row_examples(task, items, length, samples=samples, seed=seed, vocabulary=vocabulary)
         results = examine(model, examples, batch_size=64)
         written = sum(result.written for result in results) / len(results)
         first = sum(result.rank == 1 for result in results) / len(results)
         name = f"{task}, {items} items, {f'length {length}' if length else 'as long as needed'}"
-        say(f"{name}: {100 * written:.1f}% written, {100 * first:.1f}% chosen of {SAMPLES}")
+        say(f"{name}: {100 * written:.1f}% written, {100 * first:.1f}% chosen of {samples}")
         yield name, f"{100 * written:.1f}% written, {100 * first:.1f}% chosen"
 
 

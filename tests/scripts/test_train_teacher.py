@@ -75,3 +75,22 @@ def test_the_teacher_in_the_repository_knows_python(teacher):
     assert loss(code) < loss(" ".join(reversed(words))) - 1
     ids = tokenizer("    def __init__(", return_tensors="pt")
     assert tokenizer.decode(model.generate(**ids, max_new_tokens=1, do_sample=False)[0, -1]) == "self"
+
+
+@pytest.mark.slow
+def test_the_recall_teacher_is_examined_and_written_with_a_text_to_distil_it_on(tmp_path):
+    output, work = tmp_path / "teacher", tmp_path / "work"
+    shape = (
+        "--vocabulary 320 --hidden 16 --heads 2 --kv-heads 1 --intermediate 32 --batch-size 4 --text-rows 5 --samples 4"
+    )
+    done = run("--task", "recall", "--output", output, "--work", work, "--steps", "4", *shape.split())
+    assert done.returncode == 0, done.stderr
+    assert "step 4: loss" in done.stdout
+    assert "associative, 32 items, length 128: " in done.stdout
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    rows = (work / "rows.txt").read_text().splitlines()
+    assert len(rows) == 5
+    for row in rows:
+        assert tokenizer(row)["input_ids"] == [int(word) for word in row.split()]
+    assert AutoModelForCausalLM.from_pretrained(output).config.eos_token_id is None
+    assert "| phonebook, 18 items, as long as needed |" in (output / "README.md").read_text()
