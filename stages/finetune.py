@@ -22,7 +22,7 @@ def main(job: Job) -> StageRecord | None:
         return None
     from distill.finetuning.trainer import finetune  # its imports take longer than all checks
 
-    record = finetune(job)
+    record = finetune(job, console.print)
     console.print(
         f"{job.folder}: loss {record.loss_start:.4f} → {record.loss_end:.4f} in {record.steps} steps,"
         f" {count(record.tokens)} tokens, {record.seconds:.0f} s"

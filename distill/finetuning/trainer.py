@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from distill import handover
-from distill.adapters import default_lora_targets, require_gradients, require_norms
+from distill.adapters import default_lora_targets, require_gradients, require_norms, uncovered_weights
 from distill.atomic import explained_full_disk, replace_file
 from distill.errors import UserError
 from distill.finetuning.bases import KINDS
@@ -36,8 +37,11 @@ FIRST_SCALE = 2.0**10
 _FINGERPRINT = "fingerprint"
 
 
-def finetune(job: Job) -> StageRecord:
+def finetune(job: Job, tell: Callable[[str], object] = print) -> StageRecord:
     """Train as the recipe says, from the last checkpoint if there is one, and hand the result on.
+
+    Args:
+        tell: is given what the user should know beforehand, in one line.
 
     Raises:
         UserError: an adapter would not train, or the checkpoints there are another recipe's.
@@ -47,6 +51,8 @@ def finetune(job: Job) -> StageRecord:
     torch.manual_seed(recipe.seed)
     base = load_model(Path(recipe.model).expanduser(), dtype=torch.float32)
     config = copy.deepcopy(base.config)  # the trainer writes its own wishes into the model's
+    if recipe.method != "full" and (left := uncovered_weights(base)):
+        tell(f"no adapter is on {', '.join(left)}, which are no linear modules; they stay as they are")
     model = base if recipe.method == "full" else with_adapters(base, recipe)
     groups = trained_groups(model, recipe)
     step = 0 if checkpoint is None else _state(checkpoint)["global_step"]

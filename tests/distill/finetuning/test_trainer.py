@@ -164,6 +164,14 @@ def test_dora_on_a_fresh_student_is_refused(recipe, stories_teacher, mixer):
         tuned(recipe, "method=dora", f"model={fresh}")
 
 
+def test_weights_without_adapters_are_told(recipe, monkeypatch):
+    monkeypatch.setattr(tuning, "uncovered_weights", lambda model: ["mlp.experts.down_proj"])
+    told = []
+    with at_work_on_tuning(recipe, ["training.steps=1"]) as job:
+        tuning.finetune(job, told.append)
+    assert told == ["no adapter is on mlp.experts.down_proj, which are no linear modules; they stay as they are"]
+
+
 def test_dead_adapters_end_the_run(recipe, monkeypatch):
     """As where a fused kernel reads the weight: the module is never called."""
     made = tuning.with_adapters
