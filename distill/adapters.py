@@ -8,11 +8,10 @@ Sources: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353). A mixe
 step size together, the memory buffers that "Mamba State-Space Models Are Lyapunov-Stable Learners" (2406.00209) adapts.
 Our mixers call ``out_proj`` as a module, where fused kernels read its weight and pass an adapter by.
 
-What no adapter of PEFT reaches: its low-rank forms want matrices, and what it can train whole are modules, not single
-parameters. A_log and D, and the time step's bias, are parameters of the mixer itself, with the names that every Mamba
-implementation has; put into a module of their own they would be saved under other names. ``LoraConfig(bias="all")``
-trains and saves what has "bias" in its name, and so the time step (Δ_bias, or the decay's A_log_bias); A_log and D are
-trained by full fine-tuning alone.
+What no adapter of PEFT reaches: its low-rank forms want matrices, and what it trains whole are modules
+(``modules_to_save``), or biases that are called just that. A_log, D and the bias of the time step are parameters of the
+mixer itself, under the names that every Mamba implementation has; in a module of their own they would be saved under
+others, which neither earlier students nor Bamba and GraniteMoeHybrid have. Full fine-tuning trains them.
 """
 
 import re

@@ -1,0 +1,78 @@
+"""Which model an adapter belongs to, told without loading either.
+
+An adapter written here has a stage.json whose parent is its base, by a digest of that one's weights. Of any other
+adapter the names and shapes are compared: B A must fit the weights it is added to.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from distill import handover
+from distill.errors import UserError
+from distill.handover import Parent
+from distill.weight_files import read_header, stored_tensors
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+KINDS = {"lora": (False, False), "rslora": (True, False), "dora": (False, True)}
+"""The methods, by PEFT's ``use_rslora`` and ``use_dora``."""
+
+_A = ".lora_A.weight"
+
+
+def parent_of_tuning(model: Path) -> Parent:
+    """What tuning starts from: a verified stage, or any model's folder by its digest.
+
+    Raises:
+        UserError: no model is there, or a stage's weights are not what it wrote.
+    """
+    if not (model / "config.json").is_file():
+        if (model / CONFIG).is_file():
+            raise UserError(f"model: {model} holds an adapter; give the model it is for, and this as adapter.start")
+        raise UserError(
+            f"model: {model} is no model's folder (it has no config.json); give a student's, such as the"
+            " last stage's of a run"
+        )
+    if handover.is_there(model):
+        return handover.verify(model).as_parent()
+    stored_tensors(model)
+    return Parent("model", handover.folder_digest(model))
+
+
+def check_adapter(folder: Path, model: Path, parent: Parent, method: str) -> None:
+    """Refuse an adapter that is not for this model or not of this method.
+
+    Raises:
+        UserError: also where the folder holds no adapter.
+    """
+    config = _config(folder)
+    if (bool(config.get("use_rslora")), bool(config.get("use_dora"))) != KINDS[method]:
+        raise UserError(f"adapter.start: {folder} is of another method than {method}; give the one it was made with")
+    tensors = read_header(folder / WEIGHTS)
+    if handover.is_there(folder):
+        base = handover.verify(folder).parent
+        if base != parent:
+            was = f"{base.stage} ({base.sha256[:12]})" if base else "another model"
+            raise UserError(
+                f"adapter.start: {folder} is an adapter for {was}, and {model} is {parent.stage}"
+                f" ({parent.sha256[:12]}); give the model it was trained on: {config.get('base_model_name_or_path')}"
+            )
+    stored = stored_tensors(model)
+    for name in (name for name in tensors if name.endswith(_A)):
+        module = name.removeprefix("base_model.model.").removesuffix(_A)
+        weight = stored.get(f"{module}.weight")
+        outer = tensors.get(name.replace("lora_A", "lora_B"))
+        fits = weight and outer and {tensors[name].shape[1], outer.shape[0]} == set(weight.shape)
+        if not fits:
+            has = f"{' × '.join(map(str, weight.shape))} there" if weight else "not there"
+            raise UserError(f"adapter.start: {folder} is for another model than {model}: {module} is {has}")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / CONFIG).read_text())
+        if not (folder / WEIGHTS).is_file():
+            raise FileNotFoundError(WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise UserError(f"adapter.start: {folder} holds no adapter ({error}); needed: {CONFIG} and {WEIGHTS}") from None
+    return found

@@ -1,0 +1,127 @@
+"""A fine-tuning recipe that was checked against its files, and where it writes. No weight is loaded for it.
+
+run_dir/
+  recipe.yaml                 the resolved recipe
+  finetune/                   the tuned model or adapter, a Hugging Face folder with stage.json (distill.handover)
+  training/finetune/          metrics.jsonl, and checkpoints while it trains
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from distill import handover
+from distill.atomic import settle
+from distill.checks import read_tokenizer
+from distill.errors import UserError
+from distill.finetuning.bases import check_adapter, parent_of_tuning
+from distill.finetuning.chat import check_template, set_template
+from distill.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
+from distill.finetuning.rows import Row, read_rows
+from distill.handover import Parent
+from distill.lock import alone_in
+
+STAGE = "finetune"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked recipe and what its files hold.
+
+    Attributes:
+        parent: the model that is tuned.
+        fingerprint: sha256 of all that the result depends on: settings, model, rows, template, adapter.
+    """
+
+    recipe: FinetuneRecipe
+    parent: Parent
+    tokenizer: Any
+    rows: list[Row]
+    fingerprint: str
+
+    @property
+    def folder(self) -> Path:
+        """Where the tuned model or adapter goes."""
+        return self.recipe.run_dir / STAGE
+
+    @property
+    def work_folder(self) -> Path:
+        """Metrics and checkpoints."""
+        return self.recipe.run_dir / "training" / STAGE
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.recipe.device == "cpu" or not torch.cuda.is_available()
+
+    def is_done(self) -> bool:
+        """Whether the result is there; if it is, it must be what this recipe makes."""
+        if not handover.is_there(self.folder):
+            return False
+        handover.verify(self.folder, self.parent, expected_settings=self.fingerprint)
+        return True
+
+
+@contextmanager
+def at_work_on_tuning(path: Path, overrides: Sequence[str] = ()) -> Iterator[Job]:
+    """Check a recipe; nobody else writes into its run_dir until the block ends.
+
+    Raises:
+        UserError: whatever the recipe says that cannot be done; nothing was written.
+    """
+    job = open_job(load_finetune_recipe(path, overrides))
+    with alone_in(job.recipe.run_dir):
+        settle(job.folder)
+        handover.require_room(job.folder)
+        yield job
+
+
+def open_job(recipe: FinetuneRecipe) -> Job:
+    """Check what a recipe says against the files it names.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    _require_packages()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("fine-tuning runs as one process; start it without a launcher")
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: no CUDA device is visible to this PyTorch; use auto or cpu")
+    model = Path(recipe.model).expanduser()
+    parent = parent_of_tuning(model)
+    start = None if recipe.adapter is None or recipe.adapter.start is None else Path(recipe.adapter.start).expanduser()
+    if start is not None:
+        check_adapter(start, model, parent, recipe.method)
+    _check_length(recipe, model)
+    rows = read_rows(recipe.data)
+    tokenizer = read_tokenizer(model)
+    set_template(tokenizer, recipe.data)
+    if recipe.data.format == "chat":
+        check_template(tokenizer, recipe.data, rows)
+    elif tokenizer.eos_token is None:
+        raise UserError(f"the tokenizer of {model} has no end-of-sequence token, which ends every text")
+    told = [recipe.digest(), parent.sha256, rows, tokenizer.chat_template, start and handover.folder_digest(start)]
+    return Job(recipe, parent, tokenizer, rows, hashlib.sha256(json.dumps(told).encode()).hexdigest())
+
+
+def _check_length(recipe: FinetuneRecipe, model: Path) -> None:
+    longest = getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", None)
+    if longest is not None and recipe.data.max_length > longest:
+        raise UserError(
+            f"data.max_length: {recipe.data.max_length} tokens are more than the {longest} positions that the model"
+            " knows; lower it"
+        )
+
+
+def _require_packages() -> None:
+    lacking = [name for name in ("peft", "trl") if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise UserError(f"{' and '.join(lacking)} not installed: pip install 'distill-ssm[finetune]'")
