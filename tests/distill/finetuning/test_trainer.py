@@ -55,8 +55,8 @@ def test_precisions_agree(recipe, method):
         assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     for dtype in ("bfloat16", "float16"):
         assert found[dtype] == pytest.approx(found["float32"], rel=HALF)
-        assert found[dtype] != found["float32"], f"{dtype} was left off without a word"
-    assert found["float16"] != found["bfloat16"]
+    # Before the first update only the forward's own precision can tell them apart.
+    assert len({found[dtype][0] for dtype in found}) == 3, "a precision was left off without a word"
 
 
 def test_float16_scales_its_loss(recipe, monkeypatch):
