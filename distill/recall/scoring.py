@@ -9,6 +9,7 @@ logits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -73,17 +74,27 @@ def examine(model: PreTrainedModel, examples: Sequence[Example], *, batch_size: 
 def write(model: PreTrainedModel, examples: Sequence[Example], batch_size: int) -> list[Ids]:
     """What the model writes after each prompt, greedily: as many ids as the answer has, or fewer to an end of text."""
     written: list[Ids] = [()] * len(examples)
-    with evaluating(model):
+    with evaluating(model), _plainly_greedy(model):
         for group in _groups([len(one.prompt) for one in examples], batch_size):
             inputs = _padded([examples[i].prompt for i in group], device_of(model))
             longest = max(len(examples[i].answer) for i in group)
-            ends = model.generation_config.eos_token_id if model.generation_config else None
-            settings = GenerationConfig(max_new_tokens=longest, do_sample=False, eos_token_id=ends, pad_token_id=0)
             generate = cast(Callable[..., Tensor], model.generate)
-            out_BT = generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
+            out_BT = generate(**inputs, max_new_tokens=longest)[:, inputs["input_ids"].shape[1] :]
             for i, row in zip(group, out_BT.tolist(), strict=True):
                 written[i] = tuple(row[: len(examples[i].answer)])
     return written
+
+
+@contextmanager
+def _plainly_greedy(model: PreTrainedModel) -> Iterator[None]:
+    """Without the checkpoint's own settings: what a call leaves out, as penalties, ``generate`` takes from them."""
+    own = model.generation_config
+    ends = own.eos_token_id if own else None
+    try:
+        model.generation_config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=0)
+        yield
+    finally:
+        model.generation_config = own
 
 
 def log_probabilities(model: PreTrainedModel, pairs: Sequence[tuple[Ids, Ids]], batch_size: int) -> list[float]:

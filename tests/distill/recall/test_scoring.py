@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from distill import convert
 from distill.errors import UserError
@@ -23,9 +24,12 @@ def examples() -> list[Example]:
     return [*singles, *(Example(ids(9 - n), tuple(ids(3) for _ in range(4)), n % 4, 2) for n in range(5))]
 
 
-@pytest.fixture(scope="module", params=["teacher", "mamba2", "hybrid"])
+@pytest.fixture(scope="module", params=["teacher", "learned positions", "mamba2", "hybrid"])
 def model(request):
     torch.manual_seed(0)
+    if request.param == "learned positions":  # in which a row must not be moved by its padding
+        learned = GPT2Config(vocab_size=V, n_positions=64, n_embd=32, n_layer=2, n_head=4, eos_token_id=None)
+        return GPT2LMHeadModel(learned).double().eval()
     teacher = FAMILIES["llama"]().double().eval()
     teacher.generation_config.eos_token_id = None
     if request.param == "teacher":
@@ -74,6 +78,18 @@ def test_results(model):
         assert (result.choices, result.distance, result.tokens) == (4, one.distance, len(one.prompt))
 
 
+def test_a_checkpoints_own_settings_change_nothing():
+    torch.manual_seed(0)
+    model, (given, *_) = FAMILIES["llama"]().eval(), examples()[4:]
+    model.generation_config.eos_token_id = None
+    plain = write(model, [given], 1)
+    assert len(set(plain[0])) < 3  # a penalty would be seen
+    own = model.generation_config
+    own.update(repetition_penalty=9.0, do_sample=True, no_repeat_ngram_size=1)
+    assert write(model, [given], 1) == plain
+    assert model.generation_config is own
+
+
 def test_an_end_of_text_stops_the_answer():
     torch.manual_seed(0)
     model = FAMILIES["llama"]().eval()
@@ -81,6 +97,12 @@ def test_an_end_of_text_stops_the_answer():
     first, *_ = write(model, [one], 1)[0]
     model.generation_config.eos_token_id = first
     assert write(model, [one], 1) == [(first,)]
+
+
+def test_prompts_beyond_learned_positions_are_refused():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_positions=32, n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(UserError, match="36 tokens of prompt and answer are more than the 32 positions"):
+        examine(model, row_examples("copying", 4, 33, samples=1, seed=0, vocabulary=512))
 
 
 def test_ids_that_the_model_lacks_are_refused():
