@@ -3,13 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import cast
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distill.errors import UserError
 from distill.evaluating import evaluating
 from distill.evaluation import device_of
+from distill.prompts import encoded, left_padded, until
 
 
 def completions(
@@ -36,20 +35,11 @@ def completions(
     Raises:
         UserError: a prompt has no token at all.
     """
-    encoded = [_encode_prompt(tokenizer, prompt, bos) for prompt in prompts]
-    groups = [encoded] if tokenizer.pad_token_id is not None and encoded else [[ids] for ids in encoded]
+    rows = [encoded(tokenizer, prompt, bos) for prompt in prompts]
+    groups = [rows] if tokenizer.pad_token_id is not None and rows else [[ids] for ids in rows]
     with evaluating(model):
         generated = [ids for group in groups for ids in _generate(model, tokenizer, group, new_tokens, sharded)]
-    return [_continuation(tokenizer, *ids) for ids in zip(encoded, generated, strict=True)]
-
-
-def _encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, bos: bool) -> list[int]:
-    ids = list(tokenizer(prompt)["input_ids"])
-    if bos and tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
-        ids.insert(0, tokenizer.bos_token_id)
-    if not ids:
-        raise UserError(f"the prompt {prompt!r} has no token to continue from: give it some text")
-    return ids
+    return [_continuation(tokenizer, *ids) for ids in zip(rows, generated, strict=True)]
 
 
 def _generate(
@@ -64,13 +54,10 @@ def _generate(
     ends = [eos] if isinstance(eos, int) else eos or []
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), None)
     width = max(map(len, group))
-    ids_BT = torch.tensor([[pad or 0] * (width - len(ids)) + ids for ids in group], device=device_of(model))
-    mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in group], device=ids_BT.device)
     # A checkpoint's generation config may ask for sampling or penalties: this is the model, plain.
     unset = dict.fromkeys(("temperature", "top_p", "top_k", "repetition_penalty"))
     out_BT = cast(Callable[..., Tensor], model.generate)(
-        input_ids=ids_BT,
-        attention_mask=mask_BT,
+        **left_padded(group, pad or 0, device_of(model)),
         max_new_tokens=new_tokens,
         pad_token_id=pad,
         do_sample=False,
@@ -78,12 +65,7 @@ def _generate(
         synced_gpus=sharded,
         **unset,
     )
-    return [_until(row[width:], ends) for row in out_BT.tolist()]
-
-
-def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
-    cut = next((index for index, token in enumerate(ids) if token in ends), len(ids))
-    return ids[:cut]
+    return [until(row[width:], ends) for row in out_BT.tolist()]
 
 
 def _continuation(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], new_ids: list[int]) -> str:

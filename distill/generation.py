@@ -20,6 +20,7 @@ from distill.data.image_encoding import prompt_inputs
 from distill.decoder import learns_positions
 from distill.errors import UserError
 from distill.layout import ATTENTION
+from distill.prompts import encoded, left_padded, until
 from distill.weight_files import stored_tensors
 
 
@@ -73,20 +74,18 @@ def generate(
         UserError: a setting outside its range, a prompt without tokens, or one too long for the model.
     """
     _check_settings(max_new_tokens, temperature, top_p)
-    rows = [_encode(tokenizer, prompt, bos) for prompt in prompts]
+    rows = [encoded(tokenizer, prompt, bos) for prompt in prompts]
     width = max(map(len, rows))
     _check_length(model, width, max_new_tokens)
-    # Any id will do for padding: the mask keeps it out.
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    ids_BT = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
-    mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    inputs = left_padded(rows, pad, model.device)
     sampling = _sampling(temperature, top_p)
     settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=_ends(model), pad_token_id=pad, **sampling)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream and len(rows) == 1 else None
-    out_BT = _generated(model, {"input_ids": ids_BT, "attention_mask": mask_BT}, settings, streamer, seed)
+    out_BT = _generated(model, inputs, settings, streamer, seed)
     ends = _ends(model)
     stops = {ends} if isinstance(ends, int) else set(ends or ())
-    texts = (row + _until(ids[width:], stops) for row, ids in zip(rows, out_BT.tolist(), strict=True))
+    texts = (row + until(ids[width:], stops) for row, ids in zip(rows, out_BT.tolist(), strict=True))
     return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in texts]
 
 
@@ -160,17 +159,3 @@ def _check_length(model: PreTrainedModel, prompt: int, new: int) -> None:
             f"{prompt} tokens of prompt and {new} new ones are more than the {longest} positions that the model knows;"
             " lower max_new_tokens or shorten the prompt"
         )
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, bos: bool) -> list[int]:
-    ids = list(tokenizer(prompt)["input_ids"])
-    if bos and tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
-        ids.insert(0, tokenizer.bos_token_id)
-    if not ids:
-        raise UserError(f"the prompt {prompt!r} has no token to continue from; give it some text")
-    return ids
-
-
-def _until(ids: list[int], stops: set[int]) -> list[int]:
-    """The ids before the first stop; after it a row of a batch is only padding."""
-    return ids[: next((place for place, token in enumerate(ids) if token in stops), len(ids))]

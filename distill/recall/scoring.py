@@ -21,6 +21,7 @@ from distill.decoder import learns_positions
 from distill.errors import UserError
 from distill.evaluating import evaluating
 from distill.evaluation import device_of
+from distill.prompts import left_padded
 from distill.recall.example import Example
 
 Ids = tuple[int, ...]
@@ -76,7 +77,7 @@ def write(model: PreTrainedModel, examples: Sequence[Example], batch_size: int) 
     written: list[Ids] = [()] * len(examples)
     with evaluating(model), _plainly_greedy(model):
         for group in _groups([len(one.prompt) for one in examples], batch_size):
-            inputs = _padded([examples[i].prompt for i in group], device_of(model))
+            inputs = left_padded([examples[i].prompt for i in group], device=device_of(model))
             longest = max(len(examples[i].answer) for i in group)
             generate = cast(Callable[..., Tensor], model.generate)
             out_BT = generate(**inputs, max_new_tokens=longest)[:, inputs["input_ids"].shape[1] :]
@@ -120,18 +121,10 @@ def log_probabilities(model: PreTrainedModel, pairs: Sequence[tuple[Ids, Ids]], 
 
 def _last_logs(model: PreTrainedModel, rows: Sequence[Ids], last: int) -> Tensor:
     """Log-probabilities of what follows the ``last`` positions of each row; (B, last, V) fp32."""
-    inputs = _padded(rows, device_of(model))
+    inputs = left_padded(rows, device=device_of(model))
     position_ids = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
     logits_BTV = model(**inputs, position_ids=position_ids, use_cache=False, logits_to_keep=last).logits
     return logits_BTV[:, -last:].float().log_softmax(-1)
-
-
-def _padded(rows: Sequence[Ids], device: torch.device) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask`` of rows that end together; (B, T) int64. Any id will do for padding."""
-    width = max(map(len, rows))
-    ids = [[0] * (width - len(row)) + list(row) for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
 
 def _groups(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
