@@ -14,13 +14,13 @@ import numpy as np
 import tokenizers
 import torch
 import typer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from distill.data.blocks import IGNORED
 from distill.recall import examine, row_examples
 from distill.recall.rows import SMALLEST, Row, associative, phonebook
 from scripts.teacher_folder import write_folder
-from scripts.teacher_training import Batch, optimizers_for, say, train, wsd
+from scripts.teacher_training import Batch, new_llama, optimizers_for, say, train, wsd
 
 Cell = tuple[str, int, int]  # task, items, length
 
@@ -62,7 +62,9 @@ def main(
     """Train a small Llama on associative recall and phone books, into a Hugging Face folder."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    model, tokenizer = new_model(vocabulary, hidden, layers, heads, kv_heads, intermediate), word_tokenizer(vocabulary)
+    # Without an end of text: the ids are all the task's own.
+    model = new_llama(vocabulary, hidden, layers, heads, kv_heads, intermediate, positions=LONGEST)
+    tokenizer = word_tokenizer(vocabulary)
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{parameters:,} parameters; {steps} steps of {batch_size} rows")
 
@@ -84,28 +86,6 @@ def main(
     write_folder(output, model.eval(), tokenizer, card(output.name, facts))
     write_text(work / "rows.txt", text_rows, vocabulary, seed)
     say(f"{output}: the model; {work / 'rows.txt'}: {text_rows:,} rows to distil it on")
-
-
-def new_model(
-    vocabulary: int, hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int
-) -> LlamaForCausalLM:
-    """Without an end of text: the ids are all the task's own."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=hidden // heads,
-            max_position_embeddings=LONGEST,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-        )
-    )
 
 
 def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:

@@ -1,13 +1,46 @@
-"""How ``train_teacher`` trains: the loss, the optimizers, the schedule and the loop."""
+"""How ``train_teacher`` trains: the model, the loss, the optimizers, the schedule and the loop."""
 
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill.data.blocks import IGNORED
 
 Batch = dict[str, Tensor]
+
+
+def new_llama(
+    vocabulary: int,
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    intermediate: int,
+    *,
+    positions: int,
+    bos: int | None = None,
+    eos: int | None = None,
+    pad: int | None = None,
+) -> LlamaForCausalLM:
+    """A Llama with tied embeddings and random weights; None where its ids have no such token."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=hidden // heads,
+            max_position_embeddings=positions,
+            tie_word_embeddings=True,
+            bos_token_id=bos,
+            eos_token_id=eos,
+            pad_token_id=pad,
+        )
+    )
 
 
 def shifted_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:

@@ -26,7 +26,7 @@ import torch
 import transformers
 import typer
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from distill.data import (
     Blocks,
@@ -43,7 +43,7 @@ from distill.errors import UserError
 from scripts.ngram import KneserNey
 from scripts.recall_teacher import main as recall
 from scripts.teacher_folder import model_card, samples, write_folder
-from scripts.teacher_training import Batch, optimizers_for, say, shifted_loss, train, wsd
+from scripts.teacher_training import Batch, new_llama, optimizers_for, say, shifted_loss, train, wsd
 
 HELD_OUT = 0.1  # fraction of the files
 NGRAM_ORDERS = (3, 4, 5, 6)
@@ -156,21 +156,17 @@ def main(
     half_batches = TrainingBatches(half, 2 * batch_size, seed)
     full_batches = TrainingBatches(full, batch_size, seed)
 
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=hidden // heads,
-            max_position_embeddings=block,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    model = new_llama(
+        vocabulary,
+        hidden,
+        layers,
+        heads,
+        kv_heads,
+        intermediate,
+        positions=block,
+        bos=tokenizer.bos_token_id,
+        eos=tokenizer.eos_token_id,
+        pad=tokenizer.pad_token_id,
     )
     n_parameters = sum(p.numel() for p in model.parameters())
     tokens_per_step = batch_size * block

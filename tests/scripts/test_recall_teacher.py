@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from distill.data.blocks import IGNORED
-from scripts.recall_teacher import LONG, drawn, new_model, padded
-from scripts.teacher_training import shifted_loss
+from scripts.recall_teacher import LONG, LONGEST, drawn, padded
+from scripts.teacher_training import new_llama, shifted_loss
 from scripts.train_teacher import main, program, recall
 
 VOCABULARY = 320
@@ -17,7 +17,7 @@ def test_what_is_learned_is_every_answer_and_nothing_else():
     rows = list(drawn(LONG, 12, VOCABULARY, np.random.default_rng(0)))
     batch = padded(iter(rows))
     torch.manual_seed(0)
-    model = new_model(VOCABULARY, 16, 2, 2, 1, 32)
+    model = new_llama(VOCABULARY, 16, 2, 2, 1, 32, positions=LONGEST)
     logs, count = 0.0, 0
     for row in rows:
         logits_TV = model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
