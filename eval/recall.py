@@ -3,7 +3,6 @@
 python -m eval.recall teachers/stdlib-1m runs/quickstart/logits --task phonebook --lengths 128,256 --items 1,2,4
 """
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,17 +12,17 @@ from transformers import PreTrainedModel
 
 from distill.atomic import explained_full_disk
 from distill.errors import UserError
-from distill.evaluation_record import json_numbers
 from distill.programs import quiet_unless_watched, report_user_errors
 from distill.recall import TASKS
 from distill.recall.tasks import task_named
 from eval import options, words
+from eval.findings import Fields, Findings, names_of, require_folder, write_findings
 from eval.heat_maps import heat_maps
 from eval.loading import load_model, load_tokenizer
 from eval.recall_sweep import Cell, Surface, drawing, sweep
 
 NAMES = "; ".join(f"{name}: {task.says}" for name, task in TASKS.items())
-FILE = "recall.json"
+KIND = "recall"
 
 
 @report_user_errors()
@@ -34,7 +33,7 @@ def main(
         str, typer.Option(help="Tokens of the prompts, such as 256,512; shorter ones are filled up. 0: no filling.")
     ] = "0",
     items: Annotated[str, typer.Option(help="Pairs, entries, words, bits or moves, such as 2,4,8.")] = "2,4,8",
-    output: Annotated[Path, typer.Option(help=f"Folder for {FILE} and a picture TASK.png for each task.")] = Path(
+    output: Annotated[Path, typer.Option(help=f"Folder for {KIND}.json and a picture TASK.png for each task.")] = Path(
         "runs/recall"
     ),
     surface: Annotated[
@@ -56,8 +55,8 @@ def main(
     for name in chosen:
         task_named(name)
     numbers, sizes = _numbers(items, "--items", 1), _numbers(lengths, "--lengths", 0)
-    names = _names(models)
-    _require_folder(output)
+    names = names_of(models)
+    require_folder(output)
     found: dict[str, dict[str, list[Cell]]] = {name: {} for name in chosen}
     for name, path in names.items():
         model = load_model(path, device)
@@ -65,8 +64,7 @@ def main(
             draw = _drawing(model, path, one, surface, samples, seed)
             found[one][name] = sweep(model, draw, numbers, sizes, batch_size)
             print(_told(one, name, found[one][name]), flush=True)
-    settings = {"surface": surface, "samples": samples, "seed": seed, "models": names}
-    _write(output, settings, found)
+    _write(output, names, {"surface": surface, "samples": samples, "seed": seed}, found)
 
 
 def _drawing(model: PreTrainedModel, path: str, task: str, surface: Surface, samples: int, seed: int) -> Any:
@@ -88,15 +86,13 @@ def _told(task: str, name: str, cells: list[Cell]) -> str:
     return "\n".join(lines)
 
 
-def _write(output: Path, settings: dict[str, Any], found: dict[str, dict[str, list[Cell]]]) -> None:
+def _write(output: Path, models: dict[str, str], settings: Fields, found: dict[str, dict[str, list[Cell]]]) -> None:
     tasks = {task: {name: [asdict(cell) for cell in cells] for name, cells in by.items()} for task, by in found.items()}
+    file = write_findings(output, Findings(KIND, models, settings, tasks))
     with explained_full_disk(output):
-        output.mkdir(parents=True, exist_ok=True)
-        record = json_numbers(settings | {"tasks": tasks})
-        (output / FILE).write_text(json.dumps(record, indent=1) + "\n")
         for task, by_model in found.items():
             heat_maps(f"{task}: {TASKS[task].says}", by_model, output / f"{task}.png")
-    print(f"{output / FILE} and {words.listed(list(found), lambda task: f'{task}.png')} beside it")
+    print(f"{file} and {words.listed(list(found), lambda task: f'{task}.png')} beside it")
 
 
 def _numbers(text: str, option: str, least: int) -> list[int]:
@@ -105,20 +101,6 @@ def _numbers(text: str, option: str, least: int) -> list[int]:
     if not all(part.isdecimal() and int(part) >= least for part in parts):
         raise UserError(f"{option} {text}: give whole numbers from {least} on with commas between them, such as 4,8")
     return sorted({int(part) for part in parts})
-
-
-def _names(paths: list[str]) -> dict[str, str]:
-    """Each model's path by its folder's name, or the whole path where two have the same."""
-    last = [Path(path).resolve().name if Path(path).is_dir() else path for path in paths]
-    names = [name if last.count(name) == 1 else path for name, path in zip(last, paths, strict=True)]
-    if len(set(names)) < len(names):
-        raise UserError(f"{words.listed(paths)}: a model is given twice")
-    return dict(zip(names, paths, strict=True))
-
-
-def _require_folder(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output} is a file; --output takes a folder")
 
 
 if __name__ == "__main__":

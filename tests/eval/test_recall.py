@@ -32,9 +32,9 @@ def test_a_sweep_over_teacher_and_student(models, tmp_path, capsys):
     recall.main(list(models), ["passkey"], lengths="96,160", items="1,4", output=out, samples=4, seed=5, device="cpu")
     record = json.loads((out / "recall.json").read_text())
     assert record["models"] == {"teacher": models[0], "hybrid": models[1]}
-    assert list(record["tasks"]) == ["passkey"]
+    assert list(record["results"]) == ["passkey"]
     for name, folder in record["models"].items():
-        cells = {(one["items"], one["length"]): one for one in record["tasks"]["passkey"][name]}
+        cells = {(one["items"], one["length"]): one for one in record["results"]["passkey"][name]}
         assert set(cells) == {(1, 96), (1, 160), (4, 160)}  # four keys take more than 96 tokens
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         results = examine(model.eval(), text_examples("passkey", 4, 160, samples=4, seed=5, tokenizer=tokenizer))
@@ -59,8 +59,8 @@ def test_the_tasks_own_ids(models, tmp_path):
         device="cpu",
     )
     record = json.loads((tmp_path / "recall.json").read_text())
-    assert list(record["tasks"]) == ["associative", "copying"]
-    (found,) = record["tasks"]["associative"]["hybrid"]
+    assert list(record["results"]) == ["associative", "copying"]
+    (found,) = record["results"]["associative"]["hybrid"]
     model = AutoModelForCausalLM.from_pretrained(models[1]).eval()
     results = examine(model, row_examples("associative", 3, 0, samples=3, seed=0, vocabulary=1024))
     assert found["log_probability"] == pytest.approx(sum(r.log_probability for r in results) / 3, rel=1e-4)
