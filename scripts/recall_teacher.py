@@ -11,49 +11,35 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import tokenizers
 import torch
 import typer
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from distill.data.blocks import IGNORED
 from distill.recall import examine, row_examples
-from distill.recall.rows import SMALLEST, Row, associative, phonebook
+from distill.recall.rows import Row
+from scripts.recall_rows import LONG, LONGEST, SHORT, VOCABULARY, Vocabulary, drawn, word_tokenizer, write_text
 from scripts.teacher_folder import write_folder
 from scripts.teacher_training import Batch, new_llama, optimizers_for, say, train, wsd
 
-Cell = tuple[str, int, int]  # task, items, length
-
-SHORT: list[Cell] = [("associative", 4, 64), ("associative", 8, 64), ("phonebook", 3, 0), ("phonebook", 6, 0)]
-LONG: list[Cell] = [
-    *SHORT,
-    ("associative", 16, 64),
-    ("associative", 16, 128),
-    ("associative", 32, 128),
-    ("phonebook", 6, 128),
-    ("phonebook", 12, 0),
-    ("phonebook", 18, 0),
-]
 SHORT_STEPS = 0.6  # fraction of the steps that train on short rows: there looking up is discovered
-SHOTS = 8  # lookups a phone book is trained on; it is examined with two and a last one
-LONGEST = 256
 
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder of the finished model.")] = Path("teachers/recall"),
     work: Annotated[Path, typer.Option(help="Folder of the text to distil it on.")] = Path("runs/recall-teacher"),
-    steps: Annotated[int, typer.Option(min=1, help="Batches to train on.")] = 3000,
+    steps: Annotated[int, typer.Option(min=1, help="Batches to train on.")] = 4000,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 64,
     lr: Annotated[float, typer.Option(help="Highest learning rate of AdamW: embedding, norms.")] = 2.5e-3,
     matrix_lr: Annotated[float, typer.Option(help="Highest learning rate of Muon: the matrices.")] = 1e-2,
     warmup: Annotated[float, typer.Option(help="Fraction of the steps that warm up.")] = 0.05,
     decay: Annotated[float, typer.Option(help="Fraction of the steps that decay to zero.")] = 0.5,
-    vocabulary: Annotated[int, typer.Option(min=SMALLEST, help="Token ids.")] = 512,
-    hidden: Annotated[int, typer.Option(help="Width of the residual stream.")] = 128,
-    layers: Annotated[int, typer.Option(min=2, help="Decoder layers; looking up takes two.")] = 2,
+    vocabulary: Vocabulary = VOCABULARY,
+    hidden: Annotated[int, typer.Option(help="Width of the residual stream.")] = 64,
+    layers: Annotated[int, typer.Option(min=2, help="Decoder layers; looking up takes two.")] = 4,
     heads: Annotated[int, typer.Option(help="Query heads.")] = 4,
     kv_heads: Annotated[int, typer.Option(help="Key and value heads.")] = 2,
-    intermediate: Annotated[int, typer.Option(help="Width of the MLP.")] = 256,
+    intermediate: Annotated[int, typer.Option(help="Width of the MLP.")] = 128,
     samples: Annotated[int, typer.Option(min=1, help="Prompts a cell that it is examined on at the end.")] = 256,
     text_rows: Annotated[int, typer.Option(min=1, help="Rows of the text to distil it on.")] = 20_000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights and the rows.")] = 0,
@@ -88,24 +74,6 @@ def main(
     say(f"{output}: the model; {work / 'rows.txt'}: {text_rows:,} rows to distil it on")
 
 
-def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Writes id 17 as the word ``17``."""
-    words = {str(number): number for number in range(vocabulary)}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=model, model_max_length=LONGEST)
-
-
-def drawn(cells: list[Cell], number: int, vocabulary: int, rng: np.random.Generator) -> Iterator[Row]:
-    """Rows of any of the cells."""
-    for cell in rng.integers(len(cells), size=number).tolist():
-        task, items, length = cells[cell]
-        if task == "associative":
-            yield associative(rng, items, length, vocabulary)
-        else:
-            yield phonebook(rng, items, length, vocabulary, shots=SHOTS)
-
-
 def padded(rows: Iterator[Row]) -> Batch:
     """Rows of one batch, (B, T) int64; labels stand one place behind what is read, as in ``distill.data``."""
     made = list(rows)
@@ -128,14 +96,6 @@ def told(model: LlamaForCausalLM, vocabulary: int, samples: int, seed: int) -> I
         name = f"{task}, {items} items, {f'length {length}' if length else 'as long as needed'}"
         say(f"{name}: {100 * written:.1f}% written, {100 * first:.1f}% chosen of {samples}")
         yield name, f"{100 * written:.1f}% written, {100 * first:.1f}% chosen"
-
-
-def write_text(file: Path, number: int, vocabulary: int, seed: int) -> None:
-    """Rows of all cells as words, one a line."""
-    rng = np.random.default_rng([seed, number, 1])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    rows = (" ".join(map(str, row.ids)) for row in drawn(LONG, number, vocabulary, rng))
-    file.write_text("\n".join(rows) + "\n")
 
 
 def card(name: str, facts: dict[str, str]) -> str:

@@ -7,6 +7,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from distill.checks import check
 from distill.recipe import load_recipe
+from scripts.recall_rows import VOCABULARY, write_text
 from tests.conftest import CHECKOUT, outside
 
 SHAPES = sorted((CHECKOUT / "recipes" / "shapes").glob("*.yaml"))
@@ -32,7 +33,11 @@ def test_a_recipe_loads_and_dumps_to_itself(path, tmp_path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_passes_its_checks(path, tmp_path, monkeypatch):
     monkeypatch.chdir(CHECKOUT)
-    recipe = load_recipe(path, [f"run_dir={tmp_path / 'run'}"])
+    changes = [f"run_dir={tmp_path / 'run'}"]
+    if path.stem == "recall":
+        write_text(tmp_path / "rows.txt", 1000, VOCABULARY, seed=0)
+        changes.append(f"data.source={tmp_path / 'rows.txt'}")
+    recipe = load_recipe(path, changes)
     for place in (recipe.teacher.path, *recipe.data.source):
         if place.startswith("../shared/"):
             outside(place.removeprefix("../shared/"))

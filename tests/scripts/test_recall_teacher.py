@@ -1,23 +1,27 @@
-"""The batches that the recall teacher is trained on, and that its training loss is of the answers alone."""
+"""The recall teacher: its batches, what its loss is of, and that the one in the repository recalls."""
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.data.blocks import IGNORED
-from scripts.recall_teacher import LONG, LONGEST, drawn, padded
+from distill.recall import examine, row_examples
+from scripts.recall_rows import LONG, LONGEST, VOCABULARY, drawn, write_text
+from scripts.recall_teacher import padded
 from scripts.teacher_training import new_llama, shifted_loss
 from scripts.train_teacher import main, program, recall
+from tests.conftest import CHECKOUT
 
-VOCABULARY = 320
+SMALL = 320
 
 
 @torch.no_grad()
 def test_what_is_learned_is_every_answer_and_nothing_else():
-    rows = list(drawn(LONG, 12, VOCABULARY, np.random.default_rng(0)))
+    rows = list(drawn(LONG, 12, SMALL, np.random.default_rng(0)))
     batch = padded(iter(rows))
     torch.manual_seed(0)
-    model = new_llama(VOCABULARY, 16, 2, 2, 1, 32, positions=LONGEST)
+    model = new_llama(SMALL, 16, 2, 2, 1, 32, positions=LONGEST)
     logs, count = 0.0, 0
     for row in rows:
         logits_TV = model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
@@ -35,3 +39,24 @@ def test_the_task_chooses_the_program():
     with pytest.raises(SystemExit) as end:
         program(["--task", "recal"])
     assert end.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "items", "length"), [("associative", 8, 64), ("associative", 32, 128), ("phonebook", 18, 0)]
+)
+def test_the_teacher_in_the_repository_recalls(task, items, length):
+    teacher = AutoModelForCausalLM.from_pretrained(CHECKOUT / "teachers" / "recall")
+    examples = row_examples(task, items, length, samples=128, seed=7, vocabulary=VOCABULARY)
+    assert sum(result.written for result in examine(teacher, examples, batch_size=64)) >= 127
+
+
+def test_the_teacher_in_the_repository_is_small_and_reads_its_rows(tmp_path):
+    folder = CHECKOUT / "teachers" / "recall"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 2**20
+    write_text(tmp_path / "rows.txt", 3, VOCABULARY, seed=0)
+    again = tmp_path / "again.txt"
+    write_text(again, 3, VOCABULARY, seed=0)
+    assert again.read_text() == (tmp_path / "rows.txt").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for row in again.read_text().splitlines():
+        assert tokenizer(row)["input_ids"] == [int(word) for word in row.split()]
