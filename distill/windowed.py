@@ -42,6 +42,7 @@ from distill.vision import read_both_ways
 SINKS = 4
 IMPLEMENTATIONS = ("eager", "sdpa")
 _NOTE = "distill_windowed"
+_NOT_AS_IT_WAS = "a window is put into a teacher as it was, not into a student or into a model that has one"
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ def matching_window(teacher: PreTrainedModel, student: PreTrainedModel, *, sinks
     Raises:
         UserError: the student has no mixers, or another depth.
     """
+    if is_student(teacher):
+        raise UserError(_NOT_AS_IT_WAS)
     if not is_student(student) or not mixer_layers(student.config):
         raise UserError("a window like a student's is put where it has mixers, and this model has none")
     depths = [len(layers_of(model)) for model in (teacher, student)]
@@ -299,7 +302,7 @@ def _require_sound(teacher: PreTrainedModel, rule: Window) -> None:
     if rule.window < 1 or rule.sinks < 0:
         raise UserError(f"window is {rule.window} and sinks {rule.sinks}; they are at least 1 and 0 tokens")
     if is_student(teacher) or window_of(teacher) is not None:
-        raise UserError("a window is put into a teacher as it was, not into a student or into a model that has one")
+        raise UserError(_NOT_AS_IT_WAS)
     if read_both_ways(teacher.config) is not None:
         raise UserError("this teacher reads images in both directions, which a window of the latest tokens does not")
     used = teacher.config.get_text_config()._attn_implementation

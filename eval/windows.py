@@ -10,6 +10,7 @@ A folder whose own name has an @ in it is that folder.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
@@ -49,7 +50,8 @@ def read(path: str) -> Window | None:
     if "like" in given:
         like, dtype = _config(given["like"], path), getattr(config, "dtype", None) or torch.float32
         try:
-            rule = matching_window(empty_model(config).to(dtype), empty_model(like), sinks=sinks)
+            teacher: Any = empty_model(config)
+            rule = matching_window(teacher.to(dtype), empty_model(like), sinks=sinks)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         return Window(rule.layers, _number(path, given, "window", 1) if "window" in given else rule.window, sinks)
