@@ -133,7 +133,8 @@ class WindowedLayer(DynamicLayer):
     """Keys and values of no more than ``most`` tokens, and which columns of a mask they are.
 
     Attributes:
-        columns_BS: of what is held, in each row its own; −1 where a row holds less than there is room for.
+        columns_BS: of what is held, in each row its own; where a row sees fewer than ``most``, also some that it does
+            not see, and no later query will.
         cumulative_length: tokens read; what the rest of the library takes for the cache's length.
     """
 
@@ -161,8 +162,7 @@ class WindowedLayer(DynamicLayer):
             self.columns_BS, self._kept_BS = columns_BS, None
             return
         places_BS = seen_BS.int().argsort(dim=-1, descending=True, stable=True)[:, : self.most]
-        self.columns_BS = columns_BS.gather(1, places_BS).masked_fill(~seen_BS.gather(1, places_BS), -1)
-        self._kept_BS = places_BS
+        self.columns_BS, self._kept_BS = columns_BS.gather(1, places_BS), places_BS
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -260,7 +260,7 @@ def _kept(mask: Tensor | None, n_new: int, n_read: int, rule: Window, own: int |
 
 
 def _columns(mask: Any, columns_BS: Tensor) -> Any:
-    """A mask (B or 1, 1, T, S) at each row's columns; what is at none (below 0) is hidden."""
+    """A mask (B or 1, 1, T, S) at each row's columns; those it does not reach back to (below 0) are hidden."""
     if mask is None:
         return None
     columns = columns_BS[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)

@@ -11,7 +11,7 @@ from distill.attention import views
 from distill.cache import cache_nbytes
 from distill.decoder import attention_of, layers_of
 from distill.errors import UserError
-from distill.windowed import WindowedLayer, window_of, windowed
+from distill.windowed import WindowedLayer, seen, window_of, windowed
 from tests.conftest import tiny
 from tests.distill.families.models import EVERY
 from tests.distill.families.models import tiny as of_family
@@ -26,12 +26,12 @@ def prompt(*shape: int) -> torch.Tensor:
 
 def seen_by(document: list[int], window: int, sinks: int) -> torch.Tensor:
     """Which tokens see which, (T, T), written out: ``document`` numbers each token's, −1 for padding."""
-    seen = torch.zeros(len(document), len(document), dtype=torch.bool)
+    sees = torch.zeros(len(document), len(document), dtype=torch.bool)
     for t, own in enumerate(document):
         earlier = [s for s in range(t + 1) if document[s] == own and own >= 0]
         for s in {*earlier[:sinks], *earlier[-window:]}:
-            seen[t, s] = True
-    return seen
+            sees[t, s] = True
+    return sees
 
 
 def written_out(model, index: int, hidden_BTD, positions, seen_BTT) -> torch.Tensor:
@@ -95,6 +95,25 @@ def test_every_family_reads_a_prompt_at_once_in_chunks_and_step_by_step_alike(ca
         assert difference < 2e-5 * expected.abs().max(), pieces
         assert [cache.layers[index].keys.shape[2] for index in LAYERS] == [WINDOW + SINKS] * 2
         assert cache.get_seq_length() == 26
+
+
+def test_a_layer_with_a_window_of_its_own_sees_nothing_new():
+    """Of its own last seven tokens it sees the last four; the first one as long as there are fewer than seven."""
+    own = torch.ones(12, 12, dtype=torch.bool).tril().triu(-6)
+    got = seen(own, window=4, sinks=1, own=7)
+    for t in range(12):
+        expected = {*range(max(t - 3, 0), t + 1)} | ({0} if t + 1 < 7 else set())
+        assert set(got[t].nonzero()[:, 0].tolist()) == expected
+
+
+@pytest.mark.parametrize("window", [6, 8])
+def test_a_window_no_shorter_than_the_layer_s_own_changes_nothing(window):
+    teacher, ids = of_family("Mistral"), prompt(2, 26)  # its own window is 6
+    model, expected = windowed(teacher, LAYERS, window=window, sinks=SINKS), teacher(ids, use_cache=False).logits
+    assert torch.equal(model(ids, use_cache=False).logits, expected)
+    cache = DynamicCache(config=teacher.config)
+    got = [model(piece, past_key_values=cache).logits for piece in ids.split([14, 1, 1, 7, 3], dim=1)]
+    assert (torch.cat(got, dim=1) - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
 def test_padding_and_packing_change_nothing_for_a_document():
@@ -169,8 +188,23 @@ def test_generation_samples_beams_and_forgets_what_left_the_window():
     assert cache.get_seq_length() == 0
     model(ids[:, :3], past_key_values=cache)
     assert cache_nbytes(cache) == 3 * 3 * per_token
+    again = model(ids[:, 3:], past_key_values=cache).logits
+    torch.testing.assert_close(again, model(ids, use_cache=False).logits[:, 3:], atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="cannot remove"):
         cache.layers[0].crop(-1)
+
+
+def test_rows_of_a_cache_keep_their_padding_when_they_are_repeated_and_exchanged():
+    model, ids = windowed(tiny("llama"), [0, 1, 2], window=WINDOW, sinks=SINKS), prompt(2, 18)
+    mask, cache = torch.ones_like(ids), DynamicCache()
+    mask[1, :14] = 0
+    order, places = torch.tensor([1, 0, 0, 1]), torch.arange(18)[None]
+    expected = model(ids, attention_mask=mask, use_cache=False).logits[order, 16:]
+    model(ids[:, :16], attention_mask=mask[:, :16], position_ids=places[:, :16], past_key_values=cache)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0, 1, 2]))
+    rest = {"attention_mask": mask[order], "position_ids": places[:, 16:], "past_key_values": cache}
+    torch.testing.assert_close(model(ids[order, 16:], **rest).logits, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_cache_of_another_kind_or_filled_elsewhere_is_refused():
