@@ -54,12 +54,11 @@ def _idle(results: Fields) -> Iterator[str]:
 
 def _together(results: Fields) -> Iterator[str]:
     """What attention does alone, and what mixers do alone."""
+    intact = words.plain(results["intact"]["loss"])
     for entry in results["ablated"]:
-        if entry["by"] == "mean" and entry["what"] == "all mixers":
-            loss = words.plain(entry["loss"])
-            yield f"without any mixer the loss is {loss} instead of {words.plain(results['intact']['loss'])}"
-        if entry["by"] == "mean" and entry["what"] == "all attention":
-            yield f"without any attention it is {words.plain(entry['loss'])}"
+        if entry["by"] == "mean" and entry["what"] in ("all mixers", "all attention"):
+            what = {"all mixers": "mixer", "all attention": "attention"}[entry["what"]]
+            yield f"without any {what} the loss is {words.plain(entry['loss'])} instead of {intact}"
 
 
 def _beside_the_baseline(results: Fields) -> Iterator[str]:
@@ -67,14 +66,15 @@ def _beside_the_baseline(results: Fields) -> Iterator[str]:
     if "baseline" not in results:
         return
     ours, theirs = results["intact"], results["baseline"]
+    losses = [words.plain(scores["loss"]) for scores in (theirs, ours, results["teacher"])]
     better = ours["loss"] < theirs["loss"]
     yield (
-        f"{theirs['name']} in the same layers, untrained, has a loss of {words.plain(theirs['loss'])}, the student"
-        f" {words.plain(ours['loss'])}: the student {'beats' if better else 'does not beat'} it"
+        f"{theirs['name']} in the same layers, untrained, has a loss of {losses[0]}, the student {losses[1]}, the"
+        f" teacher as it was {losses[2]}: the student {'beats' if better else 'does not beat'} what needs no training"
     )
     for task, scores in ours.get("recall", {}).items():
         shares = [words.percent(share) for share in (theirs["recall"][task]["written"], scores["written"])]
-        yield f"in {task} it writes {shares[0]} of the answers, the student {shares[1]}"
+        yield f"in {task} the baseline writes {shares[0]} of the answers, the student {shares[1]}"
 
 
 def _single(results: Fields) -> dict[int, dict[str, Fields]]:
