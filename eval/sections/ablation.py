@@ -15,10 +15,10 @@ NOTHING_RECALLED = 0.02
 
 
 def section(found: Findings) -> Section:
-    """The sentences, a table of all that was ablated, and the change of the loss over the layers."""
+    """What is wrong or that nothing is, a table of all that was ablated, and the change of the loss over the layers."""
     return Section(
         title="What the mixers do",
-        lead=" ".join(f"{text[0].upper()}{text[1:]}." for text in sentences(found.results)),
+        lead=" ".join(f"{text[0].upper()}{text[1:]}." for text in _lead(found.results)),
         tables=[_table(found)],
         figures=[_chart(found.results)] if len(_single(found.results)) > 1 else [],
     )
@@ -27,6 +27,17 @@ def section(found: Findings) -> Section:
 def sentences(results: Fields) -> list[str]:
     """What was found, the alarming first."""
     return [*_idle(results), *_together(results), *_beside_the_baseline(results)]
+
+
+def _lead(results: Fields) -> list[str]:
+    """The sentences that matter most; of many idle mixers one that counts them."""
+    idle = list(_idle(results))
+    if len(idle) > 2:
+        single = _single(results)
+        layers = [layer for layer, by in single.items() if any(_is_nothing(results, one) for one in by.values())]
+        one = f"ablating one of the mixers of layers {words.runs(layers)} changes next to nothing"
+        idle = [f"{one}: {len(layers)} of {len(single)} mixers do nothing that the others do not"]
+    return [*idle, *_beside_the_baseline(results)]
 
 
 def _idle(results: Fields) -> Iterator[str]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from distill import units
 from eval import words
-from eval.charts import Axis, Chart, Series, line_chart
+from eval.charts import Axis, Chart, Series, byte_ticks, line_chart
 from eval.findings import Fields, Findings
 from eval.sections.section import Section, Table
 
@@ -94,4 +94,5 @@ def _chart(
     ]
     ticks = sorted({row["context"] for row in rows})
     x = Axis("tokens of context", lambda tokens: words.context(int(tokens)), log=True, ticks=ticks)
-    return line_chart(title, f"{label.capitalize()}, by length of context.", series, x, Axis(label, text, log=True))
+    y = Axis(label, text, log=True, ticks=(byte_ticks(series) or None) if label == "bytes" else None)
+    return line_chart(title, f"{label.capitalize()}, by length of context.", series, x, y)

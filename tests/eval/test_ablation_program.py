@@ -10,7 +10,7 @@ from distill.evaluation import evaluate
 from distill.student import mixers_of
 from distill.windowed import windowed
 from eval import ablation
-from eval.findings import read_findings
+from eval.findings import Findings, read_findings
 from eval.loading import Text, read_batches
 from eval.sections import SECTIONS
 from eval.sections.ablation import sentences
@@ -119,6 +119,15 @@ def test_sentences():
     found = results(0.5, 0.3) | {"baseline": baseline, "teacher": intact}
     assert "does not beat what needs no training" in sentences(found)[1]
     assert sentences(found)[2] == "in copying the baseline writes 100.0% of the answers, the student 100.0%"
+
+
+def test_many_idle_mixers_are_counted_at_the_head_of_the_section():
+    found = results(0.0, 0.0)
+    idle = found["ablated"][2:]
+    found["ablated"] += [entry | {"what": f"layer {at}", "layers": [at]} for at in (3, 5) for entry in idle]
+    assert len(sentences(found)) == 3
+    lead = SECTIONS["ablation"](Findings("ablation", {"student": "s"}, {}, found)).lead
+    assert lead.startswith("Ablating one of the mixers of layers 2–3 and 5 changes next to nothing: 3 of 4 mixers")
 
 
 @pytest.mark.parametrize(
