@@ -80,7 +80,7 @@ def _beside_the_baseline(results: Fields) -> Iterator[str]:
     losses = [words.plain(scores["loss"]) for scores in (theirs, ours, results["teacher"])]
     better = ours["loss"] < theirs["loss"]
     yield (
-        f"{theirs['name']} in the same layers, untrained, has a loss of {losses[0]}, the student {losses[1]}, the"
+        f"untrained, {theirs['name']} in the same layers has a loss of {losses[0]}, the student {losses[1]}, the"
         f" teacher as it was {losses[2]}: the student {'beats' if better else 'does not beat'} what needs no training"
     )
     for task, scores in ours.get("recall", {}).items():
@@ -114,7 +114,7 @@ def _table(found: Findings) -> Table:
     rows = [_row(results, "intact", results["intact"], tasks)]
     for entry in results["ablated"]:
         what = f"{entry['what']}'s mixer" if entry["what"].startswith("layer ") else entry["what"]
-        put = "zero" if entry["by"] == "zero" else "its mean"
+        put = "zero" if entry["by"] == "zero" else "its mean" if len(entry["layers"]) == 1 else "their means"
         rows.append(_row(results, f"{what} → {put}", entry, tasks))
     if "baseline" in results:
         rows.append(_row(results, results["baseline"]["name"], results["baseline"], tasks))

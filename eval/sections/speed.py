@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from distill import units
 from eval import words
-from eval.charts import Axis, Chart, Series, byte_ticks, line_chart
+from eval.charts import Axis, Chart, Series, byte_ticks, line_chart, spans_decades
 from eval.findings import Fields, Findings
 from eval.sections.section import Section, Table
 
@@ -38,8 +38,8 @@ def sentences(names: Sequence[str], results: Fields) -> list[str]:
             f" {words.short(first['decode'])} tokens a second and holds {units.size(held(first))}"
         ]
     return [
-        f"behind {longest:,} tokens {row['model']} reads {words.times(row['prefill'] / first['prefill'])} and writes"
-        f" {words.times(row['decode'] / first['decode'])} as fast as {names[0]} and holds"
+        f"behind {longest:,} tokens {row['model']} reads {words.plain(row['prefill'] / first['prefill'], 2)} times and"
+        f" writes {words.plain(row['decode'] / first['decode'], 2)} times as fast as {names[0]} and holds"
         f" {words.percent(held(row) / held(first))} of its bytes"
         for row in others
     ]
@@ -94,5 +94,8 @@ def _chart(
     ]
     ticks = sorted({row["context"] for row in rows})
     x = Axis("tokens of context", lambda tokens: words.context(int(tokens)), log=True, ticks=ticks)
-    y = Axis(label, text, log=True, ticks=(byte_ticks(series) or None) if label == "bytes" else None)
-    return line_chart(title, f"{label.capitalize()}, by length of context.", series, x, y)
+    log = spans_decades([value(row) for row in rows])
+    round_sizes = (byte_ticks(series) or None) if label == "bytes" and log else None
+    return line_chart(
+        title, f"{label.capitalize()}, by length of context.", series, x, Axis(label, text, log, round_sizes, True)
+    )

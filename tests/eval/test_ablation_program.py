@@ -73,7 +73,7 @@ def test_a_student_beside_its_teacher_with_windows(models, tmp_path, capsys):
         assert entries[what, "mean"]["loss"] != entries[what, "zero"]["loss"]
     told = capsys.readouterr().out
     assert "without any mixer the loss is" in told
-    assert "window 6 + 2 sinks in the same layers, untrained" in told
+    assert "untrained, teacher, window 6 + 2 sinks in the same layers has a loss of" in told
 
 
 def test_a_mixer_that_does_nothing_is_named(models, tmp_path, capsys):

@@ -46,7 +46,7 @@ def test_bytes_are_those_of_the_conversion_report(models, tmp_path, capsys):
     assert "40 tokens of context" in told
     assert "of its bytes" in told
     section = SECTIONS["speed"](found)
-    assert section.lead.startswith("Behind 40 tokens hybrid reads ×")
+    assert section.lead.startswith("Behind 40 tokens hybrid reads ")
     assert [len(chart.legend) for chart in section.figures] == [3, 3, 3]
     assert {len(row) for row in section.tables[0].rows} == {len(section.tables[0].headings)}
     assert len(section.tables[0].rows) == 6
