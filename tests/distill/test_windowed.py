@@ -15,6 +15,7 @@ from distill.windowed import WindowedLayer, seen, window_of, windowed
 from tests.conftest import tiny
 from tests.distill.families.models import EVERY
 from tests.distill.families.models import tiny as of_family
+from tests.vision_models import CAUSAL, IMAGE, MODELS, image_batch, tiny_vision
 
 WINDOW, SINKS, LAYERS = 5, 2, [0, 2]
 
@@ -205,6 +206,20 @@ def test_rows_of_a_cache_keep_their_padding_when_they_are_repeated_and_exchanged
     cache.batch_select_indices(torch.tensor([3, 0, 1, 2]))
     rest = {"attention_mask": mask[order], "position_ids": places[:, 16:], "past_key_values": cache}
     torch.testing.assert_close(model(ids[order, 16:], **rest).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_vision_language_teachers_with_windows_generate_alike_with_and_without_a_cache(name):
+    teacher = tiny_vision(name)
+    if name not in CAUSAL:
+        with pytest.raises(UserError, match="in both directions"):
+            windowed(teacher, LAYERS, window=WINDOW)
+        return
+    model, batch = windowed(teacher, LAYERS, window=WINDOW, sinks=SINKS), image_batch(name, left=True)
+    assert not torch.equal(model(**batch).logits, teacher(**batch).logits)
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "suppress_tokens": [IMAGE]}
+    cached = model.generate(**batch, **settings)
+    assert torch.equal(cached, model.generate(**batch, **settings, use_cache=False))
 
 
 def test_a_cache_of_another_kind_or_filled_elsewhere_is_refused():
