@@ -13,7 +13,7 @@ from typing import Any
 from distill.atomic import explained_full_disk, replace_file
 from distill.errors import UserError
 from distill.evaluation_record import json_numbers
-from eval import words
+from eval import windows, words
 
 Fields = dict[str, Any]
 
@@ -66,10 +66,12 @@ def require_folder(output: Path) -> None:
 def names_of(paths: Sequence[str]) -> dict[str, str]:
     """Each model's path by its folder's name, or the whole path where two have the same.
 
+    A teacher with a window (``eval.windows``) has the window in its name.
+
     Raises:
         UserError: a model is given twice.
     """
-    last = [Path(path).resolve().name if Path(path).is_dir() else path for path in paths]
+    last = [windows.name_of(path) for path in paths]
     names = [name if last.count(name) == 1 else path for name, path in zip(last, paths, strict=True)]
     if len(set(names)) < len(names):
         raise UserError(f"{words.listed(paths)}: a model is given twice")

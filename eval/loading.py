@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from distill import student
 from distill.data import Blocks, Document, evaluation_batches, prepare, read_documents
 from distill.errors import UserError
+from distill.windowed import windowed
+from eval import windows
 
 # No tokenizer makes tokens this long on average, so this many characters a token are always enough text.
 CHARACTERS_A_TOKEN = 32
@@ -33,7 +35,7 @@ def load_model(path: str, device: str) -> PreTrainedModel:
     """A student or any other causal language model, in the dtype it was saved in.
 
     Args:
-        path: a Hugging Face folder, or a hub id.
+        path: a Hugging Face folder, or a hub id; with a window behind it (``eval.windows``), a teacher that sees less.
         device: ``"auto"`` (a GPU if there is one), ``"cpu"`` or ``"cuda"``.
 
     Raises:
@@ -42,15 +44,19 @@ def load_model(path: str, device: str) -> PreTrainedModel:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is visible to this PyTorch; use auto or cpu")
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    _require_folder(path)
+    folder = windows.folder_of(path)
+    _require_folder(folder)
     try:
-        return student.load_model(path, dtype="auto", device_map=place)
+        model = student.load_model(folder, dtype="auto", device_map=place)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: is no causal language model that can be loaded ({_first_line(error)})") from error
+        raise UserError(f"{folder}: is no causal language model that can be loaded ({_first_line(error)})") from error
+    rule = windows.read(path)
+    return model if rule is None else windowed(model, rule.layers, window=rule.window, sinks=rule.sinks)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub id; raises UserError if there is none."""
+    path = windows.folder_of(path)
     _require_folder(path)
     try:
         return AutoTokenizer.from_pretrained(path)
@@ -90,6 +96,7 @@ def _first_documents(text: Text) -> list[Document]:
 
 
 def _load_config(path: str) -> PreTrainedConfig:
+    path = windows.folder_of(path)
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -36,7 +36,8 @@ from distill.cache import CountingMixerCacheLayer, MixerCacheLayer, cache_nbytes
 from distill.conversion import plan, unset_model
 from distill.layout import evenly_spaced
 from distill.student import is_student, mixers_of
-from scripts.measure import record, seconds, show
+from eval.timing import decoding, prefill, seconds
+from scripts.measure import record, show
 
 PROMPT = 64
 KEPT = 8
@@ -186,7 +187,7 @@ def filled(model: PreTrainedModel, kind: str, context: int, run: Run) -> Cache:
     else:
         cache = DynamicCache(config=config)
     prompt = torch.randint(0, config.vocab_size, (run.batch, PROMPT), device=model.device)
-    model(prompt, past_key_values=cache, logits_to_keep=1)
+    prefill(model, prompt, cache)
     for layer in cache.layers:
         if isinstance(layer, CountingMixerCacheLayer):
             layer.cumulative_length.fill_(context)
@@ -213,14 +214,7 @@ def block(model: PreTrainedModel, cache: Cache, run: Run) -> Callable[[], Tensor
     graph_mode = "reduce-overhead" if model.device.type == "cuda" else None
     step: Any = torch.compile(model.__call__, fullgraph=True, mode=graph_mode) if run.compiled else model
     token_B1 = torch.zeros(run.batch, 1, dtype=torch.long, device=model.device)
-
-    def generate() -> Tensor:
-        token = token_B1
-        for _ in range(run.steps):
-            token = step(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-        return token
-
-    return generate
+    return decoding(step, token_B1, cache, run.steps)
 
 
 def planned_bytes(model: PreTrainedModel, context: int, batch: int) -> int:

@@ -1,6 +1,6 @@
 """How benchmarks measure: alternating timings, peak memory in a fresh process, one JSON record, one table.
 
-    seconds({"naive": f, "ours": g})     medians of calls that take turns, so that a busy machine slows all alike
+    seconds({"naive": f, "ours": g})     medians of calls that take turns (eval.timing)
     peak_memory(prepare, 2048, 1024)     bytes that the call which prepare(2048, 1024) returns adds at its worst moment
     record(path, {"rows": rows})         figures, with versions, machine, thread count and date beside them
     show("title", head, rows)            the same for eyes
@@ -12,13 +12,9 @@ import json
 import os
 import platform
 import resource
-import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,19 +24,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-Call = Callable[[], object]
+from eval.timing import Call, circumstances, seconds, synchronize
 
-
-def seconds(contenders: Mapping[str, Call], repeats: int = 7, *, warmup: int = 1) -> dict[str, float]:
-    """The median time of each contender's calls, in seconds; they take turns, ``warmup`` rounds uncounted.
-
-    On CUDA a call ends when the device has done its work.
-    """
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(warmup + repeats):
-        for name, call in contenders.items():
-            times[name].append(_once(call))
-    return {name: statistics.median(of_one[warmup:]) for name, of_one in times.items()}
+__all__ = ["Call", "circumstances", "peak_memory", "record", "seconds", "show"]
 
 
 def peak_memory(prepare: Callable[..., Call], *arguments: Any, threads: int | None = None) -> int:
@@ -67,20 +53,6 @@ def record(path: Path, figures: Mapping[str, Any]) -> None:
     path.write_text(f"{json.dumps({**figures, 'measured_on': circumstances()}, indent=1)}\n")
 
 
-def circumstances() -> dict[str, Any]:
-    """The date, the machine, and the versions of what does the work."""
-    packages = ("torch", "transformers", "accelerate", "deepspeed", "triton", "numpy")
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "versions": {name: found for name in packages if (found := _version(name))},
-        "machine": f"{platform.system()} {platform.machine()}, {_processor()}",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
 def show(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table; its first column is on the left, numbers are on the right."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
@@ -89,19 +61,6 @@ def show(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> N
     for row in rows:
         table.add_row(*map(str, row))
     Console().print(table)
-
-
-def _once(call: Call) -> float:
-    _synchronize()
-    start = time.perf_counter()
-    call()
-    _synchronize()
-    return time.perf_counter() - start
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _growth(prepare: Callable[..., Call], arguments: Sequence[Any], threads: int | None) -> int:
@@ -113,7 +72,7 @@ def _growth(prepare: Callable[..., Call], arguments: Sequence[Any], threads: int
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         call()
-        _synchronize()
+        synchronize()
         return torch.cuda.max_memory_allocated() - before
     _forget_high_water()
     before = _high_water()
@@ -155,18 +114,3 @@ def _environment(**variables: str) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -7,6 +7,10 @@ the page.
 from collections.abc import Callable
 
 from eval.findings import Findings
+from eval.sections import ablation, speed
 from eval.sections.section import Section
 
-SECTIONS: dict[str, Callable[[Findings], Section]] = {}
+SECTIONS: dict[str, Callable[[Findings], Section]] = {
+    "ablation": ablation.section,
+    "speed": speed.section,
+}
