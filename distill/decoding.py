@@ -31,12 +31,18 @@ class Sampling:
 
 
 GREEDY = Sampling()
+GREEDILY = {"do_sample": False}
 
 
 def ends_of(model: PreTrainedModel) -> list[int]:
     """The ids that end a text."""
     ends = model.generation_config.eos_token_id if model.generation_config else None
     return [ends] if isinstance(ends, int) else list(ends or ())
+
+
+def plain_settings(model: PreTrainedModel) -> GenerationConfig:
+    """What is kept of a checkpoint's settings, for programs that call ``generate`` themselves."""
+    return GenerationConfig(eos_token_id=ends_of(model) or None)
 
 
 def decode(
@@ -60,12 +66,8 @@ def decode(
         sharded: several processes call this, each with its part of the weights: none stops before the last.
     """
     drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    settings = GenerationConfig(
-        max_new_tokens=new_tokens,
-        eos_token_id=ends_of(model) or None,
-        pad_token_id=pad,
-        **(drawn if sampling.temperature else {"do_sample": False}),
-    )
+    settings = plain_settings(model)
+    settings.update(max_new_tokens=new_tokens, pad_token_id=pad, **(drawn if sampling.temperature else GREEDILY))
     generate = cast(Callable[..., Tensor], model.generate)
     with _without_own_settings(model), torch.random.fork_rng():
         torch.manual_seed(sampling.seed)
