@@ -160,6 +160,7 @@ def test_one_process_two_processes_and_the_harness_itself_agree(models, text, tm
     assert expected["text_perplexity"]["byte_perplexity"] > 1
     told = [ended(process) for process in running]
     assert told[0].count("text_perplexity  ") == 1  # one of the two tells it
+    assert re.findall(r"generate_until requests: 100%\|[^|]*\| (\d+)/", told[0]) == ["3"]  # of five: its own part
     for found in (
         from_us(tmp_path / "two", "hybrid"),
         from_the_harness(tmp_path / "hf"),
@@ -171,25 +172,28 @@ def test_one_process_two_processes_and_the_harness_itself_agree(models, text, tm
 
 
 @pytest.mark.slow
-def test_our_programs_measure_what_the_harness_does(models, text, tmp_path, capsys, monkeypatch):
-    from eval.harness.__main__ import main
+@pytest.mark.parametrize("name", ["teacher", "mamba"])
+def test_our_programs_measure_what_the_harness_does(name, models, text, tmp_path, capsys, monkeypatch):
+    """With one beginning of text: where a tokenizer writes it itself, the harness's rolling windows have a second."""
+    from eval.harness.model import DistillLM
+    from eval.harness.names import manager_of
+    from eval.harness.scores import scores
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    short = tmp_path / "short.txt"
+    short, tasks = tmp_path / "short.txt", ["recall_phonebook", "text_perplexity"]
     short.write_text(text.read_text()[:300])
-    paths = [models["teacher"], models["mamba"]]
-    main(paths, ["recall_phonebook", "text_perplexity"], **DRAWN, metadata=[f"text={short}"], output=tmp_path)
-    recall.main(paths, ["phonebook"], items="2", samples=5, seed=3, output=tmp_path, device="cpu")
-    found, recalled = (read_findings(tmp_path / f"{kind}.json").results for kind in ("harness", "recall"))
-    for name in ("teacher", "mamba"):
-        (cell,) = recalled["phonebook"][name]
-        assert found["recall_phonebook"][name]["metrics"]["acc"] == cell["chosen"]
-        capsys.readouterr()
-        perplexity.main(models[name], [str(short)], block=256, device="cpu", as_json=True)
-        scored = json.loads(capsys.readouterr().out)
-        for metric, number in (("word_perplexity", len(re.split(r"\s+", short.read_text()))), ("byte_perplexity", 300)):
-            log = math.log(found["text_perplexity"][name]["metrics"][metric])
-            assert log == pytest.approx(scored["loss"] * scored["tokens"] / number, rel=1e-5)
+    lm = DistillLM(models[name], device="cpu", batch_size=4, add_bos_token=False)
+    found = scores(lm, tasks, manager_of(tasks, [], DRAWN | {"text": str(short)}), None)
+    perplexity.main(models[name], [str(short)], block=256, device="cpu", as_json=True)
+    scored = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for metric, number in (("word_perplexity", len(re.split(r"\s+", short.read_text()))), ("byte_perplexity", 300)):
+        log = math.log(found["text_perplexity"].metrics[metric])
+        assert log == pytest.approx(scored["loss"] * scored["tokens"] / number, rel=1e-5)
+    lm.add_bos_token = None
+    found = scores(lm, tasks[:1], manager_of(tasks[:1], [], DRAWN), None)
+    recall.main([models[name]], ["phonebook"], items="2", samples=5, seed=3, output=tmp_path, device="cpu")
+    (cell,) = read_findings(tmp_path / "recall.json").results["phonebook"][name]
+    assert found["recall_phonebook"].metrics["acc"] == cell["chosen"]
 
 
 @pytest.mark.slow
