@@ -7,10 +7,11 @@ the page.
 from collections.abc import Callable
 
 from eval.findings import Findings
-from eval.sections import harness, long_context
+from eval.sections import generation, harness, long_context
 from eval.sections.section import Section
 
 SECTIONS: dict[str, Callable[[Findings], Section]] = {
     "harness": harness.section,
+    "generation": generation.section,
     "long_context": long_context.section,
 }
