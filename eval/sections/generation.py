@@ -31,18 +31,29 @@ def section(found: Findings) -> Section:
 def _lead(continued: Mapping[str, Rows]) -> str:
     """What likelihood and what writing say each model has kept of the first one."""
     (first, rows), *others = continued.items()
-    of = rows[-1]
+    at = _telling(rows)
+    of = rows[at]
     if not others:
         return (
             f"{first} prefers the text {words.percent(of['preferred'])} of the time and writes it"
-            f" {words.percent(of['written'])} of the time, over {of['tokens']} tokens."
+            f" {words.percent(of['written'])} of the time, over {_next(of['tokens'])}."
         )
     told = [
-        f"{name} prefers the text {words.percent(own[-1]['preferred'])} of the time ({first}:"
-        f" {words.percent(of['preferred'])}) and writes what {first} writes {words.percent(own[-1]['same'])}"
+        f"{name} prefers the text {words.percent(own[at]['preferred'])} of the time ({first}:"
+        f" {words.percent(of['preferred'])}), writes it {words.percent(own[at]['written'])} of the time"
+        f" ({words.percent(of['written'])}) and writes what {first} writes {words.percent(own[at]['same'])} of the time"
         for name, own in others
     ]
-    return f"Over {of['tokens']} tokens, {words.listed(told)}."
+    return f"Over {_next(of['tokens'])}, {words.listed(told)}."
+
+
+def _next(tokens: int) -> str:
+    return "the next token" if tokens == 1 else f"the next {tokens} tokens"
+
+
+def _telling(rows: Rows) -> int:
+    """The longest length at which the first model still writes the text now and then: beyond, all write it never."""
+    return max((place for place, row in enumerate(rows) if row["written"] >= 0.1), default=0)
 
 
 def _continued(continued: Mapping[str, Rows]) -> Table:
@@ -57,7 +68,7 @@ def _continued(continued: Mapping[str, Rows]) -> Table:
     return Table(
         ["model", "tokens", "writes the text", "prefers the text", "gap", f"writes as {first}", "log p a token"],
         rows,
-        f"Greedy continuations of held-out prompts, every token right; preferred to what follows other prompts, which a"
+        f"Greedy continuations of prompts from the text, every token right; preferred to what follows other prompts, which a"
         f" guess would do {chance} of the time.",
     )
 
@@ -74,7 +85,7 @@ def _repetition(repetition: Mapping[str, Fields], settings: Fields) -> Table:
         for name, own in repetition.items()
     ]
     return Table(
-        ["samples of", "repeated words", "repeated 4-grams", "longest repeat", "distinct-1", "-2", "-3", "tokens"],
+        ["samples of", "repeated tokens", "repeated 4-grams", "longest repeat", "distinct-1", "-2", "-3", "tokens"],
         rows,
         f"Sampled at temperature {settings['temperature']:g}. Repeated: inside one text. Distinct: over all texts."
         " Both should be near those of the text itself.",

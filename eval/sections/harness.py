@@ -61,10 +61,11 @@ def _lead(models: list[str], tasks: Mapping[str, Scores]) -> str:
     first, *others = models
     if means[first] is None:
         return f"{words.listed(list(tasks))}: no task here counts right answers; see the table."
-    told = words.listed(
-        others, lambda name: f"{name} {words.percent(means[name])} ({words.percent(_part(means[name], means[first]))})"
-    )
-    beside = f"; {told} of it" if others else ""
+    told = [
+        f"{name} {words.percent(means[name])}, which is {words.percent(_part(means[name], means[first]))} of that"
+        for name in others
+    ]
+    beside = f"; {words.listed(told)}" if told else ""
     return f"On average over its tasks {first} is right {words.percent(means[first])} of the time{beside}."
 
 

@@ -16,30 +16,39 @@ def section(found: Findings) -> Section:
     trained = found.settings["trained"]
     models: dict[str, Measured] = found.results
     edges = sorted({bucket["to"] for model in models.values() for bucket in model["buckets"]})
-    rows = [[f"{to:,}", *(_loss(model, to) for model in models.values())] for to in edges]
+    shown = _doublings(trained, edges)
+    rows = [[f"{to:,}", *(_loss(model, to) for model in models.values())] for to in shown]
     limits = [f"{name} knows {model['limit']:,} positions" for name, model in models.items() if model["limit"]]
-    note = "Nats a token, of the predictions from so much context and less, down to the row above."
+    note = "Nats a token, of predictions from so much context or little less; ± is a standard error over documents."
     return Section(
         title="Long context",
         lead=" ".join(filter(None, [_lead(models, trained), f"{words.listed(limits)}." if limits else ""])),
         tables=[Table(["context up to", *models], rows, note)],
-        figures=[_by_position(models, trained), _by_context(models, trained, found.settings["last"])],
+        figures=[
+            _by_position(models, trained, shown),
+            _by_context(models, trained, shown, found.settings["last"]),
+        ],
     )
 
 
 def _lead(models: Mapping[str, Measured], trained: int) -> str:
-    """What each model loses or gains from the length trained on to the end."""
+    """Where each model stands at the end, and where it stood at the length trained on."""
     told = []
     for name, model in models.items():
         inside = [bucket["loss"] for bucket in model["buckets"] if bucket["to"] <= trained]
-        beyond = [bucket for bucket in model["buckets"] if bucket["to"] > trained]
-        if inside and beyond:
-            change = beyond[-1]["loss"] - inside[-1]
-            way = "worse" if change > 0 else "better"
-            told.append(f"{name} is {words.plain(abs(change), 2)} nats a token {way} at {beyond[-1]['to']:,} tokens")
+        end = model["buckets"][-1]
+        if inside and end["to"] > trained:
+            losses = words.plain(inside[-1], 2), words.plain(end["loss"], 2)
+            told.append(f"{name} goes from {losses[0]} nats a token to {losses[1]} at {end['to']:,} tokens")
     if not told:
         return f"Nothing was measured beyond the {trained:,} tokens trained on."
-    return f"Against its loss at the {trained:,} tokens trained on, {words.listed(told)}."
+    return f"Beyond the {trained:,} tokens trained on, {words.listed(told)}."
+
+
+def _doublings(trained: int, edges: Sequence[int]) -> list[int]:
+    """The length trained on, halved and doubled, as far as was measured; and the end."""
+    powers = {round(trained * 2.0**power) for power in range(-20, 21)}
+    return [to for to in edges if to in powers or to == edges[-1]]
 
 
 def _loss(model: Measured, to: int) -> str:
@@ -50,7 +59,7 @@ def _loss(model: Measured, to: int) -> str:
     return words.NONE
 
 
-def _by_position(models: Mapping[str, Measured], trained: int) -> Chart:
+def _by_position(models: Mapping[str, Measured], trained: int, ticks: Sequence[int]) -> Chart:
     series = [
         Series(name, colour, [(bucket["to"], bucket["loss"]) for bucket in model["buckets"]])
         for (name, model), colour in zip(models.items(), COLOURS, strict=False)
@@ -60,20 +69,21 @@ def _by_position(models: Mapping[str, Measured], trained: int) -> Chart:
         "Real documents, each read from its beginning; lower is better.",
         series,
         trained,
+        ticks,
         "tokens read",
     )
 
 
-def _by_context(models: Mapping[str, Measured], trained: int, last: int) -> Chart:
+def _by_context(models: Mapping[str, Measured], trained: int, ticks: Sequence[int], last: int) -> Chart:
     series = [
         Series(name, colour, [(context, loss) for context, loss in model["by_context"]])
         for (name, model), colour in zip(models.items(), COLOURS, strict=False)
     ]
     note = f"The same {last:,} tokens at the end of each document, from more and more of what stands before them."
-    return _chart("Loss by available context", note, series, trained, "tokens of context")
+    return _chart("Loss by available context", note, series, trained, ticks, "tokens of context")
 
 
-def _chart(title: str, note: str, series: Sequence[Series], trained: int, label: str) -> Chart:
+def _chart(title: str, note: str, series: Sequence[Series], trained: int, ticks: Sequence[int], label: str) -> Chart:
     """With a line at the length trained on, through all heights."""
     heights = [y for one in series for _, y in one.points]
     reach = max((x for one in series for x, _ in one.points), default=0)
@@ -83,6 +93,6 @@ def _chart(title: str, note: str, series: Sequence[Series], trained: int, label:
         title,
         note,
         shown,
-        Axis(label, lambda value: words.context(round(value)), log=True),
+        Axis(label, lambda value: words.context(round(value)), log=True, ticks=ticks[::-2]),
         Axis("nats a token", words.short),
     )

@@ -51,7 +51,7 @@ def test_teacher_and_student_side_by_side(models, tmp_path, capsys):
     assert "samples repeat" in capsys.readouterr().out
 
     section = SECTIONS["generation"](found)
-    assert section.lead.startswith("Over 8 tokens, mamba prefers the text ")
+    assert section.lead.startswith("Over the next token, mamba prefers the text ")
     assert len(section.quotes) == 3 * 3
     assert section.quotes[0].prompt == characters().decode(given[0].prompt, skip_special_tokens=True)
     assert [row[:2] for row in section.tables[0].rows][:3] == [["teacher", "1"], ["teacher", "4"], ["teacher", "8"]]

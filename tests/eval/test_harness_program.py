@@ -71,11 +71,14 @@ def test_the_section():
 
     results = {"one": {"a": score(0.5, 9.0), "b": score(0.25, 20.0)}, "two": {"a": score(0.7, 2.0), "b": score(0.2, 3)}}
     section = SECTIONS["harness"](Findings("harness", {"a": "x/a", "b": "x/b"}, {}, results))
-    assert section.lead == "On average over its tasks a is right 60.0% of the time; b 22.5% (37.5%) of it."
+    assert section.lead == "On average over its tasks a is right 60.0% of the time; b 22.5%, which is 37.5% of that."
     (table,) = section.tables
     assert table.rows[0] == ["one", "acc", "chosen among answers", "50.0% ± 5.0", "25.0% ± 5.0"]
     assert table.rows[1][3:] == ["9.000", "20.000"]
     assert "8 questions a task" in table.note
+    alone = {task: {"a": by_model["a"]} for task, by_model in results.items()}
+    section = SECTIONS["harness"](Findings("harness", {"a": "x/a"}, {}, alone))
+    assert section.lead == "On average over its tasks a is right 60.0% of the time."
 
 
 @pytest.mark.slow  # importing the harness takes half a minute on a busy machine

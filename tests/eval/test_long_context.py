@@ -63,7 +63,7 @@ def test_losses_side_by_side(models, texts, tmp_path, capsys):
     assert "learned: knows 64 positions and cannot read further" in capsys.readouterr().out
 
     section = SECTIONS["long_context"](found)
-    assert "Against its loss at the 32 tokens trained on, teacher is" in section.lead
+    assert "Beyond the 32 tokens trained on, teacher goes from " in section.lead
     assert "learned knows 64 positions." in section.lead
     assert section.tables[0].rows[-1][0] == "128"
     assert section.tables[0].rows[-1][3] == "–"
