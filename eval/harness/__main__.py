@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness on students and teachers, side by side.
 
 python -m eval.harness teachers/stdlib-1m runs/quickstart/logits --task recall --task text_perplexity --items 2
-accelerate launch --cpu --num_processes 2 -m eval.harness ...       the same, each process with its part of the requests
+accelerate launch --config_file recipes/launch/ddp.yaml --num_processes 2 -m eval.harness ...     requests divided
 """
 
 import importlib.util

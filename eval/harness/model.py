@@ -4,31 +4,29 @@ What is different:
 
     loading     a folder without some of its weights is refused; ``hf`` would draw them at random
     writing     the checkpoint's own generation settings, such as penalties, have no say (distill.decoding)
-    processes   requests are divided under ``accelerate launch`` on CPUs too, where with ``hf`` each process answers all
+    processes   requests are divided under ``accelerate launch`` also on CPUs, where with ``hf`` each answers all
     length      a student of mixers alone reads prompts of any length; ``hf`` cuts them to the positions of its teacher
 
 In rolling likelihoods the windows are as long as the model's positions also then, so that students and teachers get the
 same ones. ``register`` makes the name known to the harness, which (0.4.13) does not look for models of other packages.
 """
 
-import os
-from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.decoder import learns_positions
 from distill.decoding import plain_settings
+from distill.engines import processes
 from distill.errors import UserError
 from distill.layout import ATTENTION
 from eval.loading import load_model, load_tokenizer
 
 NAME = "distill"
-PATIENCE = timedelta(days=1)  # for the process with the longest texts
 ANY_LENGTH = 2**30
 
 # What the harness's own class takes beside a model that is already there.
@@ -76,15 +74,12 @@ class DistillLM(HFLM):
         **others: Any,
     ) -> None:
         _require_known(others)
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        # Before the processes join: what is wrong with a folder is then said once.
-        model: Any = load_model(pretrained, "cpu" if several else _place(device))
+        here = processes.start("cpu" if device == "cpu" else "auto")
+        place = str(here) if processes.world() > 1 else _place(device)
+        model: Any = processes.together(lambda: load_model(pretrained, place))
         _require_positions(model, max_length)
         if dtype != "auto":
             model = model.to(_dtype(dtype))
-        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]) if several else None
-        if accelerator is not None:
-            model = model.to(accelerator.device)
         model.generation_config = plain_settings(model)
         super().__init__(
             pretrained=model,
@@ -94,8 +89,9 @@ class DistillLM(HFLM):
             max_batch_size=max_batch_size,
             **others,
         )
-        if accelerator is not None:
-            _share(self, accelerator)
+        # HFLM divides requests only for a model that it loads itself, on GPUs, and by these names.
+        self.accelerator: Any = _Processes()
+        self._rank, self._world_size = processes.rank(), processes.world()
         # To find the largest batch the harness tries requests of this length.
         if max_length is None and not str(batch_size).startswith("auto") and _of_mixers_alone(model):
             self._max_length = ANY_LENGTH
@@ -115,11 +111,18 @@ def register() -> None:
     register_model(NAME)(DistillLM)
 
 
-def _share(lm: HFLM, accelerator: Accelerator) -> None:
-    """Divide the requests over processes. HFLM does so for a model that it loads itself on GPUs, and by these names."""
-    lm.accelerator = accelerator
-    lm._rank = accelerator.process_index
-    lm._world_size = accelerator.num_processes
+class _Processes:
+    """What HFLM asks of an Accelerator, which on CPUs would not see the other processes of a launch for GPUs."""
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """() of every process as (processes,)."""
+        return torch.stack(processes.gather(tensor))
+
+    def wait_for_everyone(self) -> None:
+        processes.wait()
+
+    def unwrap_model(self, model: PreTrainedModel) -> PreTrainedModel:
+        return model
 
 
 def _require_known(others: dict[str, Any]) -> None:

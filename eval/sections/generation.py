@@ -68,8 +68,8 @@ def _continued(continued: Mapping[str, Rows]) -> Table:
     return Table(
         ["model", "tokens", "writes the text", "prefers the text", "gap", f"writes as {first}", "log p a token"],
         rows,
-        f"Greedy continuations of prompts from the text, every token right; preferred to what follows other prompts, which a"
-        f" guess would do {chance} of the time.",
+        f"Greedy continuations of prompts from the text, every token right; preferred to what follows other prompts,"
+        f" which a guess would do {chance} of the time.",
     )
 
 

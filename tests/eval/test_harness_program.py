@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -39,6 +40,41 @@ def models(stdlib_teacher, tmp_path_factory):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     return {name: str(folder / name) for name in ("teacher", "hybrid", "mamba")}
+
+
+@pytest.fixture
+def custom(tmp_path) -> Path:
+    """A folder with a task of one's own, whose number tells every character that was written."""
+    folder = tmp_path / "custom"
+    folder.mkdir()
+    (folder / "spelt.yaml").write_text(
+        """
+task: spelt
+custom_dataset: !function spelling.prompts
+output_type: generate_until
+test_split: test
+doc_to_text: "{{prompt}}"
+doc_to_target: ""
+generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 12, do_sample: false}
+process_results: !function spelling.number
+metric_list: [{metric: number, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1.0}
+"""
+    )
+    (folder / "spelling.py").write_text(
+        """
+from datasets import Dataset
+
+TEXTS = ["def main(", "import", "class A:", "x = 1", "if"]
+
+def prompts(**_metadata):
+    return {"test": Dataset.from_list([{"prompt": text} for text in TEXTS])}
+
+def number(doc, results):
+    return {"number": float(sum(ord(one) * (place + 1) for place, one in enumerate(results[0])))}
+"""
+    )
+    return folder
 
 
 @pytest.fixture
@@ -134,44 +170,51 @@ def from_us(folder: Path, model: str) -> dict[str, dict[str, float]]:
 
 
 @pytest.mark.slow  # four processes that import the harness, two of which read its index of 15,000 tasks
-def test_one_process_two_processes_and_the_harness_itself_agree(models, text, tmp_path, monkeypatch):
-    """Multiple choice, generation and rolling likelihood."""
+def test_one_process_two_processes_and_the_harness_itself_agree(models, custom, text, tmp_path, monkeypatch):
+    """Multiple choice, generation and rolling likelihood, by this project's tasks and by one of one's own."""
     from eval.harness.__main__ import main
+    from eval.harness.names import TASKS as FOLDER
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     hybrid = models["hybrid"]
     metadata = DRAWN | {"text": str(text), "separator": "----"}
     pairs = [f"{key}={value}" for key, value in metadata.items()]
-    ours = [word for task in TASKS for word in ("--task", task)]
+    tasks = [*TASKS, "spelt"]
+    ours = [word for task in tasks for word in ("--task", task)] + ["--tasks-from", str(custom)]
     ours += [word for pair in pairs for word in ("--metadata", pair)]
     accelerate, lm_eval = (str(Path(sys.executable).parent / name) for name in ("accelerate", "lm_eval"))
-    launch = (accelerate, "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
-    shell = ("--tasks", ",".join(TASKS), "--metadata", json.dumps(metadata), "--device", "cpu", "--batch_size", "3")
+    launch = (accelerate, "launch", "--config_file", "recipes/launch/ddp.yaml", "--num_processes", "2")
+    shell = ("--metadata", json.dumps(metadata), "--device", "cpu", "--batch_size", "3", "--tasks")
+    every = shutil.copytree(FOLDER, tmp_path / "every")  # the harness takes one folder
+    shutil.copytree(custom, every, dirs_exist_ok=True)
     running = [
         started(*launch, "-m", "eval.harness", hybrid, *ours, "--output", str(tmp_path / "two")),
         started(
-            *(lm_eval, "--model", "hf", "--model_args", f"pretrained={hybrid},trust_remote_code=True", *shell),
-            *("--include_path", "eval/harness/tasks", "--output_path", str(tmp_path / "hf")),
+            *(lm_eval, "--model", "hf", "--model_args", f"pretrained={hybrid},trust_remote_code=True"),
+            *(*shell, ",".join(tasks), "--include_path", str(every), "--output_path", str(tmp_path / "hf")),
         ),
         started(
             *(sys.executable, "-m", "eval.harness.lm_eval", "--model", "distill"),
-            *("--model_args", f"pretrained={hybrid}", *shell, "--output_path", str(tmp_path / "distill")),
+            *(
+                "--model_args",
+                f"pretrained={hybrid}",
+                *shell,
+                ",".join(TASKS),
+                "--output_path",
+                str(tmp_path / "distill"),
+            ),
         ),
     ]
-    main([hybrid], TASKS, metadata=pairs, output=tmp_path / "one")
+    main([hybrid], tasks, tasks_from=[custom], metadata=pairs, output=tmp_path / "one")
     expected = from_us(tmp_path / "one", "hybrid")
     assert expected["text_perplexity"]["byte_perplexity"] > 1
+    assert expected["spelt"]["number"] > 1000
     told = [ended(process) for process in running]
     assert told[0].count("text_perplexity  ") == 1  # one of the two tells it
-    assert re.findall(r"generate_until requests: 100%\|[^|]*\| (\d+)/", told[0]) == ["3"]  # of five: its own part
-    for found in (
-        from_us(tmp_path / "two", "hybrid"),
-        from_the_harness(tmp_path / "hf"),
-        from_the_harness(tmp_path / "distill"),
-    ):
-        assert found.keys() == expected.keys()
-        for task, metrics in expected.items():
-            assert found[task] == pytest.approx(metrics, rel=1e-5)
+    assert re.findall(r"generate_until requests: 100%\|[^|]*\| (\d+)/", told[0]) == ["6"]  # of ten: its own part
+    found = [from_us(tmp_path / "two", "hybrid"), *(from_the_harness(tmp_path / name) for name in ("hf", "distill"))]
+    for one, names in zip(found, (tasks, tasks, TASKS), strict=True):
+        assert one == {name: pytest.approx(expected[name], rel=1e-5) for name in names}
 
 
 @pytest.mark.slow
