@@ -7,6 +7,7 @@ accelerate launch --config_file recipes/launch/ddp.yaml --num_processes 2 -m eva
 import importlib.util
 import logging
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,7 +70,7 @@ def main(
     found: dict[str, dict[str, Score]] = {}
     for name, path in names.items():
         lm = DistillLM(path, device=None if device == "auto" else device, max_length=max_length, batch_size=batch_size)
-        _require_room(lm.max_length, length, path)
+        processes.together(partial(_require_room, lm.max_length, length, path))
         if one := scores(lm, chosen, managers[name], limit):
             found[name] = one
             print(_told(name, one), flush=True)
@@ -99,11 +100,17 @@ def _told(model: str, found: "dict[str, Score]") -> str:
 
 
 def _values(pairs: "list[str] | tuple[str, ...]") -> dict[str, Any]:
-    """KEY=VALUE, the value as YAML reads it."""
+    """KEY=VALUE, the value as YAML reads it; what is no YAML, such as ``*.txt``, is text."""
+    found: dict[str, Any] = {}
     for pair in pairs:
-        if "=" not in pair:
+        key, given, value = pair.partition("=")
+        if not given:
             raise UserError(f"--metadata {pair}: give KEY=VALUE, such as text=corpus/*.txt")
-    return {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in pairs)}
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            found[key] = value
+    return found
 
 
 def _require_harness() -> None:

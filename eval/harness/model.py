@@ -77,7 +77,7 @@ class DistillLM(HFLM):
         here = processes.start("cpu" if device == "cpu" else "auto")
         place = str(here) if processes.world() > 1 else _place(device)
         model: Any = processes.together(lambda: load_model(pretrained, place))
-        _require_positions(model, max_length)
+        require_positions(model, max_length)
         if dtype != "auto":
             model = model.to(_dtype(dtype))
         model.generation_config = plain_settings(model)
@@ -148,7 +148,8 @@ def _dtype(name: str) -> torch.dtype:
     return found
 
 
-def _require_positions(model: PreTrainedModel, max_length: int | None) -> None:
+def require_positions(model: PreTrainedModel, max_length: int | None) -> None:
+    """Refuse requests that go beyond the positions a model has learned; rotary ones go on."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if max_length and positions and max_length > positions and learns_positions(model):
         raise UserError(

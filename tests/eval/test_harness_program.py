@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from distill import convert
 from distill.errors import UserError
@@ -83,6 +83,12 @@ def text(tmp_path) -> Path:
     written = Path(json.__file__).read_text(encoding="utf-8")
     (tmp_path / "text.txt").write_text(f"{written[:500]}\n----\n{written[600:2000]}")
     return tmp_path / "text.txt"
+
+
+def test_metadata_is_yaml_or_text():
+    from eval.harness.__main__ import _values
+
+    assert _values(["a=3", "text=*.txt", "b=[x, 1]", "c=x=y"]) == {"a": 3, "text": "*.txt", "b": ["x", 1], "c": "x=y"}
 
 
 def refused(capsys, *arguments, **options) -> str:
@@ -246,7 +252,7 @@ def test_our_programs_measure_what_the_harness_does(name, models, text, tmp_path
 def test_what_limits_a_models_length(models):
     from lm_eval.api.instance import Instance
 
-    from eval.harness.model import DistillLM
+    from eval.harness.model import DistillLM, require_positions
 
     teacher, mamba = (DistillLM(models[name], device="cpu") for name in ("teacher", "mamba"))
     assert teacher.max_length == 256
@@ -255,5 +261,9 @@ def test_what_limits_a_models_length(models):
     assert len(mamba.tok_encode(json.__doc__)) > 3 * 256
     limited = DistillLM(models["mamba"], device="cpu", max_length=256)
     assert limited.max_length == 256
+    learned = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(UserError, match="max_length=33: the model has a vector for each of 32 positions"):
+        require_positions(learned, 33)
+    require_positions(learned, 32)
     assert mamba.loglikelihood_rolling(texts) == limited.loglikelihood_rolling(texts)
     assert mamba.max_length > 1e6
