@@ -197,11 +197,13 @@ class Recipe(Section):
             for stage in task.after or ():
                 if stage not in there:
                     yield ("evaluation", "tasks", index, "after"), stage, f"must be one of {', '.join(there)}"
-            # The last stage and the end are the same moment.
-            when = {there[-2] if stage == "end" else stage for stage in task.after or ()}
-            mine = {(task.name, moment) for moment in when | ({"every"} if task.every else set())}
+            mine = {(task.name, use) for use in ("every", "after") if getattr(task, use)}
             if mine & taken:
-                yield ("evaluation", "tasks", index), task.name, "has another task's name; give it a name of its own"
+                yield (
+                    ("evaluation", "tasks", index),
+                    task.name,
+                    "is another task's name; give this one its own",
+                )
             taken |= mine
 
     def _metrics_without_measure(self) -> Iterator[Misplaced]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from distill import units
 from eval import verdict, words
-from eval.figures import loss_charts, memory_of_runs, model_colour
+from eval.figures import loss_charts, memory_of_runs, model_colour, task_charts_of_runs
 from eval.page import filled, row_view
 from eval.run_record import RunRecord
 from eval.section_view import glance, section_view
@@ -68,7 +68,7 @@ def _group(among: Runs, of_run: Mapping[str, View], colours: Mapping[str, str]) 
     """One teacher's students: the table, and its charts."""
     first = next(iter(among.values()))
     rows = [of_run[name] for name in among]
-    drawn = [*loss_charts(among, colours), memory_of_runs(among, colours)]
+    drawn = [*loss_charts(among, colours), memory_of_runs(among, colours), *task_charts_of_runs(among, colours)]
     return {
         "teacher": verdict.teacher_name(first),
         "verdict": closest(rows),

@@ -39,6 +39,58 @@ def closeness_charts(run: RunRecord) -> list[Chart]:
     ]
 
 
+def task_charts(run: RunRecord) -> list[Chart]:
+    """What the recipe's tasks scored while stages trained, a chart a task."""
+    return [
+        _drawn(
+            title,
+            note,
+            [
+                Series(stage.heading, colour(stage.name), points, notes=_noted(stage.name, points))
+                for stage, points in _by_stage(run, name)
+            ],
+        )
+        for name, title, note in _tasks([run])
+    ]
+
+
+def task_charts_of_runs(runs: Mapping[str, RunRecord], colours: Mapping[str, str]) -> list[Chart]:
+    """The same over several runs, a colour a run."""
+    return [
+        _drawn(
+            title,
+            note,
+            [
+                Series(of, colours[of], points, notes=_noted(of, points))
+                for of, run in runs.items()
+                if (points := [point for _, found in _by_stage(run, name) for point in found])
+            ],
+        )
+        for name, title, note in _tasks(list(runs.values()))
+    ]
+
+
+def _tasks(runs: Sequence[RunRecord]) -> list[tuple[str, str, str]]:
+    """Each task that was asked in training: its metric, and what its chart says."""
+    names = dict.fromkeys(
+        name for run in runs for stage in run.stages for _, values in stage.held_out for name in values
+    )
+    return [
+        (name, f"Recall: {name.split('.')[1]}", "Answers written exactly, while it trained; higher is better.")
+        for name in names
+        if name.startswith("recall.") and name.endswith(".written")
+    ]
+
+
+def _noted(of: str, points: Sequence[Point]) -> list[str]:
+    return [f"{of}, {words.amount(tokens)} tokens: {words.percent(value)}" for tokens, value in points]
+
+
+def _drawn(title: str, note: str, series: Sequence[Series]) -> Chart:
+    y = Axis("share written", lambda value: f"{100 * value:.0f}%", zero=True)
+    return line_chart(title, note, series, Axis("training tokens", words.short, zero=True), y)
+
+
 def training_charts(run: RunRecord) -> list[Chart]:
     """What each stage minimised."""
     return [_training_chart(stage) for stage in run.stages if stage.training]

@@ -38,7 +38,8 @@ def heat_map(one: HeatMap) -> Markup:
 def width_of(one: HeatMap) -> float:
     """In pixels, at which its text has the size of a chart's."""
     left, cell = _columns(one)
-    return left + cell * len(one.columns) + 4
+    middle = left + cell * len(one.columns) / 2
+    return max(left + cell * len(one.columns) + 4, middle + LETTER * len(one.column_label) / 2)
 
 
 def density(value: float, low: float, high: float) -> float:

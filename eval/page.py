@@ -12,7 +12,7 @@ from markupsafe import Markup
 from distill import units
 from distill.evaluation_record import MatrixPair
 from eval import verdict, words
-from eval.figures import closeness_charts, colour, memory_chart, training_charts
+from eval.figures import closeness_charts, colour, memory_chart, task_charts, training_charts
 from eval.pictures import DECADES, matrix_picture, scale_picture
 from eval.run_record import RunRecord
 from eval.section_view import glance, section_view
@@ -58,7 +58,7 @@ def render(run: RunRecord, numbers: View, sections: Sequence[Section] = ()) -> s
         samples=_samples(run),
         matrices=_matrices(run),
         memory=_memory(run, numbers),
-        training=[chart for chart in training_charts(run) if chart.svg],
+        training=[chart for chart in (*task_charts(run), *training_charts(run)) if chart.svg],
         versions=sorted(numbers["versions"].items()),
     )
 

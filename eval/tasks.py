@@ -6,6 +6,7 @@
 import hashlib
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def ask_after(run: Run, stage: str) -> None:
     """
     due = [task for task in run.recipe.evaluation.tasks if stage in moments(run, task)]
     for model in (TEACHER, stage):
-        left = [task for task in due if not processes.on_main(lambda m=model, t=task: _is_asked(run, t, m))]  # type: ignore[misc]
+        left = [task for task in due if not processes.on_main(partial(_is_asked, run, task, model))]
         if left:
             _ask(run, model, left)
 
@@ -52,7 +53,7 @@ def _ask(run: Run, name: str, tasks: list[RecallTask]) -> None:
     model = _model(run, name)
     for task, drawn in zip(tasks, examples, strict=True):
         cells = [asdict(cell) for cell in sweep(model, drawn, task.batch_size)]
-        processes.on_main(lambda t=task, c=cells: _add(run, t, name, c))  # type: ignore[misc]
+        processes.on_main(partial(_add, run, task, name, cells))
 
 
 def _model(run: Run, name: str) -> PreTrainedModel:

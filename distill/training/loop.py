@@ -143,7 +143,7 @@ def train(
         while True:
             if any(is_due(done.steps, steps, hook.every) for hook in measures):
                 engine.settle()
-                metrics = measured(student, measures, done.steps, steps)
+                metrics = _agreed(measured(student, measures, done.steps, steps))
                 log.write("eval", done.steps, done.tokens, metrics)
                 if _is_saved(done.steps, steps, cadence, keep_best):
                     done = _with_best(done, metrics, keep_best)
@@ -188,11 +188,16 @@ def train(
     if asked:
         _say(f"stopped by {asked.name} after step {done.steps} of {steps}; the same command goes on from there")
         raise SystemExit(128 + asked)
-    return done if keep_best is None else _back_to_best(done, checkpoints, engine)
+    return done if keep_best is None else processes.together(lambda: _back_to_best(done, checkpoints, engine))
 
 
 def _as_hook(evaluate: Callable[[], dict[str, float]] | None, cadence: Cadence) -> list[Hook]:
     return [] if evaluate is None else [Hook(lambda student, step: evaluate(), cadence.eval_every)]
+
+
+def _agreed(metrics: dict[str, float]) -> dict[str, float]:
+    """The main process's on all, which must decide alike: GPUs of different makes may round differently."""
+    return processes.on_main(lambda: metrics)
 
 
 def _require_usable(student: nn.Module, trackers: Collection[str]) -> None:

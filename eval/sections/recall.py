@@ -58,7 +58,7 @@ def _kept(scores: Sequence[Score], found: Findings) -> str:
             told.append(f"{model} still writes {words.percent(_mean(shares))}{least}")
     if told:
         return f"Of the answers that {teacher} writes, {words.listed(told)}."
-    return "" if len(found.models) == 1 else f"{teacher} itself writes hardly an answer of these tasks."
+    return "" if len(found.models) == 1 else f"Even {teacher} writes hardly an answer of these tasks."
 
 
 def _flattered(found: Findings) -> str:

@@ -8,10 +8,12 @@ from html_page import Page
 
 from distill.errors import UserError
 from eval import report
+from eval.figures import task_charts, task_charts_of_runs
 from eval.findings import Findings, names_of, write_findings
 from eval.gathered import findings_in, gathered, of_run, section_of
 from eval.heat_map_svg import density, heat_map
 from eval.report import make_report
+from eval.run_record import read_run
 from eval.section_view import glance
 from eval.sections.section import HeatMap, Score
 
@@ -94,7 +96,7 @@ def test_the_page_of_a_run_shows_its_own_findings_and_those_given(run_dir, tmp_p
     page = Page(make_report(run_dir, [tmp_path / "found"]).read_text(encoding="utf-8"))
     assert page.text.count("Recall from the prompt") == 2, "other settings are another section"
     assert "Kept and lost at a glance" in page.text
-    assert "teacher itself" not in page.text
+    assert "Even teacher writes hardly" not in page.text
     assert [cell for cell in page.cells if "50%" in cell] == ["50%45.0%"]
     told = json.loads((run_dir / "report.json").read_text())
     kept = told["kept"][0]
@@ -145,3 +147,21 @@ def test_models_are_called_by_what_tells_them_apart(tmp_path):
     assert list(names_of([*map(str, paths), "org/name"])) == ["a/logits", "b/logits", "hidden", "name"]
     with pytest.raises(UserError, match="given twice"):
         names_of([str(paths[0]), f"{paths[0]}/"])
+
+
+def test_tasks_asked_in_training_are_curves(run_dir):
+    for stage in ("hidden", "logits"):
+        path = run_dir / stage / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            if row["kind"] == "eval":
+                row["recall.copying.written"] = 0.25
+                row["recall.copying.log_probability"] = -1.0
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (chart,) = task_charts(read_run(run_dir))
+    assert chart.title == "Recall: copying"
+    assert [one.label for one in chart.legend] == ["after hidden", "after logits"]
+    assert chart.svg.count("25.0%") == 12
+    assert "Recall: copying" in Page(make_report(run_dir).read_text(encoding="utf-8")).text
+    (both,) = task_charts_of_runs({"a": read_run(run_dir)}, {"a": "1"})
+    assert both.svg.count("25.0%") == 12
