@@ -214,10 +214,11 @@ def _training_chart(stage: Stage) -> Chart:
     raw: Sequence[Point] = thinned([point for point in stage.training if point[1] == point[1]])
     objective = MINIMISED.get(stage.name, "training loss")
     spent = f"{words.amount(stage.tokens)} tokens in {words.duration(stage.seconds)}" if stage.tokens else "so far"
+    kept = f"; the weights of step {stage.kept_step:,} were kept as the best" if stage.kept_step is not None else ""
     log = spans_decades([value for _, value in raw])
     return line_chart(
         f"{stage.name.capitalize()} stage",
-        f"{objective.capitalize()}, {spent}.",
+        f"{objective.capitalize()}, {spent}{kept}.",
         [
             Series("", colour(stage.name), raw, "faint"),
             Series("", colour(stage.name), smoothed(raw)),

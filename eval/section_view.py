@@ -75,7 +75,9 @@ def glance_numbers(scores: Sequence[Score]) -> list[View]:
 
 
 def _kept(one: Score, name: str) -> View:
-    share, score = one.kept(name), one.by_model.get(name)
+    if name not in one.by_model:
+        return {"share": None, "text": "", "score": ""}
+    share, score = one.kept(name), one.by_model[name]
     return {
         "share": None if share is None else f"{min(max(share, 0), 1):.3f}",
         "text": words.NONE if share is None else f"{100 * share:.0f}%".replace("-", "−"),

@@ -68,6 +68,9 @@ def test_a_teacher_that_only_guesses_has_nothing_to_keep():
     (row,) = view["rows"]
     assert [(one["share"], one["text"]) for one in row["cells"]] == [("0.000", "−10%"), ("1.000", "110%")]
     assert glance([Score("x", "teacher", 0.0, {"teacher": 1.0})]) is None
+    other = Score("y", "teacher", 0.0, {"teacher": 1.0, "hybrid": 0.5})
+    both = glance([Score("x", "teacher", 0.0, {"teacher": 1.0, "mamba": 0.0}), other])
+    assert [[one["text"] for one in row["cells"]] for row in both["rows"]] == [["0%", ""], ["", "50%"]]
 
 
 def test_a_heat_map_labels_every_cell_and_no_other():
@@ -91,7 +94,9 @@ def test_colours_grow_with_the_distance_from_zero():
 
 def test_the_page_of_a_run_shows_its_own_findings_and_those_given(run_dir, tmp_path):
     write_findings(run_dir / "evaluations", FOUND)
-    other = Findings("recall", {"teacher": "t"}, {"seed": 7}, {"copying": {"teacher": [cell(2, 0, 0.0, 0.5)]}})
+    other = Findings(
+        "recall", {"teacher": "models/teacher"}, {"seed": 7}, {"copying": {"teacher": [cell(2, 0, 0.0, 0.5)]}}
+    )
     write_findings(tmp_path / "found", other)
     page = Page(make_report(run_dir, [tmp_path / "found"]).read_text(encoding="utf-8"))
     assert page.text.count("Recall from the prompt") == 2, "other settings are another section"
@@ -147,6 +152,14 @@ def test_models_are_called_by_what_tells_them_apart(tmp_path):
     assert list(names_of([*map(str, paths), "org/name"])) == ["a/logits", "b/logits", "hidden", "name"]
     with pytest.raises(UserError, match="given twice"):
         names_of([str(paths[0]), f"{paths[0]}/"])
+
+
+def test_a_best_step_that_was_kept_is_told(run_dir):
+    record = run_dir / "hidden" / "stage.json"
+    assert "were kept as the best" not in Page(make_report(run_dir).read_text(encoding="utf-8")).text
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"kept_step": 1200}))
+    text = Page(make_report(run_dir).read_text(encoding="utf-8")).text
+    assert "120K tokens in 30 s; the weights of step 1,200 were kept as the best." in text
 
 
 def test_tasks_asked_in_training_are_curves(run_dir):
