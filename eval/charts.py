@@ -93,6 +93,13 @@ def spans_decades(values: Sequence[float], ratio: float = 12) -> bool:
     return bool(positive) and len(positive) == len(values) and max(positive) / min(positive) > ratio
 
 
+def byte_ticks(series: Sequence[Series]) -> list[float]:
+    """Round binary sizes, at most six."""
+    values = [value for one in series for _, value in one.points if value > 0]
+    ticks = [4.0**power for power in range(40) if min(values, default=1) <= 4.0**power <= max(values, default=1)]
+    return ticks[:: -(-len(ticks) // 6) or 1]
+
+
 def thinned(points: Sequence[Point], most: int = 240) -> list[Point]:
     """At most ``most`` points, each the mean of its neighbours, so that long runs stay small files."""
     size = math.ceil(len(points) / most) if points else 1

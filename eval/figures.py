@@ -6,7 +6,7 @@ from markupsafe import Markup
 
 from distill import units
 from eval import words
-from eval.charts import Axis, Chart, Point, Series, line_chart, smoothed, spans_decades, thinned
+from eval.charts import Axis, Chart, Point, Series, byte_ticks, line_chart, smoothed, spans_decades, thinned
 from eval.run_record import CONVERT, Memory, RunRecord, Stage
 
 PALETTE = ("teacher", CONVERT, "mixing", "hidden", "logits")
@@ -120,15 +120,8 @@ def _memory(teacher: Memory, students: Mapping[str, tuple[str, Memory]]) -> Char
         "State and key–value cache, by tokens read.",
         series,
         Axis("tokens of context", lambda tokens: words.context(int(tokens)), log=True, ticks=CONTEXT_TICKS),
-        Axis("bytes", units.size, log=True, ticks=_byte_ticks(series)),
+        Axis("bytes", units.size, log=True, ticks=byte_ticks(series)),
     )
-
-
-def _byte_ticks(series: Sequence[Series]) -> list[float]:
-    """Round binary sizes, at most six."""
-    values = [value for one in series for _, value in one.points if value > 0]
-    ticks = [4.0**power for power in range(40) if min(values, default=1) <= 4.0**power <= max(values, default=1)]
-    return ticks[:: -(-len(ticks) // 6) or 1]
 
 
 def loss_charts(runs: Mapping[str, RunRecord], colours: Mapping[str, str]) -> list[Chart]:

@@ -64,21 +64,13 @@ def require_folder(output: Path) -> None:
 
 
 def names_of(paths: Sequence[str]) -> dict[str, str]:
-    """Each model's path by as many of its last folders as tell it from the others.
+    """Each model's path by its folder's name, or the whole path where two have the same.
 
     Raises:
         UserError: a model is given twice.
     """
-    parts = [Path(path).resolve().parts[1:] if Path(path).is_dir() else tuple(path.split("/")) for path in paths]
-    if len(set(parts)) < len(parts):
+    last = [Path(path).resolve().name if Path(path).is_dir() else path for path in paths]
+    names = [name if last.count(name) == 1 else path for name, path in zip(last, paths, strict=True)]
+    if len(set(names)) < len(names):
         raise UserError(f"{words.listed(paths)}: a model is given twice")
-
-    def ends(depth: int) -> list[str]:
-        return ["/".join(part[-depth:]) for part in parts]
-
-    enough = [
-        next((depth for depth in range(1, len(part)) if ends(depth).count("/".join(part[-depth:])) == 1), len(part))
-        for part in parts
-    ]
-    names = ["/".join(part[-depth:]) for part, depth in zip(parts, enough, strict=True)]
     return dict(zip(names, paths, strict=True))

@@ -44,9 +44,26 @@ def gathered(found: Sequence[Findings]) -> list[Findings]:
         print(f"{kind}: the report has no section for it; skipped (it has {', '.join(SECTIONS)})", file=sys.stderr)
     joined: list[Findings] = []
     for one in sorted((one for one in found if one.kind in SECTIONS), key=lambda one: list(SECTIONS).index(one.kind)):
+        one = renamed(one, shorter_names(one))
         both = _joined(joined[-1], one) if joined else None
         joined[-1:] = [both] if both else [*joined[-1:], one]
     return joined
+
+
+def shorter_names(found: Findings) -> dict[str, str]:
+    """Models that are called by their whole path, by as many of its last folders as tell them from the others."""
+    paths = [name for name, path in found.models.items() if name == path and "/" in name]
+
+    def end(path: str, depth: int) -> str:
+        return "/".join(path.rstrip("/").split("/")[-depth:])
+
+    def is_clear(path: str, depth: int) -> bool:
+        others = [end(other, depth) for other in paths if other != path]
+        return end(path, depth) not in [*others, *(set(found.models) - set(paths))]
+
+    return {
+        path: next((end(path, d) for d in range(1, path.count("/") + 1) if is_clear(path, d)), path) for path in paths
+    }
 
 
 def section_of(found: Findings) -> Section:

@@ -5,6 +5,8 @@ and by every kind of colour-blindness; a scale with two ends has blue below zero
 the classes ``heat``, ``above`` and ``below`` for light and dark. Every cell has its value written in it.
 """
 
+import math
+
 from markupsafe import Markup
 
 from eval import words
@@ -42,10 +44,13 @@ def width_of(one: HeatMap) -> float:
     return max(left + cell * len(one.columns) + 4, middle + LETTER * len(one.column_label) / 2)
 
 
-def density(value: float, low: float, high: float) -> float:
+def density(value: float, low: float, high: float, log: bool = False) -> float:
     """How much of the hue a value gets, 0 to 1; what is no number gets none."""
     if value != value or high == low:
         return 0.0
+    if log:
+        value, low, high = (math.log(max(one, 1e-30)) for one in (value, low, high))
+        return min(max((value - low) / (high - low), 0.0), 1.0)
     if low < 0:
         share = value / (high if value > 0 else -low)
         return min(abs(share), 1.0)
@@ -75,7 +80,7 @@ def _cell(one: HeatMap, row: int, column: int, x: float, width: float) -> Markup
     value = one.values.get((row, column))
     if value is None:
         return Markup(f'<rect class="none" {box}/>')
-    dense = density(value, one.low, one.high)
+    dense = density(value, one.low, one.high, one.log)
     hue = "heat" if one.low >= 0 else "above" if value > 0 else "below"
     note = f"{one.row_label} {one.rows[row]}, {one.column_label} {one.columns[column]}: {shown(one, value)}"
     text = _text(x + width / 2, y + ROW / 2, "middle", shown(one, value), "on" if dense > DENSE else "off")

@@ -14,7 +14,7 @@ from distill.atomic import explained_full_disk
 from distill.errors import UserError
 from distill.programs import quiet_unless_watched, report_user_errors
 from distill.recall import TASKS
-from distill.recall.sweep import Cell, Surface, drawing, drawn, sweep
+from distill.recall.sweep import Cell, Surface, drawing, sweep
 from distill.recall.tasks import task_named
 from eval import options, words
 from eval.findings import Fields, Findings, names_of, require_folder, write_findings
@@ -62,7 +62,7 @@ def main(
         model = load_model(path, device)
         for one in chosen:
             draw = _drawing(model, path, one, surface, samples, seed)
-            found[one][name] = sweep(model, drawn(draw, numbers, sizes), batch_size)
+            found[one][name] = sweep(model, draw, numbers, sizes, batch_size)
             print(_told(one, name, found[one][name]), flush=True)
     _write(output, names, {"surface": surface, "samples": samples, "seed": seed}, found)
 

@@ -30,13 +30,15 @@ def section_view(section: Section) -> View:
 def _group(name: str, maps: Sequence[HeatMap]) -> View:
     """Maps with one colour scale; where they have several, each says its own numbers and none is shown."""
     first = maps[0]
-    one_scale = all((one.low, one.high, one.percent) == (first.low, first.high, first.percent) for one in maps)
+    one_scale = all(
+        (one.low, one.high, one.percent, one.log) == (first.low, first.high, first.percent, first.log) for one in maps
+    )
     ends = [shown(first, end) + "%" * first.percent for end in (first.low, first.high)]
     return {
         "name": name,
         "narrow": all(width_of(one) <= NARROW for one in maps),
         "maps": [{"title": one.title, "svg": heat_map(one)} for one in maps],
-        "scale": {"low": ends[0], "high": ends[1], "two": first.low < 0} if one_scale else None,
+        "scale": {"low": ends[0], "high": ends[1], "two": first.low < 0, "log": first.log} if one_scale else None,
     }
 
 

@@ -16,7 +16,7 @@ from distill.atomic import replace_file
 from distill.engines import processes
 from distill.engines.placement import place_student
 from distill.recall.asked import examples_of
-from distill.recall.sweep import sweep
+from distill.recall.sweep import cells_of
 from distill.recipe_evaluation import RecallTask
 from distill.run import Run
 from eval.findings import Findings, read_findings, write_findings
@@ -52,7 +52,7 @@ def _ask(run: Run, name: str, tasks: list[RecallTask]) -> None:
     examples = [examples_of(task, run.tokenizer, vocabulary) for task in tasks]
     model = _model(run, name)
     for task, drawn in zip(tasks, examples, strict=True):
-        cells = [asdict(cell) for cell in sweep(model, drawn, task.batch_size)]
+        cells = [asdict(cell) for cell in cells_of(model, drawn, task.batch_size)]
         processes.on_main(partial(_add, run, task, name, cells))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distill.recall.sweep import Cell, Drawn, drawing, drawn, sweep
+from distill.recall.sweep import Cell, Drawn, cells_of, drawing, drawn
 from distill.recipe_evaluation import SCORES, RecallTask
 
 
@@ -29,7 +29,7 @@ def recall_measure(task: RecallTask, examples: list[Drawn]) -> Callable[[nn.Modu
 
     def measure(student: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(student, PreTrainedModel), "tasks are asked of whole models"
-        cells = sweep(student, examples, task.batch_size)
+        cells = cells_of(student, examples, task.batch_size)
         return dict(zip(task.metrics(), (_mean(cells, score) for score in SCORES), strict=True))
 
     return measure

@@ -83,9 +83,20 @@ def drawn(draw: Draw, items: Sequence[int], lengths: Sequence[int]) -> list[Draw
     return found
 
 
-def sweep(model: PreTrainedModel, cells: Sequence[Drawn], batch_size: int) -> list[Cell]:
+def cells_of(model: PreTrainedModel, examples: Sequence[Drawn], batch_size: int) -> list[Cell]:
     """What the model does in each cell."""
-    return [cell(items, length, examine(model, examples, batch_size=batch_size)) for items, length, examples in cells]
+    return [cell(items, length, examine(model, some, batch_size=batch_size)) for items, length, some in examples]
+
+
+def sweep(
+    model: PreTrainedModel, draw: Draw, items: Sequence[int], lengths: Sequence[int], batch_size: int
+) -> list[Cell]:
+    """Both at once.
+
+    Raises:
+        UserError: there is no cell at all.
+    """
+    return cells_of(model, drawn(draw, items, lengths), batch_size)
 
 
 def cell(items: int, length: int, results: Sequence[Result]) -> Cell:

@@ -30,6 +30,7 @@ class HeatMap:
         values: by (row, column), each an index of the labels; cells may be missing.
         low, high: what the ends of the colour scale stand for; where low is below 0, the scale has two colours.
         percent: values are shares and are written as percentages.
+        log: the colour scale goes by the logarithm; all values are positive.
         group: maps of the same group that follow one another stand side by side under it, with one colour scale.
     """
 
@@ -42,6 +43,7 @@ class HeatMap:
     low: float = 0.0
     high: float = 1.0
     percent: bool = True
+    log: bool = False
     group: str = ""
 
 

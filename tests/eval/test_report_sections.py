@@ -9,8 +9,8 @@ from html_page import Page
 from distill.errors import UserError
 from eval import report
 from eval.figures import task_charts, task_charts_of_runs
-from eval.findings import Findings, names_of, write_findings
-from eval.gathered import findings_in, gathered, of_run, section_of
+from eval.findings import Findings, write_findings
+from eval.gathered import findings_in, gathered, of_run, section_of, shorter_names
 from eval.heat_map_svg import density, heat_map
 from eval.report import make_report
 from eval.run_record import read_run
@@ -90,6 +90,7 @@ def test_colours_grow_with_the_distance_from_zero():
     assert [density(value, 0, 2) for value in (-1, 0, 1, 2, 3)] == [0, 0, 0.5, 1, 1]
     assert [density(value, -2, 1) for value in (-2, -1, 0, 0.5, 1)] == [1, 0.5, 0, 0.5, 1]
     assert density(1, 1, 1) == density(float("nan"), 0, 1) == 0
+    assert [density(value, 1, 100, log=True) for value in (0.5, 1, 10, 100)] == [0, 0, 0.5, 1]
 
 
 def test_the_page_of_a_run_shows_its_own_findings_and_those_given(run_dir, tmp_path):
@@ -145,13 +146,15 @@ def test_damaged_findings_are_named(run_dir, tmp_path, capsys):
     assert not (run_dir / "report.html").exists()
 
 
-def test_models_are_called_by_what_tells_them_apart(tmp_path):
-    paths = [tmp_path / "a" / "logits", tmp_path / "b" / "logits", tmp_path / "b" / "hidden"]
-    for path in paths:
-        path.mkdir(parents=True)
-    assert list(names_of([*map(str, paths), "org/name"])) == ["a/logits", "b/logits", "hidden", "name"]
-    with pytest.raises(UserError, match="given twice"):
-        names_of([str(paths[0]), f"{paths[0]}/"])
+def test_models_are_called_by_what_tells_them_apart():
+    paths = ["runs/a/logits", "runs/b/logits/", "runs/b/hidden", "teacher", "x/logits"]
+    names = {path: path for path in paths} | {"logits": "elsewhere/logits"}
+    assert shorter_names(Findings("recall", names, {}, {})) == {
+        "runs/a/logits": "a/logits",
+        "runs/b/logits/": "b/logits",
+        "runs/b/hidden": "hidden",
+        "x/logits": "x/logits",
+    }
 
 
 def test_a_best_step_that_was_kept_is_told(run_dir):
