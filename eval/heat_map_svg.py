@@ -12,7 +12,7 @@ from markupsafe import Markup
 from eval import words
 from eval.sections.section import HeatMap
 
-CELL, ROW, TOP, BOTTOM, EDGE = 34, 26, 6, 34, 14
+CELL, ROW, TOP, BOTTOM, EDGE = 34, 26, 6, 40, 14
 LETTER = 6.3
 """Width of a character of the labels."""
 DENSE = 0.62

@@ -7,7 +7,7 @@ from typing import Any
 from eval import words
 from eval.figures import model_colour
 from eval.heat_map_svg import heat_map, shown, width_of
-from eval.sections.section import HeatMap, Score, Section
+from eval.sections.section import HeatMap, Quote, Score, Section
 
 View = dict[str, Any]
 
@@ -23,8 +23,12 @@ def section_view(section: Section) -> View:
         "tables": section.tables,
         "figures": [chart for chart in section.figures if chart.svg],
         "groups": [_group(name, list(maps)) for name, maps in groupby(section.maps, key=lambda one: one.group)],
-        "quotes": section.quotes,
+        "prompts": [{"prompt": prompt, "quotes": list(of)} for prompt, of in groupby(section.quotes, _prompt)],
     }
+
+
+def _prompt(quote: Quote) -> str:
+    return quote.prompt
 
 
 def _group(name: str, maps: Sequence[HeatMap]) -> View:
@@ -42,18 +46,25 @@ def _group(name: str, maps: Sequence[HeatMap]) -> View:
     }
 
 
-def glance(scores: Sequence[Score]) -> View | None:
-    """A row a task: what its teacher scores, and the share of that which each student kept."""
-    models = list(dict.fromkeys(name for one in scores for name in one.by_model if name != one.of))
-    if not scores or not models:
-        return None
+def glance(scores: Sequence[Score]) -> list[View]:
+    """A row a task: what its teacher scores, and the share of that which each student kept.
+
+    Tasks of the same models share a table; tables in which no share is known are left out.
+    """
+    sets = dict.fromkeys((one.of, tuple(one.by_model)) for one in scores)
+    tables = [_table(of, [one for one in scores if (one.of, tuple(one.by_model)) == (of, who)]) for of, who in sets]
+    return [table for table in tables if any(cell["share"] for row in table["rows"] for cell in row["cells"])]
+
+
+def _table(of: str, scores: Sequence[Score]) -> View:
+    models = [name for name in scores[0].by_model if name != of]
     return {
+        "of": of,
         "models": [{"name": name, "colour": model_colour(place)} for place, name in enumerate(models)],
         "rows": [
             {
                 "task": one.task,
-                "of": one.of,
-                "teacher": words.percent(one.by_model.get(one.of)),
+                "teacher": words.percent(one.by_model[of]) if of in one.by_model else words.NONE,
                 "chance": f"{100 * one.chance:.0f}%" if one.chance else "",
                 "cells": [_kept(one, name) for name in models],
             }
@@ -77,8 +88,6 @@ def glance_numbers(scores: Sequence[Score]) -> list[View]:
 
 
 def _kept(one: Score, name: str) -> View:
-    if name not in one.by_model:
-        return {"share": None, "text": "", "score": ""}
     share, score = one.kept(name), one.by_model[name]
     return {
         "share": None if share is None else f"{min(max(share, 0), 1):.3f}",

@@ -14,8 +14,8 @@ from eval.gathered import findings_in, gathered, of_run, section_of, shorter_nam
 from eval.heat_map_svg import density, heat_map
 from eval.report import make_report
 from eval.run_record import read_run
-from eval.section_view import glance
-from eval.sections.section import HeatMap, Score
+from eval.section_view import glance, section_view
+from eval.sections.section import HeatMap, Quote, Score, Section
 
 
 def cell(items: int, length: int, written: float, chosen: float, chance: float = 0.25) -> dict:
@@ -64,13 +64,29 @@ def test_a_teacher_that_only_guesses_has_nothing_to_keep():
     assert Score("x", "teacher", 0.25, {"teacher": 0.29, "mamba": 0.29}).kept("mamba") is None
     assert Score("x", "teacher", 0.25, {"teacher": 0.75, "mamba": 0.2}).kept("mamba") == pytest.approx(-0.1)
     assert Score("x", "teacher", 0.25, {"mamba": 0.2}).kept("mamba") is None
-    view = glance([Score("x", "teacher", 0.25, {"teacher": 0.75, "mamba": 0.2, "hybrid": 0.8})])
-    (row,) = view["rows"]
+    (table,) = glance([Score("x", "teacher", 0.25, {"teacher": 0.75, "mamba": 0.2, "hybrid": 0.8})])
+    (row,) = table["rows"]
     assert [(one["share"], one["text"]) for one in row["cells"]] == [("0.000", "−10%"), ("1.000", "110%")]
-    assert glance([Score("x", "teacher", 0.0, {"teacher": 1.0})]) is None
-    other = Score("y", "teacher", 0.0, {"teacher": 1.0, "hybrid": 0.5})
-    both = glance([Score("x", "teacher", 0.0, {"teacher": 1.0, "mamba": 0.0}), other])
-    assert [[one["text"] for one in row["cells"]] for row in both["rows"]] == [["0%", ""], ["", "50%"]]
+
+
+def test_what_was_said_to_one_prompt_stands_together():
+    quotes = [Quote("a", "p", "1"), Quote("b", "p", "2"), Quote("a", "q", "<3>")]
+    view = section_view(Section("t", "l", quotes=quotes))
+    assert [(one["prompt"], [quote.text for quote in one["quotes"]]) for one in view["prompts"]] == [
+        ("p", ["1", "2"]),
+        ("q", ["<3>"]),
+    ]
+
+
+def test_tasks_of_the_same_models_share_a_table():
+    scores = [
+        Score("x", "teacher", 0.0, {"teacher": 1.0, "mamba": 0.0}),
+        Score("y", "teacher", 0.0, {"teacher": 1.0, "hybrid": 0.5}),
+        Score("z", "teacher", 0.0, {"teacher": 0.0, "hybrid": 0.0}),
+        Score("alone", "teacher", 0.0, {"teacher": 1.0}),
+        Score("unknown", "teacher", 0.5, {"teacher": 0.5, "other": 0.5}),
+    ]
+    assert [[row["task"] for row in table["rows"]] for table in glance(scores)] == [["x"], ["y", "z"]]
 
 
 def test_a_heat_map_labels_every_cell_and_no_other():
