@@ -7,10 +7,11 @@ the page.
 from collections.abc import Callable
 
 from eval.findings import Findings
-from eval.sections import ablation, generation, harness, long_context, speed
+from eval.sections import ablation, generation, harness, long_context, recall, speed
 from eval.sections.section import Section
 
 SECTIONS: dict[str, Callable[[Findings], Section]] = {
+    "recall": recall.section,
     "harness": harness.section,
     "generation": generation.section,
     "long_context": long_context.section,
