@@ -7,6 +7,9 @@ the page.
 from collections.abc import Callable
 
 from eval.findings import Findings
+from eval.sections import stability
 from eval.sections.section import Section
 
-SECTIONS: dict[str, Callable[[Findings], Section]] = {}
+SECTIONS: dict[str, Callable[[Findings], Section]] = {
+    "stability": stability.section,
+}

@@ -27,6 +27,7 @@ class HeatMap:
         values: by (row, column), each an index of the labels; cells may be missing.
         low, high: what the ends of the colour scale stand for.
         percent: values are shares and are written as percentages.
+        log: the colour scale goes by the logarithm; all values are positive.
     """
 
     title: str
@@ -38,6 +39,7 @@ class HeatMap:
     low: float = 0.0
     high: float = 1.0
     percent: bool = True
+    log: bool = False
 
 
 @dataclass(frozen=True)
