@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from eval import words
-from eval.charts import Axis, Chart, Series, line_chart
+from eval.charts import Axis, Chart, Point, Series, line_chart
 from eval.findings import Findings
 from eval.memory_maps import sorted_memory
 from eval.sections.section import HeatMap, Section, Table
@@ -39,11 +39,15 @@ def _lead(name: str, one: Fields) -> str:
 
 def _spread(results: Fields) -> str:
     """What is left of a disturbance far behind it."""
-    spans = [one["deviations"][-1] for one in results.values()]
-    left = words.listed(
-        [f"{name} {words.percent(float(span['mean']))}" for name, span in zip(results, spans, strict=True)]
-    )
-    return f"Of a disturbed token, {min(span['first'] for span in spans)} tokens on and farther, is left: {left}."
+    last = {name: one["deviations"][-1] for name, one in results.items()}
+    told = [f"{name} {_share(span, 'mean')} (at most {_share(span, 'largest')})" for name, span in last.items()]
+    first = min(span["first"] for span in last.values())
+    return f"What one disturbed token still moves {first} tokens on and farther: {words.listed(told)}."
+
+
+def _share(span: Fields, which: str) -> str:
+    """Of the disturbance."""
+    return words.percent(float(span[which]))
 
 
 def _table(results: Fields) -> Table:
@@ -64,22 +68,23 @@ def _table(results: Fields) -> Table:
 
 def _curves(found: Findings, students: Fields) -> Chart:
     colours = dict(zip(students, COLOURS * len(students), strict=False))
-    series = [
-        Series(
-            name,
-            colours.get(name, "teacher"),
-            [(span["last"], float(span["mean"])) for span in one["deviations"] if span["first"]],
-            notes=[_note(span) for span in one["deviations"] if span["first"]],
-        )
-        for name, one in found.results.items()
-    ]
+    series = []
+    for name, one in found.results.items():
+        spans = [span for span in one["deviations"] if span["first"]]
+        notes, colour = [_note(span) for span in spans], colours.get(name, "teacher")
+        series.append(Series(name, colour, _points(spans, "mean"), notes=notes))
+        series.append(Series(f"{name}, largest", colour, _points(spans, "largest"), "dashed", notes))
     return line_chart(
         "What one disturbed token moves",
-        "Change of the last hidden states behind it, relative to the disturbance; both axes are logarithmic.",
+        "Change of the last hidden states behind it, relative to the disturbance: mean and largest; logarithmic axes.",
         series,
         Axis("tokens behind it", words.short, log=True),
         Axis("relative change", words.short, log=True),
     )
+
+
+def _points(spans: list[Fields], which: str) -> list[Point]:
+    return [(span["last"], float(span[which])) for span in spans]
 
 
 def _note(span: Fields) -> str:

@@ -89,10 +89,12 @@ def test_the_section(found):
     )
     assert section.lead.startswith(f"Layer {slowest[1]} of hybrid remembers longest, {slowest[0]:,.0f} tokens")
     assert "dies out" in section.lead
+    far = record.results["teacher"]["deviations"][-1]
+    assert f"teacher {100 * far['mean']:.1f}% (at most {100 * far['largest']:.1f}%)" in section.lead
     (table,), (chart,), (memory,) = section.tables, section.figures, section.maps
     assert [row[0] for row in table.rows] == [f"{name}, layer {n}" for name in ("hybrid", "teacher") for n in range(3)]
     assert [row[2] for row in table.rows].count("has no state") == 4
-    assert [series.label for series in chart.legend] == ["hybrid", "teacher"]
+    assert [series.label for series in chart.legend] == ["hybrid", "hybrid, largest", "teacher", "teacher, largest"]
     assert {column for _, column in memory.values} == {0, 2}
     assert memory.log
     assert 0 < memory.low <= min(memory.values.values())
