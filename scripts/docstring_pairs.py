@@ -51,8 +51,8 @@ def pairs_of(document: Document) -> list[Pair]:
 
 
 def shots(files: Iterable[Sequence[Pair]], most: int) -> list[list[Pair]]:
-    """From every file with enough of them: ``most`` examples and, last, one to be asked."""
-    return [list(pairs[: most + 1]) for pairs in files if len(pairs) > most]
+    """Runs of neighbours in one file, none in two of them: ``most`` examples and, last, one to be asked."""
+    return [list(pairs[at : at + most + 1]) for pairs in files for at in range(0, len(pairs) - most, most + 1)]
 
 
 def encoded(

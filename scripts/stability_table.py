@@ -53,7 +53,7 @@ HELD_OUT = 0.1
 SHOTS = (1, 3, 5)
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 REFERENCE = ("fp32", "full")
-TUNINGS = [REFERENCE, ("fp32", "lora"), *((p, m) for p in ("bf16", "fp16") for m in ("full", "lora"))]
+METHODS = ("full", "lora")
 BATCH = 16
 
 
@@ -102,7 +102,10 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each tuning, of 4 × 128 tokens.")] = 16,
     rows: Annotated[int, typer.Option(min=1, help="Functions to learn from.")] = 400,
     scored: Annotated[int, typer.Option(min=1, help="Held-out functions that loss, top-1 and KL are of.")] = 400,
-    asked: Annotated[int, typer.Option(min=1, help="Held-out questions that the gains are of, one a file.")] = 32,
+    asked: Annotated[int, typer.Option(min=1, help="Held-out questions that the gains are of.")] = 64,
+    precisions: Annotated[
+        str, typer.Option(help="Which, with commas: fp32 and any of bf16 and fp16.")
+    ] = "fp32,bf16,fp16",
     lr: Annotated[float, typer.Option(help="Learning rate with all weights.")] = 5e-4,
     lora_lr: Annotated[float, typer.Option(help="Learning rate of adapters.")] = 3e-3,
 ) -> None:
@@ -114,6 +117,7 @@ def main(
     questions = shots(files, max(SHOTS))[:asked]
     if not learnt_pairs or not questions:
         raise UserError(f"{source}: too few described functions to learn and be asked; give more Python files")
+    tunings = _tunings(precisions.split(","))
     settings = {"source": source, "steps": steps, "rows": rows, "scored": scored, "asked": asked, "lr": [lr, lora_lr]}
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +127,9 @@ def main(
         benches = []
         for name, path in (("teacher", teacher), ("student", student)):
             task = Task(load_tokenizer(path), _spread(files, scored), questions)
-            benches.append(_Bench(name, path, task, chats, Path(folder), training, {"full": lr, "lora": lora_lr}))
+            benches.append(
+                _Bench(name, path, task, chats, Path(folder), training, {"full": lr, "lora": lora_lr}, tunings)
+            )
         references = [bench.references(range(seeds)) for bench in benches]
         for seed in range(seeds):
             for bench, theirs in zip(benches, references, strict=True):
@@ -151,7 +157,8 @@ class Task:
     def gain(self, model: PreTrainedModel) -> Gain:
         """How much likelier answers become by examples."""
         zero = self._loss(model, 0, self.questions)
-        moved = [*self.questions[1:], *self.questions[:1]]  # examples of the next question's file
+        half = len(self.questions) // 2  # so far on is another file
+        moved = [*self.questions[half:], *self.questions[:half]]
         other = [[*theirs[:-1], ours[-1]] for theirs, ours in zip(moved, self.questions, strict=True)]
         shares = [{k: 1 - self._loss(model, k, rows) / zero for k in SHOTS} for rows in (self.questions, other)]
         return Gain(zero, *shares)
@@ -172,6 +179,7 @@ class _Bench:
     folder: Path
     training: dict[str, Any]
     rates: dict[str, float]
+    tunings: Sequence[tuple[str, str]]
 
     def references(self, seeds: Sequence[int]) -> dict[int, PreTrainedModel]:
         """What the others are compared with: all weights, fp32."""
@@ -184,7 +192,7 @@ class _Bench:
         yield self._measured("fp32 full", seed, reference, reference)
         if len(references) > 1:
             yield self._measured("another seed", seed, references[(seed + 1) % len(references)], reference)
-        for precision, method in TUNINGS[1:]:
+        for precision, method in self.tunings:
             yield self._measured(f"{precision} {method}", seed, self._tuned(precision, method, seed), reference)
 
     def _measured(self, tuning: str, seed: int, model: PreTrainedModel, reference: PreTrainedModel) -> Outcome:
@@ -215,6 +223,13 @@ class _Bench:
         seconds = time.perf_counter() - started
         print(f"{run.name}: loss {told.loss_start:.3f} → {told.loss_end:.3f}, {seconds:.0f} s", flush=True)
         return load_model(job.folder, dtype=torch.float32)
+
+
+def _tunings(precisions: Sequence[str]) -> list[tuple[str, str]]:
+    """All but the reference's."""
+    if unknown := [name for name in precisions if name not in PRECISIONS]:
+        raise UserError(f"--precisions {','.join(precisions)}: {unknown[0]} is none of {', '.join(PRECISIONS)}")
+    return [(name, method) for name in precisions for method in METHODS if (name, method) != REFERENCE]
 
 
 def _padded(rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> dict[str, Tensor]:

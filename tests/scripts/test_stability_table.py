@@ -38,7 +38,8 @@ def test_pairs_are_described_functions_in_order():
         Pair('def inner(self):\n    """', 'Inside."""\n'),
     ]
     assert pairs_of(Document("b.py", "def broken(:")) == []
-    assert shots([found, found[:1], []], 1) == [found]
+    assert shots([found, found[:1], [], 2 * found], 1) == [found, found, found]
+    assert shots([5 * found[:1]], 2) == [3 * found[:1]]
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +117,15 @@ def test_the_program_on_two_tiny_models(model, tokenizer, tmp_path, monkeypatch,
     for number in range(30):
         lines = [f"{pair.asked}{pair.answered}" for pair in numbered(f"f{number}_")]
         (tmp_path / f"m{number}.py").write_text("\n".join(lines))
-    monkeypatch.setattr(stability_table, "TUNINGS", [("fp32", "full"), ("bf16", "lora")])
+    monkeypatch.setattr(stability_table, "METHODS", ("lora",))
     stability_table.main(
-        str(tmp_path / "student"), str(tmp_path / "teacher"), str(tmp_path / "*.py"), tmp_path / "out", seeds=2, steps=2
+        str(tmp_path / "student"),
+        str(tmp_path / "teacher"),
+        str(tmp_path / "*.py"),
+        tmp_path / "out",
+        seeds=2,
+        steps=2,
+        precisions="bf16",
     )
     outcomes = json.loads((tmp_path / "out" / "stability_table.json").read_text())["outcomes"]
     tunings = ("none", "fp32 full", "another seed", "bf16 lora")
