@@ -1,4 +1,7 @@
-"""TRL's SFTTrainer on a student: adapters, precision, checkpoints and metrics as the recipe says."""
+"""What all tuning has alike: adapters, precision, checkpoints, metrics and the hand-over, as the recipe says.
+
+Which of TRL's trainers it is, with its own settings, say ``supervised`` and ``preferring``.
+"""
 
 import copy
 import json
@@ -12,18 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig, SFTTrainer
 
 from distill import handover
 from distill.adapters import default_lora_targets, require_gradients, require_norms, uncovered_weights
 from distill.atomic import explained_full_disk, replace_file
 from distill.errors import UserError
 from distill.finetuning.bases import KINDS
-from distill.finetuning.job import STAGE, Job
-from distill.finetuning.recipe import Adapter, FinetuneRecipe
+from distill.finetuning.job import Job
+from distill.finetuning.preferring import make_preferring
+from distill.finetuning.recipe import FinetuneRecipe
+from distill.finetuning.settings import Adapter, TuningRecipe
+from distill.finetuning.supervised import make_supervised
 from distill.handover import StageRecord
 from distill.recipe_stages import TEXT_ROLES
 from distill.roles import roles
@@ -34,10 +39,24 @@ from distill.training.tracking import MetricsLog
 FIRST_SCALE = 2.0**10
 """Of float16's loss on the CPU. PyTorch's own 2¹⁶ overflows at first in small students; each overflow costs a step."""
 
+METRICS = {
+    "loss": "loss",
+    "lr": "learning_rate",
+    "grad_norm": "grad_norm",
+    "accuracy": "rewards/accuracies",
+    "margin": "rewards/margins",
+    "reward_chosen": "rewards/chosen",
+    "reward_rejected": "rewards/rejected",
+    "logp_chosen": "logps/chosen",
+    "logp_rejected": "logps/rejected",
+}
+"""Our names of what TRL logs. A pair's reward is β log(model / reference) of an answer, its margin the difference."""
+
+_ALWAYS = ("loss", "lr", "grad_norm")
 _FINGERPRINT = "fingerprint"
 
 
-def finetune(job: Job, tell: Callable[[str], object] = print) -> StageRecord:
+def tune(job: Job, tell: Callable[[str], object] = print) -> StageRecord:
     """Train as the recipe says, from the last checkpoint if there is one, and hand the result on.
 
     Args:
@@ -47,6 +66,8 @@ def finetune(job: Job, tell: Callable[[str], object] = print) -> StageRecord:
         UserError: an adapter would not train, or the checkpoints there are another recipe's.
     """
     recipe, folder = job.recipe, job.work_folder
+    for remark in job.remarks:
+        tell(remark)
     checkpoint = _begin(job)
     torch.manual_seed(recipe.seed)
     base = load_model(Path(recipe.model).expanduser(), dtype=torch.float32)
@@ -63,12 +84,12 @@ def finetune(job: Job, tell: Callable[[str], object] = print) -> StageRecord:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     record = StageRecord(
-        stage=STAGE,
+        stage=recipe.STAGE,
         parent=job.parent,
         loss_start=losses[0]["loss"],
         loss_end=losses[-1]["loss"],
         steps=trainer.state.global_step,
-        tokens=_tokens(losses[-1]),
+        tokens=_last_tokens(folder / "metrics.jsonl"),
         seconds=time.perf_counter() - started,
         settings=job.fingerprint,
     )
@@ -79,7 +100,7 @@ def finetune(job: Job, tell: Callable[[str], object] = print) -> StageRecord:
     return record
 
 
-def with_adapters(base: PreTrainedModel, recipe: FinetuneRecipe) -> Any:
+def with_adapters(base: PreTrainedModel, recipe: TuningRecipe) -> Any:
     """The model with new adapters on its default targets, or with those to go on with.
 
     Raises:
@@ -108,7 +129,7 @@ def with_adapters(base: PreTrainedModel, recipe: FinetuneRecipe) -> Any:
     return adapted
 
 
-def trained_groups(model: Any, recipe: FinetuneRecipe) -> list[dict[str, Any]]:
+def trained_groups(model: Any, recipe: TuningRecipe) -> list[dict[str, Any]]:
     """What trains, for AdamW, which decays matrices alone: transformers' rule would also shrink A_log and D."""
     settings: dict[str, Any] = {
         "lr": recipe.lr,
@@ -126,56 +147,48 @@ def trained_groups(model: Any, recipe: FinetuneRecipe) -> list[dict[str, Any]]:
     ]
 
 
-def _trainer(job: Job, model: Any, groups: list[dict[str, Any]], log: MetricsLog) -> SFTTrainer:
+def _trainer(job: Job, model: Any, groups: list[dict[str, Any]], log: MetricsLog) -> Any:
     if not sys.stderr.isatty():
         disable_progress_bars()
+    make = make_supervised if isinstance(job.recipe, FinetuneRecipe) else make_preferring
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # TRL's own settings, which transformers is about to rename
-        trainer = SFTTrainer(
-            model=model,
-            args=_settings(job),
-            train_dataset=Dataset.from_list(job.rows),
-            processing_class=job.tokenizer,
-            optimizers=(torch.optim.AdamW(groups), None),
-            callbacks=[_Watch(log, job.recipe)],
-        )
+        trainer = make(job, model, torch.optim.AdamW(groups), shared_arguments(job))
+    trainer.add_callback(_Watch(log, job.recipe, tokens_before=_last_tokens(log.path)))
     trainer.remove_callback(PrinterCallback)
     if job.recipe.dtype == "float16" and job.on_cpu:
         _scale_on_cpu(trainer)
     return trainer
 
 
-def _settings(job: Job) -> SFTConfig:
-    recipe, data, training = job.recipe, job.recipe.data, job.recipe.training
+def shared_arguments(job: Job) -> dict[str, Any]:
+    """What TRL's trainers take alike."""
+    recipe, training = job.recipe, job.recipe.training
     rows = training.micro_batch_size or training.batch_size
-    return SFTConfig(
-        output_dir=str(job.work_folder),
-        seed=recipe.seed,
-        use_cpu=job.on_cpu,
-        bf16=recipe.dtype == "bfloat16",
-        fp16=recipe.dtype == "float16",
-        num_train_epochs=training.epochs,
-        max_steps=training.steps or -1,
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=training.batch_size // rows,
-        learning_rate=recipe.lr,
-        lr_scheduler_type=training.schedule if training.schedule != "constant" else "constant_with_warmup",
-        warmup_steps=training.warmup,  # below 1 it is a fraction
-        max_grad_norm=training.clip,
-        max_length=data.max_length,
-        packing=data.packing,
-        packing_strategy="bfd" if data.format == "chat" else "bfd_split",
-        assistant_only_loss=data.format == "chat" and data.assistant_only,
-        save_strategy="steps",
-        save_steps=training.checkpoint_every,
-        save_total_limit=training.keep_checkpoints,
-        logging_steps=1,
-        logging_first_step=True,
-        gradient_checkpointing=False,
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=not job.on_cpu,
-    )
+    return {
+        "output_dir": str(job.work_folder),
+        "seed": recipe.seed,
+        "use_cpu": job.on_cpu,
+        "bf16": recipe.dtype == "bfloat16",
+        "fp16": recipe.dtype == "float16",
+        "num_train_epochs": training.epochs,
+        "max_steps": training.steps or -1,
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": training.batch_size // rows,
+        "learning_rate": recipe.lr,
+        "lr_scheduler_type": training.schedule if training.schedule != "constant" else "constant_with_warmup",
+        "warmup_steps": training.warmup,  # below 1 it is a fraction
+        "max_grad_norm": training.clip,
+        "save_strategy": "steps",
+        "save_steps": training.checkpoint_every,
+        "save_total_limit": training.keep_checkpoints,
+        "logging_steps": 1,
+        "logging_first_step": True,
+        "gradient_checkpointing": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": not job.on_cpu,
+    }
 
 
 def _scale_on_cpu(trainer: Any) -> None:
@@ -189,7 +202,9 @@ class _Watch(TrainerCallback):
     """Metrics go to metrics.jsonl; adapters that do not train end the run before it has begun."""
 
     log: MetricsLog
-    recipe: FinetuneRecipe
+    recipe: TuningRecipe
+    tokens_before: int
+    """Of the run that this one goes on with; TRL counts from 0 again."""
     watched: bool = False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_rest: Any) -> None:
@@ -201,15 +216,17 @@ class _Watch(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_rest: Any) -> None:
         if logs and "loss" in logs:
-            values = {"loss": logs["loss"], "lr": logs.get("learning_rate"), "grad_norm": logs.get("grad_norm")}
-            self.log.write("train", state.global_step, _tokens(logs), values)
+            values = {ours: logs.get(theirs) for ours, theirs in METRICS.items() if theirs in logs or ours in _ALWAYS}
+            tokens = self.tokens_before + int(logs.get("num_tokens", 0))
+            self.log.write("train", state.global_step, tokens, values)
 
     def on_save(self, args: Any, state: Any, control: Any, **_rest: Any) -> None:
         self.log.flush_to_disk()
 
 
-def _tokens(logs: dict[str, Any]) -> int:
-    return int(logs.get("num_tokens", 0))
+def _last_tokens(metrics: Path) -> int:
+    lines = metrics.read_text().splitlines() if metrics.is_file() else []
+    return int(json.loads(lines[-1])["tokens"]) if lines else 0
 
 
 def _begin(job: Job) -> Path | None:
