@@ -5,7 +5,7 @@ run_dir/
   STAGE/                      the tuned model or adapter, a Hugging Face folder with stage.json (distill.handover)
   training/STAGE/             metrics.jsonl, and checkpoints while it trains
 
-STAGE is finetune or prefer.
+STAGE is finetune, prefer or onpolicy.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ from distill.checks import read_tokenizer
 from distill.errors import UserError
 from distill.finetuning.bases import check_adapter, parent_beside, parent_of_tuning
 from distill.finetuning.chat import check_template, require_template, set_template
+from distill.finetuning.on_policy import OnPolicyRecipe, fitting_prompts, read_prompts
 from distill.finetuning.preferences import START, PreferRecipe, fitting_pairs, read_pairs
 from distill.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
 from distill.finetuning.rows import Row, read_rows
@@ -118,6 +119,8 @@ def open_job(recipe: TuningRecipe) -> Job:
             found = _of_finetuning(recipe, model)
         case PreferRecipe():
             found = _of_preferences(recipe, model)
+        case OnPolicyRecipe():
+            found = _of_prompts(recipe, model)
         case _:
             raise TypeError(type(recipe))
     tokenizer, rows, beside, remarks = found
@@ -170,11 +173,26 @@ def _of_preferences(recipe: PreferRecipe, model: Path) -> _Found:
     return _Found(tokenizer, rows, (parent_beside(reference, model, tokenizer, "reference").sha256,), remarks)
 
 
-def _check_length(max_length: int, model: Path) -> None:
+def _of_prompts(recipe: OnPolicyRecipe, model: Path) -> _Found:
+    _check_length(recipe.data.max_prompt + recipe.new_tokens, model, "data.max_prompt and new_tokens together")
+    prompts = read_prompts(recipe.data)
+    tokenizer = read_tokenizer(model)
+    set_template(tokenizer, recipe.data.chat_template)
+    if not isinstance(prompts[0][1]["prompt"], str):
+        require_template(tokenizer)
+    elif tokenizer.eos_token is None:
+        raise UserError(f"the tokenizer of {model} has no end-of-sequence token, which ends what is written")
+    rows, n_long = fitting_prompts(prompts, tokenizer, recipe.data.max_prompt)
+    remarks = (f"{n_long} of {len(prompts)} prompts are longer than data.max_prompt, and are left out",)
+    teacher = parent_beside(Path(recipe.teacher.path).expanduser(), model, tokenizer, "teacher.path")
+    return _Found(tokenizer, rows, (teacher.sha256,), remarks if n_long else ())
+
+
+def _check_length(max_length: int, model: Path, key: str = "data.max_length") -> None:
     longest = getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", None)
     if longest is not None and max_length > longest:
         raise UserError(
-            f"data.max_length: {max_length} tokens are more than the {longest} positions that the model knows; lower it"
+            f"{key}: {max_length} tokens are more than the {longest} positions that the model knows; lower it"
         )
 
 

@@ -1,6 +1,6 @@
 """What all tuning has alike: adapters, precision, checkpoints, metrics and the hand-over, as the recipe says.
 
-Which of TRL's trainers it is, with its own settings, say ``supervised`` and ``preferring``.
+Which of TRL's trainers it is, with its own settings, say ``supervised``, ``preferring`` and ``on_policy_trainer``.
 """
 
 import copy
@@ -25,8 +25,8 @@ from distill.atomic import explained_full_disk, replace_file
 from distill.errors import UserError
 from distill.finetuning.bases import KINDS
 from distill.finetuning.job import Job
+from distill.finetuning.on_policy_trainer import make_on_policy
 from distill.finetuning.preferring import make_preferring
-from distill.finetuning.recipe import FinetuneRecipe
 from distill.finetuning.settings import Adapter, TuningRecipe
 from distill.finetuning.supervised import make_supervised
 from distill.handover import StageRecord
@@ -49,9 +49,16 @@ METRICS = {
     "reward_rejected": "rewards/rejected",
     "logp_chosen": "logps/chosen",
     "logp_rejected": "logps/rejected",
+    "written_tokens": "completions/mean_length",
 }
-"""Our names of what TRL logs. A pair's reward is β log(model / reference) of an answer, its margin the difference."""
+"""Our names of what TRL logs. A pair's reward is β log(model / reference) of an answer, its margin the difference;
+``written_tokens`` is the mean length of what the student wrote."""
 
+_MAKERS: dict[str, Callable[..., Any]] = {
+    "finetune": make_supervised,
+    "prefer": make_preferring,
+    "onpolicy": make_on_policy,
+}
 _ALWAYS = ("loss", "lr", "grad_norm")
 _FINGERPRINT = "fingerprint"
 
@@ -150,7 +157,7 @@ def trained_groups(model: Any, recipe: TuningRecipe) -> list[dict[str, Any]]:
 def _trainer(job: Job, model: Any, groups: list[dict[str, Any]], log: MetricsLog) -> Any:
     if not sys.stderr.isatty():
         disable_progress_bars()
-    make = make_supervised if isinstance(job.recipe, FinetuneRecipe) else make_preferring
+    make = _MAKERS[job.recipe.STAGE]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # TRL's own settings, which transformers is about to rename
         trainer = make(job, model, torch.optim.AdamW(groups), shared_arguments(job))
@@ -204,8 +211,12 @@ class _Watch(TrainerCallback):
     log: MetricsLog
     recipe: TuningRecipe
     tokens_before: int
-    """Of the run that this one goes on with; TRL counts from 0 again."""
+    """Of the run that this one goes on with."""
     watched: bool = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_rest: Any) -> None:
+        if state.num_input_tokens_seen:  # the trainer itself goes on counting; others begin at 0 again
+            self.tokens_before = 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_rest: Any) -> None:
         # Where float16 overflowed, clipping has made zeros of what did not; that step is not taken.

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 
 from distill.errors import UserError
+from distill.finetuning.on_policy import load_on_policy_recipe
 from distill.finetuning.preferences import load_prefer_recipe
 from distill.finetuning.recipe import load_finetune_recipe
 from tests.conftest import CHECKOUT
 
-LOADERS = {"prefer": load_prefer_recipe}
+LOADERS = {"prefer": load_prefer_recipe, "onpolicy": load_on_policy_recipe}
 
 
 @pytest.fixture
