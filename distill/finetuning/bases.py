@@ -18,7 +18,7 @@ from distill.handover import Parent
 from distill.weight_files import read_header, stored_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-KINDS = {"lora": (False, False), "rslora": (True, False), "dora": (False, True)}
+KINDS = {"lora": (False, False), "rslora": (True, False), "dora": (False, True), "qlora": (False, False)}
 """The methods, by PEFT's ``use_rslora`` and ``use_dora``."""
 
 _A = ".lora_A.weight"

@@ -104,7 +104,7 @@ def open_job(recipe: TuningRecipe) -> Job:
     Raises:
         UserError: the first thing that is wrong.
     """
-    _require_packages()
+    _require_packages(recipe.method)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("fine-tuning runs as one process; start it without a launcher")
     if recipe.device == "cuda" and not torch.cuda.is_available():
@@ -196,7 +196,12 @@ def _check_length(max_length: int, model: Path, key: str = "data.max_length") ->
         )
 
 
-def _require_packages() -> None:
+def _require_packages(method: str) -> None:
     lacking = [name for name in ("peft", "trl") if importlib.util.find_spec(name) is None]
     if lacking:
         raise UserError(f"{' and '.join(lacking)} not installed: pip install 'distill-ssm[finetune]'")
+    if method == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "method: qlora holds the model in 4 bits by bitsandbytes, which is not installed: pip install"
+            " 'distill-ssm[qlora]', or use lora"
+        )

@@ -59,6 +59,16 @@ class PreferRecipe(TuningRecipe):
             )
         return self
 
+    @model_validator(mode="after")
+    def _start_can_be_kept(self) -> "PreferRecipe":
+        goes_on = self.adapter is not None and self.adapter.start is not None
+        if self.method == "qlora" and goes_on and self.reference == START:
+            raise ValueError(
+                "reference: start is a model in 4 bits with adapter.start on it, of which no copy is made; use method:"
+                " lora, or begin with a new adapter"
+            )
+        return self
+
 
 def load_prefer_recipe(path: Path, overrides: Sequence[str] = ()) -> PreferRecipe:
     """Reads and checks a recipe of preference tuning.

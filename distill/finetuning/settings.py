@@ -97,8 +97,8 @@ class TuningRecipe(Section):
     """Seeds new adapters, dropout, the order of the data, and what the model itself writes."""
     model: Text
     """A student's folder, such as runs/quickstart/logits; or a teacher's, to compare with."""
-    method: Literal["full", "lora", "rslora", "dora"] = "lora"
-    """full: all weights are trained; the others: adapters (PEFT)."""
+    method: Literal["full", "lora", "rslora", "dora", "qlora"] = "lora"
+    """full: all weights are trained; the others: adapters (PEFT); qlora: on a model held in 4 bits (bitsandbytes)."""
     adapter: Adapter | None = None
     """Settings of the adapters; null for the defaults."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -116,7 +116,16 @@ class TuningRecipe(Section):
     @model_validator(mode="after")
     def _no_adapter_in_full(self) -> "TuningRecipe":
         if self.method == "full" and self.adapter is not None:
-            raise ValueError("adapter is for method: lora, rslora or dora; leave it out of method: full")
+            raise ValueError("adapter is for method: lora, rslora, dora or qlora; leave it out of method: full")
+        return self
+
+    @model_validator(mode="after")
+    def _no_merge_in_four_bits(self) -> "TuningRecipe":
+        if self.method == "qlora" and self.adapter is not None and self.adapter.merge:
+            raise ValueError(
+                "adapter.merge would round the sum to 4 bits again; leave it out of method: qlora, and add the adapter"
+                " to the whole model (peft) or use it beside the model"
+            )
         return self
 
     @property

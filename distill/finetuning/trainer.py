@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from datasets import disable_progress_bars
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import BitsAndBytesConfig, PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from distill import handover
@@ -77,7 +77,7 @@ def tune(job: Job, tell: Callable[[str], object] = print) -> StageRecord:
         tell(remark)
     checkpoint = _begin(job)
     torch.manual_seed(recipe.seed)
-    base = load_model(Path(recipe.model).expanduser(), dtype=torch.float32)
+    base = load_base(recipe)
     config = copy.deepcopy(base.config)  # the trainer writes its own wishes into the model's
     if recipe.method != "full" and (left := uncovered_weights(base)):
         tell(f"no adapter is on {', '.join(left)}, which are no linear modules; they stay as they are")
@@ -105,6 +105,25 @@ def tune(job: Job, tell: Callable[[str], object] = print) -> StageRecord:
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)
     return record
+
+
+def load_base(recipe: TuningRecipe) -> PreTrainedModel:
+    """The model as it is before tuning: in float32, or for qlora its layers' linear maps in 4 bits.
+
+    The quantised are NF4 with quantised constants (QLoRA, arXiv 2305.14314, section 3), and compute in the recipe's
+    dtype. Embeddings, head, norms, convolutions and the mixers' own parameters stay as they are.
+    """
+    folder = Path(recipe.model).expanduser()
+    if recipe.method != "qlora":
+        return load_model(folder, dtype=torch.float32)
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, recipe.dtype),
+    )
+    base = load_model(folder, dtype=torch.float32, quantization_config=quantised)
+    return base.requires_grad_(False)
 
 
 def with_adapters(base: PreTrainedModel, recipe: TuningRecipe) -> Any:
@@ -161,6 +180,9 @@ def _trainer(job: Job, model: Any, groups: list[dict[str, Any]], log: MetricsLog
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # TRL's own settings, which transformers is about to rename
         trainer = make(job, model, torch.optim.AdamW(groups), shared_arguments(job))
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # beside a model in 4 bits TRL would train adapters in bfloat16
+            parameter.data = parameter.data.float()
     trainer.add_callback(_Watch(log, job.recipe, tokens_before=_last_tokens(log.path)))
     trainer.remove_callback(PrinterCallback)
     if job.recipe.dtype == "float16" and job.on_cpu:

@@ -45,7 +45,7 @@ def test_a_shipped_recipe_dumps_to_itself(path, tmp_path):
     ("override", "said"),
     [
         ("training.step=3", "training.step: unknown key, did you mean 'steps'?"),
-        ("method=dorra", "method: must be one of full, lora, rslora, dora, not 'dorra', did you mean 'dora'?"),
+        ("method=dorra", "method: must be one of full, lora, rslora, dora, qlora, not 'dorra', did you mean 'dora'?"),
         ("training.micro_batch_size=3", "micro_batch_size: 3 must divide batch_size, 16"),
         ("data.separator=x", "separator is for format: text"),
         ("data={source: s, format: text, chat_template: t}", "chat_template is for format: chat"),
@@ -56,7 +56,11 @@ def test_mistakes(small, override, said):
 
 
 def test_adapters_have_no_place_in_full(small):
-    assert "adapter is for method: lora, rslora or dora" in message(small, "method=full", "adapter.rank=4")
+    assert "adapter is for method: lora, rslora, dora or qlora" in message(small, "method=full", "adapter.rank=4")
+
+
+def test_four_bits_are_not_merged_into(small):
+    assert "adapter.merge would round the sum to 4 bits again" in message(small, "method=qlora", "adapter.merge=true")
 
 
 @pytest.mark.parametrize(

@@ -126,5 +126,9 @@ def test_references(prefer, student, tmp_path, stories_teacher):
     assert "predicts 640 tokens" in refused(prefer, f"reference={other}")
 
 
+def test_a_start_in_four_bits_that_goes_on(prefer):
+    assert "of which no copy is made" in refused(prefer, "method=qlora", "adapter.start=somewhere")
+
+
 def test_dropout_is_refused(prefer):
     assert "adapter.dropout must be 0 here" in refused(prefer, "adapter.dropout=0.1")

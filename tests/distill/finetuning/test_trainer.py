@@ -176,6 +176,24 @@ def test_weights_without_adapters_are_told(recipe, monkeypatch):
     assert told == ["no adapter is on mlp.experts.down_proj, which are no linear modules; they stay as they are"]
 
 
+def test_four_bits(recipe, student):
+    """Where bitsandbytes is: adapters train in float32 beside weights that stay, and load with plain PEFT."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra qlora)")
+    job = tuned(recipe, "method=qlora", "training.lr=5e-4")
+    assert losses(job)[-1] < losses(job)[0]
+    weights = load_file(job.folder / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert {name.split(".")[-3] for name in weights} >= {"in_proj", "out_proj", "q_proj", "down_proj"}
+    peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(student), job.folder)
+    quantised = tuning.load_base(job.recipe)
+    loaded = peft.PeftModel.from_pretrained(quantised, job.folder).eval()
+    ids = torch.randint(3, 400, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        adapted = loaded(ids, use_cache=False).logits
+        with loaded.disable_adapter():
+            assert not torch.allclose(loaded(ids, use_cache=False).logits, adapted, atol=1e-3)
+
+
 def test_dead_adapters_end_the_run(recipe, monkeypatch):
     """As where a fused kernel reads the weight: the module is never called."""
     made = tuning.with_adapters
