@@ -8,8 +8,13 @@ the student does not forget what the data does not say. TRL trains; the result i
 or of an adapter that plain PEFT loads. Whenever it is killed, the same command goes on.
 """
 
+from functools import partial
+
+from distill.finetuning.job import at_work_on_tuning
+from distill.finetuning.programs import tune_and_tell
 from distill.finetuning.recipe import load_finetune_recipe
-from stages.tuning_command import tuning_program
+from stages.command import run_program
 
 if __name__ == "__main__":
-    tuning_program(load_finetune_recipe, "Fine-tune a student on chats or text.")
+    at_work = partial(at_work_on_tuning, load=load_finetune_recipe)
+    run_program(tune_and_tell, "Fine-tune a student on chats or text.", at_work)

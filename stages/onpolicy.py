@@ -7,8 +7,13 @@ student is corrected where its own errors lead it, which text by others never sh
 Face folder, of the model or of an adapter that plain PEFT loads. Whenever it is killed, the same command goes on.
 """
 
+from functools import partial
+
+from distill.finetuning.job import at_work_on_tuning
 from distill.finetuning.on_policy import load_on_policy_recipe
-from stages.tuning_command import tuning_program
+from distill.finetuning.programs import tune_and_tell
+from stages.command import run_program
 
 if __name__ == "__main__":
-    tuning_program(load_on_policy_recipe, "Distil a student on what it writes itself.")
+    at_work = partial(at_work_on_tuning, load=load_on_policy_recipe)
+    run_program(tune_and_tell, "Distil a student on what it writes itself.", at_work)

@@ -8,8 +8,13 @@ trains; the result is a Hugging Face folder, of the model or of an adapter that 
 the same command goes on.
 """
 
+from functools import partial
+
+from distill.finetuning.job import at_work_on_tuning
 from distill.finetuning.preferences import load_prefer_recipe
-from stages.tuning_command import tuning_program
+from distill.finetuning.programs import tune_and_tell
+from stages.command import run_program
 
 if __name__ == "__main__":
-    tuning_program(load_prefer_recipe, "Teach a student which of two answers is preferred.")
+    at_work = partial(at_work_on_tuning, load=load_prefer_recipe)
+    run_program(tune_and_tell, "Teach a student which of two answers is preferred.", at_work)

@@ -63,11 +63,14 @@ _ALWAYS = ("loss", "lr", "grad_norm")
 _FINGERPRINT = "fingerprint"
 
 
-def tune(job: Job, tell: Callable[[str], object] = print) -> StageRecord:
+def tune(
+    job: Job, tell: Callable[[str], object] = print, look: Callable[[Any], object] = lambda model: None
+) -> StageRecord:
     """Train as the recipe says, from the last checkpoint if there is one, and hand the result on.
 
     Args:
         tell: is given what the user should know beforehand, in one line.
+        look: is given the trained model before it is saved.
 
     Raises:
         UserError: an adapter would not train, or the checkpoints there are another recipe's.
@@ -101,6 +104,7 @@ def tune(job: Job, tell: Callable[[str], object] = print) -> StageRecord:
         settings=job.fingerprint,
     )
     base.config = config
+    look(trainer.model)
     record = handover.write(job.folder, lambda partial: _save(trainer.model, job, partial), record)
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)

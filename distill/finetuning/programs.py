@@ -1,18 +1,10 @@
-"""The command line of every program that tunes a finished model: a recipe of its own kind, then settings."""
-
-from functools import partial
+"""What every tuning program does with its recipe's job, and what it says of it."""
 
 from rich.console import Console
 
-from distill.finetuning.job import Job, Load, at_work_on_tuning
+from distill.finetuning.job import Job
 from distill.handover import StageRecord
 from distill.units import count
-from stages.command import run_program
-
-
-def tuning_program(load: Load, description: str) -> None:
-    """Read the arguments, check the recipe that ``load`` reads, and train as it says unless that is done."""
-    run_program(tune_and_tell, description, partial(at_work_on_tuning, load=load))
 
 
 def tune_and_tell(job: Job) -> StageRecord | None:
