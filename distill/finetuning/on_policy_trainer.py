@@ -22,9 +22,15 @@ from distill.finetuning.on_policy import OnPolicyRecipe
 from distill.student import load_model
 
 
-def make_on_policy(
-    job: Job, model: Any, optimizer: torch.optim.Optimizer, shared: dict[str, Any]
-) -> DistillationTrainer:
+class OnPolicyTrainer(DistillationTrainer):
+    """The same, writing in the precision that it trains in, with adapters too."""
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        with self.accelerator.autocast():
+            return super()._prepare_inputs(generation_batch)
+
+
+def make_on_policy(job: Job, model: Any, optimizer: torch.optim.Optimizer, shared: dict[str, Any]) -> OnPolicyTrainer:
     """A trainer of ``model`` on what it writes after the prompts of the job.
 
     Args:
@@ -33,7 +39,7 @@ def make_on_policy(
     recipe = job.recipe
     assert isinstance(recipe, OnPolicyRecipe)
     teacher: Any = load_model(Path(recipe.teacher.path).expanduser(), dtype=getattr(torch, recipe.dtype))
-    return DistillationTrainer(
+    return OnPolicyTrainer(
         model=model,
         teacher_model=teacher.eval().requires_grad_(False),
         args=DistillationConfig(

@@ -54,8 +54,7 @@ class GuidedTrainer(SFTTrainer):
         assert not return_outputs, "nothing here evaluates"
         labels_BT = inputs["labels"]
         asked = {name: value for name, value in inputs.items() if name != "labels"}
-        with self.accelerator.autocast():
-            total = self.guide.loss_sum(plain(self.accelerator.unwrap_model(model)), asked, labels_BT)
+        total = self.guide.loss_sum(plain(self.accelerator.unwrap_model(model)), asked, labels_BT)
         # As SFTTrainer counts what it has read: no padding.
         mask = inputs.get("attention_mask")
         self._total_train_tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())

@@ -81,7 +81,8 @@ def tune(
     checkpoint = _begin(job)
     torch.manual_seed(recipe.seed)
     base = load_base(recipe)
-    config = copy.deepcopy(base.config)  # the trainer writes its own wishes into the model's
+    # The trainer writes its own wishes into the model's.
+    config, of_generation = copy.deepcopy(base.config), copy.deepcopy(base.generation_config)
     if recipe.method != "full" and (left := uncovered_weights(base)):
         tell(f"no adapter is on {', '.join(left)}, which are no linear modules; they stay as they are")
     model = base if recipe.method == "full" else with_adapters(base, recipe)
@@ -103,7 +104,7 @@ def tune(
         seconds=time.perf_counter() - started,
         settings=job.fingerprint,
     )
-    base.config = config
+    base.config, base.generation_config = config, of_generation
     look(trainer.model)
     record = handover.write(job.folder, lambda partial: _save(trainer.model, job, partial), record)
     for path in folder.glob("checkpoint-*"):
@@ -191,6 +192,8 @@ def _trainer(job: Job, model: Any, groups: list[dict[str, Any]], log: MetricsLog
     trainer.remove_callback(PrinterCallback)
     if job.recipe.dtype == "float16" and job.on_cpu:
         _scale_on_cpu(trainer)
+    # Accelerate casts what goes through the trained model's forward: not a teacher, a reference, or a decoder alone.
+    trainer.compute_loss_context_manager = trainer.accelerator.autocast
     return trainer
 
 

@@ -1,8 +1,10 @@
 """A hybrid of the public teacher whose mixers look trained, and chats cut from real stories."""
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,3 +110,20 @@ def prefer(student, short_stories, write_pairs, tmp_path) -> Path:
     path = tmp_path / "preferring.yaml"
     path.write_text(PREFER.format(folder=tmp_path, student=student))
     return path
+
+
+@pytest.fixture
+def dtypes_seen(monkeypatch) -> list[torch.dtype]:
+    """What the tuned model's first MLP gave, each time while the test trained it: the precision really computed in."""
+    tuning: Any = importlib.import_module("distill.finetuning.trainer")
+    seen: list[torch.dtype] = []
+    load = tuning.load_base
+
+    def watched(recipe: Any) -> Any:
+        base = load(recipe)
+        down = base.get_decoder().layers[0].mlp.down_proj
+        down.register_forward_hook(lambda module, _inputs, out: seen.append(out.dtype) if module.training else None)
+        return base
+
+    monkeypatch.setattr(tuning, "load_base", watched)
+    return seen

@@ -137,6 +137,15 @@ def test_margins_rise(prefer, student, override):
         peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(student), job.folder)
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_reference_computes_in_the_same_precision(prefer, method, dtype, dtypes_seen):
+    """Else the first loss is that of two roundings."""
+    job = tuned(prefer, f"method={method}", f"dtype={dtype}", "training.steps=1")
+    assert set(dtypes_seen) == {getattr(torch, dtype)}
+    assert metrics(job)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
 class KilledError(Exception):
     pass
 
