@@ -25,7 +25,7 @@ from distill.programs import report_user_errors
 
 LEARNING_RATES = {"full": 5e-4, "lora": 3e-3, "dora": 3e-3}
 DTYPES = ("float32", "bfloat16", "float16")
-TOLERANCE = 0.05
+TOLERANCE = 0.01
 """By how much the loss of any step may differ from float32's, relatively."""
 
 Weights = dict[str, Tensor]

@@ -91,7 +91,8 @@ def tune(
     started = time.perf_counter()
     with MetricsLog(folder, (), step) as log:
         trainer = _trainer(job, model, groups, log)
-        with explained_full_disk(folder):
+        with explained_full_disk(folder), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between TRL and transformers, as below
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     record = StageRecord(

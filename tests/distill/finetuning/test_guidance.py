@@ -111,10 +111,9 @@ def test_a_teacher_without_weight_is_no_teacher(recipe, stories_teacher):
     assert beside[0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=1e-5)
 
 
-@pytest.mark.parametrize("weight", [0.5, 1.0])
-def test_micro_batches_do_not_change_the_loss(recipe, stories_teacher, weight):
+def test_micro_batches_do_not_change_the_loss(recipe, stories_teacher):
     """Rows have unlike numbers of scored tokens, so a mean of means would be another number."""
-    settings = "training.lr=5e-4", "data.packing=false", "training.steps=3", guided(stories_teacher, weight)
+    settings = "training.lr=5e-4", "data.packing=false", "training.steps=3", guided(stories_teacher, 0.5)
     whole = tuned(recipe, *settings, f"run_dir={recipe.parent / 'whole'}")
     split = tuned(recipe, *settings, "training.micro_batch_size=1")
     for name in ("loss", "grad_norm"):
