@@ -94,6 +94,7 @@ def test_long_pairs_are_left_out_and_counted(prefer, write_pairs):
     assert "all 3 pairs are longer than 4 tokens" in refused(prefer, "data.max_length=4")
 
 
+@pytest.mark.slow  # imports TRL
 @pytest.mark.parametrize("plain", [True, False], ids=["text", "messages"])
 def test_pairs_are_encoded_as_the_trainer_does(prefer, write_pairs, plain):
     """So that the ones counted as too long are the ones that it would have cut."""
