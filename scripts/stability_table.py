@@ -203,7 +203,7 @@ class _Bench:
         )
 
     def _tuned(self, precision: str, method: str, seed: int) -> PreTrainedModel:
-        from distill.finetuning.trainer import finetune  # its imports take longer than all checks
+        from distill.finetuning.trainer import tune  # its imports take longer than all checks
 
         started, run = time.perf_counter(), self.folder / f"{self.name}-{precision}-{method}-{seed}"
         given = {
@@ -219,7 +219,7 @@ class _Bench:
             "training": {**self.training, "lr": self.rates[method]},
         }
         job = open_job(FinetuneRecipe.model_validate(given))
-        told = finetune(job)
+        told = tune(job)
         seconds = time.perf_counter() - started
         print(f"{run.name}: loss {told.loss_start:.3f} → {told.loss_end:.3f}, {seconds:.0f} s", flush=True)
         return load_model(job.folder, dtype=torch.float32)
