@@ -19,7 +19,7 @@ SMALL = 320
 @torch.no_grad()
 def test_what_is_learned_is_every_answer_and_nothing_else():
     rows = list(drawn(LONG, 12, SMALL, np.random.default_rng(0)))
-    batch = padded(iter(rows))
+    batch = padded(iter(rows), answers_alone=True)
     torch.manual_seed(0)
     model = new_llama(SMALL, 16, 2, 2, 1, 32, positions=LONGEST)
     logs, count = 0.0, 0
@@ -31,6 +31,22 @@ def test_what_is_learned_is_every_answer_and_nothing_else():
     loss, scored = shifted_loss(model, batch)
     assert scored == count == int((batch["labels"] != IGNORED).sum())
     assert float(loss) == pytest.approx(-logs, rel=1e-5)
+
+
+def test_in_the_end_every_token_is_learned_and_the_answers_stand_where_they_are_due():
+    rows = list(drawn(LONG, 12, SMALL, np.random.default_rng(0)))
+    batch = padded(iter(rows), answers_alone=False)
+    due = padded(iter(rows), answers_alone=True)["labels"]
+    for row, ids_T, labels_T, due_T in zip(rows, batch["input_ids"], batch["labels"], due, strict=True):
+        answered = torch.tensor(row.answered())
+        length = len(answered)
+        assert torch.equal(ids_T[:length], answered)
+        assert torch.equal(labels_T[:length], answered)
+        assert bool((labels_T[length:] == IGNORED).all())
+        asked_T = due_T[:length] != IGNORED
+        assert torch.equal(answered[asked_T], due_T[:length][asked_T])
+        others_T = ~asked_T[: len(row.ids)]
+        assert torch.equal(answered[: len(row.ids)][others_T], torch.tensor(row.ids)[others_T])
 
 
 def test_the_task_chooses_the_program():
