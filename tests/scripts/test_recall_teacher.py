@@ -58,12 +58,13 @@ def test_the_task_chooses_the_program():
 
 
 @pytest.mark.parametrize(
-    ("task", "items", "length"), [("associative", 8, 64), ("associative", 32, 128), ("phonebook", 18, 0)]
+    ("task", "cells"), [("associative", [(8, 64), (32, 128)]), ("phonebook", [(6, 0), (6, 128), (18, 0)])]
 )
-def test_the_teacher_in_the_repository_recalls(task, items, length):
+def test_the_teacher_in_the_repository_recalls(task, cells):
     teacher = AutoModelForCausalLM.from_pretrained(CHECKOUT / "teachers" / "recall")
-    examples = row_examples(task, items, length, samples=128, seed=7, vocabulary=VOCABULARY)
-    assert sum(result.written for result in examine(teacher, examples, batch_size=64)) >= 127
+    made = [row_examples(task, *cell, samples=128, seed=7, vocabulary=VOCABULARY) for cell in cells]
+    results = [result for examples in made for result in examine(teacher, examples, batch_size=64)]
+    assert sum(result.written for result in results) >= 0.99 * len(results)
 
 
 def test_the_teacher_in_the_repository_is_small_and_reads_its_rows(tmp_path):
