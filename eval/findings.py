@@ -5,6 +5,7 @@ the models it measured by the names that tell them apart, and its results, whose
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,15 +65,13 @@ def require_folder(output: Path) -> None:
 
 
 def names_of(paths: Sequence[str]) -> dict[str, str]:
-    """Each model's path by its folder's name, or the whole path where two have the same.
-
-    A teacher with a window (``eval.windows``) has the window in its name.
+    """Each model's path by the shortest name that no other one may be called (``eval.windows.names_for``).
 
     Raises:
         UserError: a model is given twice.
     """
-    last = [windows.name_of(path) for path in paths]
-    names = [name if last.count(name) == 1 else path for name, path in zip(last, paths, strict=True)]
-    if len(set(names)) < len(names):
+    if len(set(paths)) < len(paths):
         raise UserError(f"{words.listed(paths)}: a model is given twice")
-    return dict(zip(names, paths, strict=True))
+    possible = [windows.names_for(path) for path in paths]
+    taken = Counter(name for names in possible for name in set(names))
+    return {next(name for name in names if taken[name] == 1): path for names, path in zip(possible, paths, strict=True)}

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
+from distill import handover
 from distill.conversion import empty_model
 from distill.errors import UserError
 from distill.windowed import SINKS, Window, matching_window
+from eval import words
 
 KEYS = ("window", "sinks", "layers", "like")
 
@@ -28,11 +30,20 @@ def folder_of(path: str) -> str:
     return path if not mark or Path(path).is_dir() else folder
 
 
-def name_of(path: str) -> str:
-    """What tables call a model: its folder's name, and its window."""
+def names_for(path: str) -> list[str]:
+    """What tables may call a model, from the shortest to its whole path.
+
+    Its folder's name, or its run's where it is a stage of one, and its window.
+    """
     folder, rule = folder_of(path), read(path)
-    name = Path(folder).resolve().name if Path(folder).is_dir() else folder
-    return name if rule is None else f"{name}, {rule}"
+    names = [folder]
+    if (place := Path(folder)).is_dir():
+        place = place.resolve()
+        longer = f"{place.parent.name}/{place.name}"
+        names = [place.parent.name, longer] if handover.is_there(place) else [place.name, longer]
+    if rule is not None:
+        names = [f"{names[0]}, {rule}", f"{names[0]}, {rule} in {words.counted_layers(rule.layers)}"]
+    return [*names, path]
 
 
 def read(path: str) -> Window | None:

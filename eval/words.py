@@ -72,6 +72,11 @@ def runs(indices: Sequence[int]) -> str:
     return listed(groups, lambda group: f"{group[0]}" if len(group) == 1 else f"{group[0]}–{group[-1]}")
 
 
+def counted_layers(indices: Sequence[int]) -> str:
+    """``layer 3`` or ``layers 0–2 and 5``."""
+    return f"{'layer' if len(indices) == 1 else 'layers'} {runs(indices)}"
+
+
 def listed(items: Sequence[Item], text: Callable[[Item], str] = str) -> str:
     """``a, b and c``."""
     *first, last = map(text, items)

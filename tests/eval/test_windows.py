@@ -47,7 +47,20 @@ def test_tables_name_the_window(folders):
     paths = [teacher, f"{teacher}@window=64,layers=0-1", f"{teacher}@window=1,sinks=1,layers=0", hybrid]
     assert list(names_of(paths)) == ["teacher", "teacher, window 64 + 4 sinks", "teacher, window 1 + 1 sink", "hybrid"]
     twice = [f"{teacher}@window=64,layers=0", f"{teacher}@window=64,layers=1"]
-    assert list(names_of(twice)) == twice
+    assert list(names_of(twice)) == [f"teacher, window 64 + 4 sinks in layer {layer}" for layer in (0, 1)]
+    same = [f"{teacher}@window=64,layers=0", f"{teacher}@window=64,layers=0,sinks=4"]
+    assert list(names_of(same)) == same
+
+
+def test_a_stage_is_called_as_its_run_where_that_is_enough(tmp_path):
+    stages = [tmp_path / run / stage for run, stage in (("a", "hidden"), ("a", "logits"), ("b", "logits"))]
+    for stage in stages:
+        stage.mkdir(parents=True)
+        (stage / "stage.json").touch()
+    assert list(names_of([str(stage) for stage in stages])) == ["a/hidden", "a/logits", "b"]
+    assert list(names_of([str(stage) for stage in stages[1:]])) == ["a", "b"]
+    with pytest.raises(UserError, match="given twice"):
+        names_of([str(stages[0])] * 2)
 
 
 def test_a_folder_with_the_mark_in_its_name_is_that_folder(folders, tmp_path):
