@@ -21,6 +21,7 @@ class Score:
         metrics: by name, with the harness's filter behind a comma where it is not ``none``.
         errors: standard errors of those that have one.
         higher_is_better: by the same names.
+        chance: what blind guessing scores in the first metric, where that is known.
     """
 
     kind: str
@@ -28,9 +29,10 @@ class Score:
     metrics: dict[str, float]
     errors: dict[str, float]
     higher_is_better: dict[str, bool]
+    chance: float | None = None
 
 
-def require_data(names: Sequence[str], manager: TaskManager) -> None:
+def require_data(names: Sequence[str], manager: TaskManager, *, asked_by: str = "--task") -> None:
     """Refuse tasks whose questions cannot be had, before a model is loaded.
 
     Raises:
@@ -44,8 +46,8 @@ def require_data(names: Sequence[str], manager: TaskManager) -> None:
         except Exception as error:  # whatever a task's own code, the datasets library or the network may raise
             why = str(error).strip().partition("\n")[0] or type(error).__name__
             raise UserError(
-                f"--task {name}: its questions cannot be made or downloaded ({why}); run it where they can, or choose"
-                " local tasks"
+                f"{asked_by} {name}: its questions cannot be made or downloaded ({why}); run it where they can, or"
+                " choose local tasks"
             ) from error
 
 
@@ -56,7 +58,7 @@ def scores(lm: LM, names: Sequence[str], manager: TaskManager, limit: int | None
         limit: the first so many questions of each task; None is all.
     """
     found: Any = lm_eval.simple_evaluate(
-        model=lm, tasks=list(names), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
+        model=lm, tasks=list(names), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True
     )
     if found is None:
         return None
@@ -80,4 +82,17 @@ def _score(found: dict[str, Any], name: str) -> Score:
         metrics=metrics,
         errors=errors,
         higher_is_better={metric: bool(higher.get(metric.partition(",")[0], True)) for metric in metrics},
+        chance=_chance(found["configs"][name], next(iter(metrics), ""), found["samples"][name]),
     )
+
+
+def _chance(config: dict[str, Any], metric: str, asked: Sequence[dict[str, Any]]) -> float | None:
+    """As the task's own metadata has it, else one over the number of answers, of accuracies among answers."""
+    stated = (config.get("metadata") or {}).get("chance")
+    if stated is not None:
+        return float(stated)
+    if config["output_type"] != "multiple_choice" or not metric.startswith("acc") or not asked:
+        return None
+    # A metric of mutual information has every answer asked twice, once without its question.
+    times = 2 if any(one["metric"] == "acc_mutual_info" for one in config["metric_list"]) else 1
+    return sum(times / len(one["filtered_resps"]) for one in asked) / len(asked)
