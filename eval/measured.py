@@ -60,14 +60,17 @@ def harness_asking(run: Run, task: HarnessTask) -> Asking:
         require_harness()
     except UserError as error:
         raise UserError(f"{said}: {error}") from error
-    _require_room(run, task, said)
+    positions = getattr(run.facts.config.get_text_config(), "max_position_embeddings", None)
+    _require_room(positions, task.length or 0, f"{said}: length: {task.length}")
     from eval.harness.names import manager_of
-    from eval.harness.scores import require_data, scores
+    from eval.harness.scores import require_data, scores, writes
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # as in eval.harness
     given = task.drawn_from() | {"tokenizer": run.recipe.teacher.path}
-    manager = manager_of([task.task], [Path(one) for one in task.tasks_from], given, asked_by="evaluation.tasks: task")
-    require_data([task.task], manager, asked_by="evaluation.tasks: task")
+    asked_by = ("evaluation.tasks: task", "evaluation.tasks: tasks_from")
+    manager = manager_of([task.task], [Path(one) for one in task.tasks_from], given, asked_by=asked_by)
+    for name, one in require_data([task.task], manager, asked_by=asked_by[0]).items():
+        _require_room(positions, writes(one) + 1, f"{said}: {name} has a model write {writes(one)} tokens")
 
     def ask(lm: Any) -> Answers:
         lm.batch_size_per_gpu = task.batch_size
@@ -88,8 +91,7 @@ def _whole(run: Run, name: str) -> Any:
     return processes.together(partial(DistillLM, path, device=device, dtype=dtype))
 
 
-def _require_room(run: Run, task: HarnessTask, said: str) -> None:
-    """The harness itself would cut the beginnings of longer prompts, where the answers may stand."""
-    most = getattr(run.facts.config.get_text_config(), "max_position_embeddings", None)
-    if task.length is not None and most is not None and task.length > most:
-        raise UserError(f"{said}: length: {task.length}, but the teacher has only {most} positions; give a smaller one")
+def _require_room(positions: int | None, tokens: int, said: str) -> None:
+    """The harness itself would cut the beginnings of longer prompts, where the answers may stand, or fail."""
+    if positions is not None and tokens > positions:
+        raise UserError(f"{said}, but the teacher has only {positions} positions; choose less, or another task")

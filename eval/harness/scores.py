@@ -6,6 +6,7 @@ from typing import Any
 
 import lm_eval
 from lm_eval.api.model import LM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from distill.errors import UserError
@@ -32,15 +33,16 @@ class Score:
     chance: float | None = None
 
 
-def require_data(names: Sequence[str], manager: TaskManager, *, asked_by: str = "--task") -> None:
-    """Refuse tasks whose questions cannot be had, before a model is loaded.
+def require_data(names: Sequence[str], manager: TaskManager, *, asked_by: str = "--task") -> dict[str, Any]:
+    """The harness's tasks by name, tags and groups taken apart: refused, before a model is loaded, without questions.
 
     Raises:
         UserError: a task's own function, or a download, fails.
     """
+    found: dict[str, Any] = {}
     for name in names:
         try:
-            manager.load([name])
+            found |= manager.load([name])["tasks"]
         except UserError:
             raise
         except Exception as error:  # whatever a task's own code, the datasets library or the network may raise
@@ -49,6 +51,14 @@ def require_data(names: Sequence[str], manager: TaskManager, *, asked_by: str = 
                 f"{asked_by} {name}: its questions cannot be made or downloaded ({why}); run it where they can, or"
                 " choose local tasks"
             ) from error
+    return found
+
+
+def writes(task: Any) -> int:
+    """The most tokens that one of the harness's tasks has a model write; 0 where it is only asked for likelihoods."""
+    if task.config.output_type != "generate_until":
+        return 0
+    return int(normalize_gen_kwargs(dict(task.config.generation_kwargs or {}))["max_gen_toks"])
 
 
 def scores(lm: LM, names: Sequence[str], manager: TaskManager, limit: int | None) -> dict[str, Score] | None:

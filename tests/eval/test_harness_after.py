@@ -99,6 +99,10 @@ def test_teacher_and_student_are_asked_as_eval_harness_asks_them(stdlib_teacher,
     unknown = run_of(tmp_path, folders["teacher"], TASK | {"task": "recall_copyin"})
     with pytest.raises(UserError, match=r"evaluation\.tasks: task recall_copyin: there is no .*mean recall_copying"):
         tasks.check_tasks(unknown)
+    small = run_of(tmp_path, folders["teacher"], TASK | {"task": "recall_written"})
+    small.facts.config.max_position_embeddings = 64
+    with pytest.raises(UserError, match=r"recall_.*_written has a model write 64 tokens, but the teacher has only 64"):
+        tasks.check_tasks(small)
     run = run_of(tmp_path, folders["teacher"], TASK, TASK | {"task": "recall_parity", "limit": 2})
     random.seed(5)
     torch.manual_seed(5)
