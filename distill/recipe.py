@@ -192,12 +192,12 @@ class Recipe(Section):
     def _tasks_out_of_place(self) -> Iterator[Misplaced]:
         """Tasks after stages that do not run, and two of one name whose numbers would be taken for each other."""
         there = ("convert", *self.stages.named(), "end")
-        taken: set[tuple[str, str]] = set()
+        taken: set[tuple[str, str, str]] = set()
         for index, task in enumerate(self.evaluation.tasks):
             for stage in task.after or ():
                 if stage not in there:
                     yield ("evaluation", "tasks", index, "after"), stage, f"must be one of {', '.join(there)}"
-            mine = {(task.name, use) for use in ("every", "after") if getattr(task, use)}
+            mine = {(task.kind, task.name, use) for use in ("every", "after") if getattr(task, use)}
             if mine & taken:
                 yield (
                     ("evaluation", "tasks", index),
@@ -221,7 +221,7 @@ class Recipe(Section):
         """Every metric that is measured again and again while a stage trains, with its steps between."""
         settings = self.stages.named()[stage]
         offline = isinstance(settings, LogitsStage) and settings.offline_teacher is not None
-        return measured_in_training(self.evaluation.tasks, settings.eval_every, offline=offline)
+        return measured_in_training(self.evaluation.in_training(), settings.eval_every, offline=offline)
 
     def dump(self) -> str:
         """YAML with every default written out, which loads back to an equal recipe."""
@@ -264,7 +264,7 @@ class Recipe(Section):
         choices = {key: choice for key in _DECIDING if (choice := getattr(settings, key)) is not None}
         metrics = {choice.metric for choice in choices.values()}
         looks: dict[str, Any] = {metric: self.measured_in(stage)[metric] for metric in sorted(metrics)}
-        tasks = [task for task in self.evaluation.tasks if task.every and metrics & set(task.metrics())]
+        tasks = [task for task in self.evaluation.in_training() if metrics & set(task.metrics())]
         if metrics & set(HELD_OUT):
             looks["tokens"] = self.evaluation.tokens
         looks |= {task.name: task.model_dump(mode="json", exclude={"after", "batch_size"}) for task in tasks}

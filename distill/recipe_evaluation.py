@@ -1,7 +1,7 @@
 """What a recipe says about measuring: the evaluation, its tasks and when they run, and what is decided by them."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
@@ -57,6 +57,64 @@ class RecallTask(Section):
         return [f"recall.{self.name}.{score}" for score in SCORES]
 
 
+class HarnessTask(Section):
+    """A task of lm-evaluation-harness (docs/evaluation.md), and after which stages a student is asked it."""
+
+    kind: Literal["harness"] = "harness"
+    """What is measured."""
+    task: Text
+    """A task, tag or group: a local one, such as recall_phonebook, or one of the harness's own."""
+    name: Annotated[Text, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(None, validate_default=True)
+    """What it is called in the report; the task's name unless given."""
+    tasks_from: Annotated[tuple[Text, ...], BeforeValidator(as_list)] = ()
+    """Folders with task files of your own."""
+    items: Count | None = None
+    """Of the local recall tasks: pairs, entries, words, ..."""
+    length: Annotated[Integer, Field(ge=0)] | None = None
+    """Of their prompts, in the teacher's tokens."""
+    samples: Count | None = None
+    """Questions drawn for each of them."""
+    seed: Annotated[Integer, Field(ge=0)] | None = None
+    """They are drawn from."""
+    metadata: dict[Text, Any] = Field(default_factory=dict)
+    """For the tasks' own functions, such as {text: corpus/*.txt}."""
+    limit: Count | None = None
+    """Ask the first so many questions of each task; null for all."""
+    batch_size: Count = 8
+    """Requests a forward pass."""
+    every: None = None
+    """Not inside a stage; kind: recall is."""
+    after: Annotated[tuple[After, ...], BeforeValidator(as_list), Some]
+    """The stages after which it is asked, beside the teacher, for the report: a list; end is after the last."""
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _called_as_its_task(cls, value: object, info: ValidationInfo) -> object:
+        return info.data.get("task", "task") if value is None else value
+
+    @field_validator("every", mode="before")
+    @classmethod
+    def _never_inside(cls, value: object) -> object:
+        if value is not None:
+            raise ValueError(
+                "a harness task is asked after stages and not while one trains; give after: alone, or ask the same in"
+                " every stage by {kind: recall, every: ..}"
+            )
+        return value
+
+    def drawn_from(self) -> dict[str, Any]:
+        """What the task's own functions are given."""
+        given = {"items": self.items, "length": self.length, "samples": self.samples, "seed": self.seed}
+        return {key: value for key, value in given.items() if value is not None} | self.metadata
+
+
+Task = RecallTask | HarnessTask
+
+
+def _recall_unless_said(value: object) -> object:
+    return {"kind": "recall", **value} if isinstance(value, dict) and "kind" not in value else value
+
+
 class Evaluation(Section):
     """How a student is measured against its teacher on the held-out text."""
 
@@ -68,8 +126,14 @@ class Evaluation(Section):
     """Texts that teacher and student both continue in the report."""
     new_tokens: Count = 48
     """Tokens of a continuation."""
-    tasks: tuple[RecallTask, ...] = ()
-    """What else is measured, and when: {kind: recall, task: .., every: 200} or {.., after: end}."""
+    tasks: tuple[
+        Annotated[RecallTask | HarnessTask, Field(discriminator="kind"), BeforeValidator(_recall_unless_said)], ...
+    ] = ()
+    """What else is measured, and when: {kind: recall, task: .., every: 200}, {kind: harness, task: .., after: end}."""
+
+    def in_training(self) -> list[RecallTask]:
+        """The tasks that are asked while a stage trains."""
+        return [task for task in self.tasks if isinstance(task, RecallTask) and task.every is not None]
 
 
 class KeepBest(Section):

@@ -6,7 +6,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeGuard
+from typing import Annotated, Any, TypeGuard
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
@@ -56,7 +56,7 @@ def shown(value: object, width: int = 60) -> str:
 
 def _sentence(error: ErrorDetails, model: type[BaseModel], path: KeyPath) -> str:
     kind, value = error["type"], error["input"]
-    section = _section_at(model, path if kind == "model_type" else path[:-1])
+    section = _section_at(model, path if kind == "model_type" else path[:-1], error["loc"])
     if kind in ("extra_forbidden", "invalid_key") and section:
         return _unknown_key(str(path[-1]), path[:-1], section, model)
     if kind == "missing":
@@ -69,6 +69,10 @@ def _sentence(error: ErrorDetails, model: type[BaseModel], path: KeyPath) -> str
         allowed = re.findall(r"'([^']*)'", error["ctx"]["expected"])
         hint = nearest(value, allowed) if isinstance(value, str) else ""
         return f"must be {_either(allowed)}, not {shown(value)}{hint}"
+    if kind == "union_tag_invalid":
+        allowed = re.findall(r"'([^']*)'", error["ctx"]["expected_tags"])
+        key, tag = error["ctx"]["discriminator"].strip("'"), error["ctx"]["tag"]
+        return f"{key} must be {_either(allowed)}, not {tag!r}{nearest(tag, allowed)}"
     if kind == "value_error":
         # A section's own rule (its input is the whole section) already names the keys at odds.
         return str(error["ctx"]["error"]) + ("" if isinstance(value, dict) else f", not {shown(value)}")
@@ -99,12 +103,13 @@ def _unknown_key(key: str, parents: KeyPath, section: type[BaseModel], root: typ
 def _path_as_given(error: ErrorDetails, given: object) -> KeyPath:
     """pydantic's location without the steps that validators added, such as the branch of a union."""
     path: list[str | int] = []
-    for part in error["loc"]:
+    *_, last = range(len(error["loc"]))
+    for place, part in enumerate(error["loc"]):
         if _holds(given, part):
             given = given[part]
         elif error["type"] == "invalid_key":
             part = str(part)
-        elif error["type"] != "missing":
+        elif error["type"] != "missing" or place < last:
             continue
         path.append(part)
     return tuple(path)
@@ -116,29 +121,32 @@ def _holds(given: object, part: str | int) -> TypeGuard[Any]:
     return isinstance(given, dict) and isinstance(part, str) and part in given
 
 
-def _section_at(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
+def _section_at(model: type[BaseModel], path: KeyPath, tags: Sequence[str | int]) -> type[BaseModel] | None:
+    """The section of a path; where it may be one of several, the one whose ``kind`` is among the tags."""
     for part in path:
         if isinstance(part, int):
             continue  # an item of a list is what the list's annotation says
         field = model.model_fields.get(str(part))
-        inner = _model_in(field.annotation) if field else None
-        if inner is None:
+        inner = _models_in(field.annotation) if field else []
+        if not inner:
             return None
-        model = inner
+        model = next(
+            (one for one in inner if "kind" in one.model_fields and one.model_fields["kind"].default in tags), inner[0]
+        )
     return model
 
 
-def _model_in(annotation: object) -> type[BaseModel] | None:
-    """The model of an annotation such as ``Section``, ``Section | None`` or ``tuple[Section, ...]``."""
+def _models_in(annotation: object) -> list[type[BaseModel]]:
+    """The models of an annotation such as ``Section``, ``Section | None`` or ``tuple[Section | Other, ...]``."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple):
-        return next(filter(None, map(_model_in, typing.get_args(annotation))), None)
-    return None
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple, Annotated):
+        return [model for inner in typing.get_args(annotation) for model in _models_in(inner)]
+    return []
 
 
 def _paths(model: type[BaseModel], above: KeyPath = ()) -> Iterator[KeyPath]:
     for name, field in model.model_fields.items():
         yield (*above, name)
-        if inner := _model_in(field.annotation):
+        for inner in _models_in(field.annotation):
             yield from _paths(inner, (*above, name))

@@ -196,7 +196,7 @@ def _measure(run: Run, settings: Stage, student: PreTrainedModel) -> Callable[[]
 def _recipe_hooks(run: Run) -> list[Hook]:
     """The recipe's tasks that are asked every so many steps; their examples are drawn now, so that mistakes show."""
     vocabulary = run.facts.config.get_text_config().vocab_size
-    tasks = [task for task in run.recipe.evaluation.tasks if task.every is not None]
+    tasks = run.recipe.evaluation.in_training()
     return [Hook(recall_measure(task, examples_of(task, run.tokenizer, vocabulary)), task.every) for task in tasks]
 
 

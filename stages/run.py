@@ -25,7 +25,7 @@ from distill.units import count
 from eval.report import make_report, report_numbers
 from eval.run_record import read_run
 from eval.stage import TEACHER, evaluate_stage, evaluate_teacher
-from eval.tasks import ask_after
+from eval.tasks import ask_after, check_tasks
 from stages import hidden, logits, mixing
 from stages.command import run_program
 
@@ -44,6 +44,7 @@ def main(run: Run) -> None:
     _announce(run, console)
     # Before anything is written: a finished stage that is not this recipe's is refused here.
     done = set(takewhile(run.is_done, run.stages))
+    check_tasks(run, done)
     if not run.is_evaluated(TEACHER):
         evaluate_teacher(run)
     for stage in run.stages:

@@ -4,7 +4,6 @@ python -m eval.harness teachers/stdlib-1m runs/quickstart/logits --task recall -
 accelerate launch --config_file recipes/launch/ddp.yaml --num_processes 2 -m eval.harness ...     requests divided
 """
 
-import importlib.util
 import logging
 from dataclasses import asdict
 from functools import partial
@@ -19,6 +18,7 @@ from distill.errors import UserError
 from distill.programs import quiet_unless_watched, report_user_errors
 from eval import options, words
 from eval.findings import Findings, names_of, require_folder, write_findings
+from eval.harness.installed import require_harness
 
 if TYPE_CHECKING:
     from eval.harness.scores import Score
@@ -53,7 +53,7 @@ def main(
     Local: recall and recall_written (docs/recall.md), text_perplexity.
     """
     quiet_unless_watched()
-    _require_harness()
+    require_harness()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant here, several times a task
     # The harness takes seconds to import, which a mistake above need not wait for.
     from eval.harness.model import DistillLM
@@ -111,11 +111,6 @@ def _values(pairs: "list[str] | tuple[str, ...]") -> dict[str, Any]:
         except yaml.YAMLError:
             found[key] = value
     return found
-
-
-def _require_harness() -> None:
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("lm-evaluation-harness is not installed; pip install 'distill-ssm[eval]', or lm-eval")
 
 
 def _require_room(most: int, length: int | None, path: str) -> None:

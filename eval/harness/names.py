@@ -16,19 +16,26 @@ from eval import words
 TASKS = Path(__file__).parent / "tasks"
 
 
-def manager_of(names: Sequence[str], folders: Sequence[Path], metadata: dict[str, Any]) -> TaskManager:
+def manager_of(
+    names: Sequence[str],
+    folders: Sequence[Path],
+    metadata: dict[str, Any],
+    *,
+    asked_by: tuple[str, str] = ("--task", "--tasks-from"),
+) -> TaskManager:
     """What makes the tasks, groups and tags called ``names``.
 
     Args:
         folders: searched for task files beside this project's own.
         metadata: what the tasks' own functions are given.
+        asked_by: where names and folders were given, for messages.
 
     Raises:
         UserError: a folder is none, or there is no such task.
     """
     for folder in folders:
         if not folder.is_dir():
-            raise UserError(f"--tasks-from {folder}: there is no such folder; give one with task files (.yaml)")
+            raise UserError(f"{asked_by[1]} {folder}: there is no such folder; give one with task files (.yaml)")
     paths = [str(path) for path in (TASKS, *folders)]
     own = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
     if set(names) <= set(own.all_tasks):
@@ -36,7 +43,7 @@ def manager_of(names: Sequence[str], folders: Sequence[Path], metadata: dict[str
     everything = TaskManager(include_path=paths, metadata=metadata)
     for name in names:
         if name not in everything.task_index:
-            raise UserError(f"--task {name}: there is no such task{_nearest(name, own, everything)}")
+            raise UserError(f"{asked_by[0]} {name}: there is no such task{_nearest(name, own, everything)}")
     return everything
 
 

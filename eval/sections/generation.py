@@ -7,7 +7,8 @@ from eval import words
 from eval.charts import Axis, Chart, Series, line_chart
 from eval.findings import Fields, Findings
 from eval.sections.colours import COLOURS
-from eval.sections.section import Quote, Section, Table
+from eval.sections.recall import reference
+from eval.sections.section import Quote, Score, Section, Table
 
 Rows = Sequence[Mapping[str, Any]]
 """A model's, one a length."""
@@ -25,7 +26,18 @@ def section(found: Findings) -> Section:
             for number, sample in enumerate(found.results["samples"], start=1)
             for name, text in sample["texts"].items()
         ],
+        scores=_scores(continued, reference(found)),
     )
+
+
+def _scores(continued: Mapping[str, Rows], of: str) -> list[Score]:
+    """At the same length as the lead: writing, which no guess does, and preferring, which some do."""
+    at = _telling(continued[of])
+    chance = continued[of][at]["chance"]
+    return [
+        Score(f"generation: {says}", of, guessed, {name: rows[at][key] for name, rows in continued.items()})
+        for says, key, guessed in (("text written", "written", 0.0), ("text preferred", "preferred", chance))
+    ]
 
 
 def _lead(continued: Mapping[str, Rows]) -> str:

@@ -5,7 +5,8 @@ from typing import Any
 
 from eval import words
 from eval.findings import Findings
-from eval.sections.section import Section, Table
+from eval.sections.recall import reference
+from eval.sections.section import Score, Section, Table
 
 KINDS = {
     "multiple_choice": "chosen among answers",
@@ -32,7 +33,25 @@ def section(found: Findings) -> Section:
         title="Tasks",
         lead=_lead(models, tasks),
         tables=[Table(["task", "metric", "asked how", *models], rows, note)],
+        scores=_scores(found),
     )
+
+
+def _scores(found: Findings) -> list[Score]:
+    """Of each task whose first metric is a share, and of which it is known what guessing scores."""
+    told = []
+    for task, by_model in found.results.items():
+        metric = next(iter(_shape(by_model)[1]), None)
+        chances = [score.get("chance") for score in by_model.values()]
+        if metric is None or None in chances or not all(_has_share(score, metric) for score in by_model.values()):
+            continue
+        values = {name: score["metrics"][metric] for name, score in by_model.items()}
+        told.append(Score(f"harness: {task}", reference(found), sum(chances) / len(chances), values))
+    return told
+
+
+def _has_share(score: Mapping[str, Any], metric: str) -> bool:
+    return metric in score["metrics"] and is_share(score, metric)
 
 
 def _shape(by_model: Scores) -> tuple[str, list[str]]:

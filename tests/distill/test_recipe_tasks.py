@@ -71,6 +71,19 @@ def test_what_is_better_follows_the_metric(load, metric, mode):
         ("    - {task: parity, after: mixing}", "must be one of convert, hidden, logits, end, not 'mixing'"),
         ("    - {task: phonebook, every: 3}", "12: evaluation.tasks[3]: is another task's name"),
         ("    - {task: parity, items: [], after: end}", "12: evaluation.tasks[3].items: must name at least one"),
+        (
+            "    - {kind: harnes, task: x}",
+            "12: evaluation.tasks[3]: kind must be one of recall, harness, not 'harnes', did",
+        ),
+        ("    - {kind: harness, task: x, limt: 1, after: end}", "tasks[3].limt: unknown key, did you mean 'limit'?"),
+        ("    - {kind: harness, task: x, lengths: [3], after: end}", "unknown key, did you mean 'length'?"),
+        ("    - {kind: harness, after: end}", "12: evaluation.tasks[3].task: missing: a task, tag or group"),
+        ("    - {kind: harness, task: x}", "12: evaluation.tasks[3].after: missing: the stages after which"),
+        (
+            "    - {kind: harness, task: x, every: 3, after: end}",
+            "tasks[3].every: a harness task is asked after stages",
+        ),
+        ("    - {kind: harness, task: x, after: mixing}", "must be one of convert, hidden, logits, end, not 'mixing'"),
     ],
 )
 def test_a_task_that_cannot_be(load, add, said):
@@ -78,6 +91,17 @@ def test_a_task_that_cannot_be(load, add, said):
         load(add=add)
     assert said in str(error.value).replace("small.yaml:", "")
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_harness_task_is_no_measure_of_a_stage(load):
+    """Nor is it taken for a recall task of the same name, and it comes back from the file that a run writes."""
+    add = "    - {kind: harness, task: phonebook, items: 4, metadata: {text: [a, b], n: 1}, after: end}\n"
+    recipe = load(add=add)
+    task = recipe.evaluation.tasks[3]
+    assert (task.name, task.after) == ("phonebook", ("end",))
+    assert task.drawn_from() == {"items": 4, "text": ["a", "b"], "n": 1}
+    assert recipe.measured_in("logits") == load().measured_in("logits")
+    assert recipe.stage_digest("logits") == load().stage_digest("logits")
 
 
 def test_another_name_makes_room_for_another_such_task(load):
@@ -143,6 +167,7 @@ def test_a_dumped_recipe_is_the_same(load, tmp_path):
     recipe = load(
         "stages.hidden.keep_best={metric: kl}",
         "stages.logits.stop_early={metric: recall.phonebook.chosen, patience: 2}",
+        add="    - {kind: harness, task: x, metadata: {text: [a, b]}, after: [hidden, end]}\n",
     )
     (tmp_path / "again.yaml").write_text(recipe.dump())
     assert load_recipe(tmp_path / "again.yaml") == recipe

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from distill import convert
 from distill.errors import UserError
 from distill.recipe import Recipe
-from eval import tasks
+from eval import measured, tasks
 from eval.findings import read_findings
 from eval.gathered import section_of
 from tests.conftest import SHAPE
@@ -48,7 +48,7 @@ def run(tmp_path, monkeypatch):
         loaded.append(name)
         return teacher if name == "teacher" else student
 
-    monkeypatch.setattr(tasks, "_model", model)
+    monkeypatch.setattr(measured, "placed", model)
     return SimpleNamespace(
         recipe=recipe(tmp_path, TASKS),
         stages=["convert", "hidden", "logits"],

@@ -56,6 +56,10 @@ def test_teacher_and_student_side_by_side(models, tmp_path, capsys):
     assert section.quotes[0].prompt == characters().decode(given[0].prompt, skip_special_tokens=True)
     assert [row[:2] for row in section.tables[0].rows][:3] == [["teacher", "1"], ["teacher", "4"], ["teacher", "8"]]
     (chart,) = section.figures
+    written, preferred = section.scores
+    assert (written.of, written.chance) == ("teacher", 0.0)
+    assert preferred.chance == found.results["continued"]["teacher"][0]["chance"]
+    assert preferred.by_model["mamba"] == found.results["continued"]["mamba"][0]["preferred"]
     assert {"mamba, preferred", "mamba, written"} <= {series.label for series in chart.legend}
 
 

@@ -118,6 +118,12 @@ def test_the_section():
     assert table.rows[0] == ["one", "acc", "chosen among answers", "50.0% ± 5.0", "25.0% ± 5.0"]
     assert table.rows[1][3:] == ["9.000", "20.000"]
     assert "8 questions a task" in table.note
+    assert section.scores == [], "as long as nobody knows what guessing scores"
+    for score in results["one"].values():
+        score["chance"] = 0.25
+    (glanced,) = SECTIONS["harness"](Findings("harness", {"a": "x/a", "b": "x/b"}, {}, results)).scores
+    assert (glanced.task, glanced.of, glanced.chance) == ("harness: one", "a", 0.25)
+    assert glanced.by_model == {"a": 0.5, "b": 0.25}
     alone = {task: {"a": by_model["a"]} for task, by_model in results.items()}
     section = SECTIONS["harness"](Findings("harness", {"a": "x/a"}, {}, alone))
     assert section.lead == "On average over its tasks a is right 60.0% of the time."
