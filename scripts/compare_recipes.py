@@ -67,7 +67,7 @@ def main(
     teacher_path: Annotated[str | None, typer.Option(help="Where the teacher lies, if elsewhere.")] = None,
     source: Annotated[str | None, typer.Option(help="Where its text lies, if elsewhere.")] = None,
     keep_attention: Annotated[str, typer.Option(help="Layers that keep attention, for all: [1] or {count: 1}.")] = "[]",
-    evaluation_tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to score.")] = 32_000,
+    evaluation_tokens: Annotated[str, typer.Option(help="Held-out tokens to score.")] = "32K",
     points: Annotated[int, typer.Option(min=1, help="Evaluations on the way, about.")] = 8,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, with one thread each.")] = 1,
 ) -> None:
@@ -79,12 +79,12 @@ def main(
         teacher=asked.recipe,
         overrides=tuple(f"{key}={json.dumps(place)}" for key, place in moved.items() if place is not None),
         keep_attention=keep_attention,
-        evaluation_tokens=evaluation_tokens,
+        evaluation_tokens=_tokens("--evaluation-tokens", evaluation_tokens),
         points=points,
         recall=asked.recall,
         output=output,
     )
-    budgets, recipes = sorted({_tokens(given) for given in budget}), _distinct(recipe)
+    budgets, recipes = sorted({_tokens("--budget", given) for given in budget}), _distinct(recipe)
     grid = GRID if tune else (1.0,)
     for name in recipes:  # whatever is wrong with any of them shows before the first is trained
         for tokens in budgets:
@@ -101,7 +101,7 @@ def main(
             for name in recipes
         ]
         results = _carried_out(pool, common, wanted)
-    settings = {"keep_attention": keep_attention, "evaluation_tokens": evaluation_tokens, "grid": list(grid)}
+    settings = {"keep_attention": keep_attention, "evaluation_tokens": common.evaluation_tokens, "grid": list(grid)}
     found = {"teacher": {"name": teacher, **facts}, "settings": settings, "tried": tried, "results": results}
     _write(output, found)
 
@@ -151,11 +151,11 @@ def _write(output: Path, found: Fields) -> None:
     print(f"{text}\n\n{output}/results.json, table.md, gap.png")
 
 
-def _tokens(given: str) -> int:
+def _tokens(option: str, given: str) -> int:
     try:
         return TypeAdapter(Tokens).validate_python(int(given) if given.isdecimal() else given)
     except ValidationError:
-        raise UserError(f"--budget {given}: give tokens such as 500000, 500K or 4M") from None
+        raise UserError(f"{option} {given}: give tokens such as 500000, 500K or 4M") from None
 
 
 def _distinct(recipes: Sequence[str]) -> list[str]:

@@ -76,7 +76,8 @@ def draw(found: Fields, path: Path) -> None:
         ax.set(xscale="log", yscale="log", xlabel=label)
         ax.grid(True, which="both", alpha=0.2)
     axes[0].set_ylabel("held-out loss behind the teacher, nats a token")
-    axes[0].legend(fontsize="small")
+    if axes[0].get_legend_handles_labels()[0]:
+        axes[0].legend(fontsize="small")
     figure.suptitle(f"{found['teacher']['name']}, attention kept in {found['settings']['keep_attention']}")
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
