@@ -10,7 +10,10 @@ and where it is not, stands in docs/comparison.md.
 
 import json
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -29,6 +32,7 @@ from scripts.comparison_table import draw, gap, table
 from scripts.measure import circumstances
 
 GRID = (0.3, 1.0, 3.0)
+GRACE = 30  # seconds for a step to end and be saved
 
 
 class Teacher(NamedTuple):
@@ -91,19 +95,17 @@ def main(
             cut_recipe(common, Wanted(name, tokens, 1.0, 0))
     facts = prepare(common, Wanted(recipes[0], budgets[0], 1.0, 0))
 
+    settings = {"keep_attention": keep_attention, "evaluation_tokens": common.evaluation_tokens, "grid": list(grid)}
+    found: Fields = {"teacher": {"name": teacher, **facts}, "settings": settings, "results": []}
     with _processes(jobs) as pool:
         tried = _carried_out(pool, common, [Wanted(name, budgets[0], f, 0) for name in recipes for f in grid])
         factors = {name: _best(tried, name, facts["loss"]) for name in recipes}
-        wanted = [
-            Wanted(name, tokens, factors[name], seed)
-            for tokens in budgets
-            for seed in range(seeds if tokens == budgets[0] else seeds_above or seeds)
-            for name in recipes
-        ]
-        results = _carried_out(pool, common, wanted)
-    settings = {"keep_attention": keep_attention, "evaluation_tokens": common.evaluation_tokens, "grid": list(grid)}
-    found = {"teacher": {"name": teacher, **facts}, "settings": settings, "tried": tried, "results": results}
-    _write(output, found)
+        for tokens in budgets:
+            number = seeds if tokens == budgets[0] else seeds_above or seeds
+            wanted = [Wanted(name, tokens, factors[name], seed) for seed in range(number) for name in recipes]
+            found["results"] += _carried_out(pool, common, wanted)
+            _write(output, {**found, "tried": tried})  # already here: the larger budgets take longest
+    print(f"{output}/results.json, table.md, gap.png")
 
 
 def _carried_out(pool: ProcessPoolExecutor, common: Common, wanted: Sequence[Wanted]) -> list[Fields]:
@@ -132,7 +134,20 @@ def _said(result: Fields) -> str:
 def _processes(jobs: int) -> ProcessPoolExecutor:
     """Fresh ones with a thread each: sums over several threads would not be the same on every machine."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=quiet_unless_watched)
+    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_begin, initargs=(os.getpid(),))
+
+
+def _begin(parent: int) -> None:
+    """In a process of the pool: it stops, its run saved, when the comparison is killed; else it would hold the run."""
+    quiet_unless_watched()
+
+    def watch() -> None:
+        while True:
+            time.sleep(1 if os.getppid() == parent else GRACE)
+            if os.getppid() != parent:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _best(tried: Iterable[Fields], recipe: str, teacher_loss: float) -> float:
@@ -148,7 +163,7 @@ def _write(output: Path, found: Fields) -> None:
     text = table(found)
     (output / "table.md").write_text(f"{text}\n")
     draw(found, output / "gap.png")
-    print(f"{text}\n\n{output}/results.json, table.md, gap.png")
+    print(f"{text}\n", flush=True)
 
 
 def _tokens(option: str, given: str) -> int:

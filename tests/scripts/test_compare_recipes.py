@@ -29,7 +29,7 @@ def common(tmp_path, saved_teacher, text, monkeypatch) -> Common:
 
 @pytest.mark.parametrize("recipe", ["ours", "mmmamba", *PUBLISHED])
 def test_every_recipe_fills_the_budget_on_common_ground(common, recipe):
-    budget = 1_000_000
+    budget = 1_002_000  # of which stages by themselves would leave more than a step
     path, settings = cut_recipe(common, Wanted(recipe, budget, 3.0, 7))
     own, cut = load_recipe(path), load_recipe(path, settings)
     teacher = load_recipe(common.teacher, common.overrides)
