@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -123,6 +123,8 @@ def _carried_out(pool: ProcessPoolExecutor, common: Common, wanted: Sequence[Wan
             )
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
+        for process in active_children():  # those at work save what they have
+            process.terminate()
         raise
     return [done[one] for one in wanted]
 

@@ -107,7 +107,7 @@ def cut_recipe(common: Common, wanted: Wanted) -> tuple[Path, list[str]]:
     is left.
 
     Raises:
-        UserError: a recipe cannot be read, or one of its stages is left without a step.
+        UserError: a recipe cannot be read, one of its stages is left without a step, or it has an offline_teacher.
     """
     path, settings = recipe_file(wanted.recipe)
     teacher = load_recipe(common.teacher, common.overrides)
@@ -121,6 +121,8 @@ def cut_recipe(common: Common, wanted: Wanted) -> tuple[Path, list[str]]:
         f"run_dir={wanted.folder(common.output)}",
     ]
     recipe = load_recipe(path, settings)
+    if recipe.stages.logits is not None and recipe.stages.logits.offline_teacher is not None:
+        raise UserError(f"{wanted.recipe}: offline_teacher leaves no teacher to measure against on the way; drop it")
     for name, tokens in _tokens(recipe, wanted).items():
         stage = recipe.stages.named()[name]
         steps = steps_for(tokens, stage.batch_size, recipe.block_of(stage))
