@@ -1,11 +1,10 @@
 """What a model writes when it goes on from a prompt by itself, greedily: the samples of the report."""
 
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Sequence
 
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distill.decoding import decode, ends_of
 from distill.evaluating import evaluating
 from distill.evaluation import device_of
 from distill.prompts import encoded, left_padded, until
@@ -50,22 +49,10 @@ def _generate(
     sharded: bool,
 ) -> list[list[int]]:
     """New ids for each prompt of ids, ended before the first end-of-text token."""
-    eos = model.generation_config.eos_token_id if model.generation_config else None
-    ends = [eos] if isinstance(eos, int) else eos or []
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), None)
-    width = max(map(len, group))
-    # A checkpoint's generation config may ask for sampling or penalties: this is the model, plain.
-    unset = dict.fromkeys(("temperature", "top_p", "top_k", "repetition_penalty"))
-    out_BT = cast(Callable[..., Tensor], model.generate)(
-        **left_padded(group, pad or 0, device_of(model)),
-        max_new_tokens=new_tokens,
-        pad_token_id=pad,
-        do_sample=False,
-        num_beams=1,
-        synced_gpus=sharded,
-        **unset,
-    )
-    return [until(row[width:], ends) for row in out_BT.tolist()]
+    ends = ends_of(model)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
+    inputs = left_padded(group, pad, device_of(model))
+    return [until(new, ends) for new in decode(model, inputs, new_tokens, pad=pad, sharded=sharded).tolist()]
 
 
 def _continuation(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], new_ids: list[int]) -> str:

@@ -5,19 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TextStreamer,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 import distill.student  # noqa: F401  (makes students known to transformers' Auto classes)
 from distill.auto_classes import auto_class
 from distill.data.image_encoding import prompt_inputs
 from distill.decoder import learns_positions
+from distill.decoding import Sampling, decode, ends_of
 from distill.errors import UserError
 from distill.layout import ATTENTION
 from distill.prompts import encoded, left_padded, until
@@ -75,17 +69,14 @@ def generate(
     """
     _check_settings(max_new_tokens, temperature, top_p)
     rows = [encoded(tokenizer, prompt, bos) for prompt in prompts]
-    width = max(map(len, rows))
-    _check_length(model, width, max_new_tokens)
+    _check_length(model, max(map(len, rows)), max_new_tokens)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    inputs = left_padded(rows, pad, model.device)
-    sampling = _sampling(temperature, top_p)
-    settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=_ends(model), pad_token_id=pad, **sampling)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream and len(rows) == 1 else None
-    out_BT = _generated(model, inputs, settings, streamer, seed)
-    ends = _ends(model)
-    stops = {ends} if isinstance(ends, int) else set(ends or ())
-    texts = (row + until(ids[width:], stops) for row, ids in zip(rows, out_BT.tolist(), strict=True))
+    sampling = Sampling(temperature, top_p, seed)
+    inputs = left_padded(rows, pad, model.device)
+    new_BT = decode(model, inputs, max_new_tokens, pad=pad, sampling=sampling, streamer=streamer)
+    ends = ends_of(model)
+    texts = (row + until(new, ends) for row, new in zip(rows, new_BT.tolist(), strict=True))
     return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in texts]
 
 
@@ -107,37 +98,13 @@ def answer(
         UserError: as `generate`; or an image cannot be read, or the model reads none.
     """
     _check_settings(max_new_tokens, temperature, top_p)
-    inputs = prompt_inputs(processor, prompt, images)
-    width = inputs["input_ids"].shape[1]
-    _check_length(model, width, max_new_tokens)
+    inputs = {name: tensor.to(model.device) for name, tensor in prompt_inputs(processor, prompt, images).items()}
+    _check_length(model, inputs["input_ids"].shape[1], max_new_tokens)
     tokenizer = processor.tokenizer
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=_ends(model),
-        pad_token_id=tokenizer.pad_token_id,
-        **_sampling(temperature, top_p),
-    )
-    on_device = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    out_BT = _generated(model, on_device, settings, streamer, seed)
-    return str(tokenizer.decode(out_BT[0, width:], skip_special_tokens=True))
-
-
-def _ends(model: PreTrainedModel) -> Any:
-    """Where a text ends: all that is taken from a checkpoint's own generation settings, which may ask for sampling."""
-    return model.generation_config.eos_token_id
-
-
-def _sampling(temperature: float, top_p: float) -> dict[str, Any]:
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
-
-
-def _generated(
-    model: Any, inputs: dict[str, torch.Tensor], settings: GenerationConfig, streamer: TextStreamer | None, seed: int
-) -> torch.Tensor:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return model.generate(**inputs, generation_config=settings, streamer=streamer)
+    sampling = Sampling(temperature, top_p, seed)
+    (new_T,) = decode(model, inputs, max_new_tokens, pad=tokenizer.pad_token_id, sampling=sampling, streamer=streamer)
+    return str(tokenizer.decode(new_T, skip_special_tokens=True))
 
 
 def _check_settings(max_new_tokens: int, temperature: float, top_p: float) -> None:

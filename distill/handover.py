@@ -52,6 +52,7 @@ class StageRecord:
         weights: SHA-256 by name of every weight file, their index and config.json; filled in by ``write``.
         sizes: their bytes; filled in by ``write``.
         versions: see ``versions``.
+        kept_step: the step whose weights these are, where ``keep_best`` chose another than the last.
     """
 
     stage: str
@@ -65,6 +66,7 @@ class StageRecord:
     weights: dict[str, str] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
+    kept_step: int | None = None
 
     def as_parent(self) -> Parent:
         """How the next stage refers to this one: by a digest over its weights and its own parent."""

@@ -8,14 +8,24 @@ allowed, before anything is loaded. What depends on files and devices is checked
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails
 
 from distill import marked_yaml
 from distill.recipe_data import Data
+from distill.recipe_evaluation import HELD_OUT, Evaluation, measured_in_training
 from distill.recipe_fields import (
     Count,
     Distinct,
@@ -24,7 +34,6 @@ from distill.recipe_fields import (
     Integer,
     Section,
     Text,
-    Tokens,
 )
 from distill.recipe_file import read_recipe_file
 from distill.recipe_stages import (
@@ -42,6 +51,7 @@ from distill.recipe_stages import (
     Step,
     Stepwise,
 )
+from distill.schema_errors import nearest
 
 __all__ = [
     "ROLES",
@@ -67,6 +77,11 @@ __all__ = [
 _LABELS = ("name", "run_dir", "device", "trackers")
 _CUT = ("micro_batch_size", "parallel", "gradient_checkpointing")
 _CADENCE = ("eval_every", "checkpoint_every", "keep_checkpoints")
+# What does, where it is given.
+_DECIDING = ("keep_best", "stop_early")
+
+Misplaced = tuple[tuple[str | int, ...], object, str]
+"""A key of the recipe, what it says, and what is wrong with that."""
 
 
 class Teacher(Section):
@@ -133,19 +148,6 @@ class Student(Section):
     """keep: B and C carry the teacher's rotary positions, as its keys and queries do; drop: they do not."""
 
 
-class Evaluation(Section):
-    """How a student is measured against its teacher on the held-out text."""
-
-    tokens: Tokens = 64_000
-    """The most held-out tokens to score."""
-    batch_size: Count = 16
-    """Sequences a forward pass."""
-    prompts: tuple[Text, ...] = ()
-    """Texts that teacher and student both continue in the report."""
-    new_tokens: Count = 48
-    """Tokens of a continuation."""
-
-
 class Recipe(Section):
     """A distillation, from the teacher to the evaluated student."""
 
@@ -189,6 +191,54 @@ class Recipe(Section):
             )
         return value
 
+    @model_validator(mode="after")
+    def _measured(self) -> "Recipe":
+        problems = [*self._tasks_out_of_place(), *self._metrics_without_measure()]
+        if problems:
+            # Each at its own key, so that the message has its line.
+            raise ValidationError.from_exception_data(
+                "Recipe",
+                [
+                    InitErrorDetails(type="value_error", loc=key, input=given, ctx={"error": ValueError(text)})
+                    for key, given, text in problems
+                ],
+            )
+        return self
+
+    def _tasks_out_of_place(self) -> Iterator[Misplaced]:
+        """Tasks after stages that do not run, and two of one name whose numbers would be taken for each other."""
+        there = ("convert", *self.stages.named(), "end")
+        taken: set[tuple[str, str]] = set()
+        for index, task in enumerate(self.evaluation.tasks):
+            for stage in task.after or ():
+                if stage not in there:
+                    yield ("evaluation", "tasks", index, "after"), stage, f"must be one of {', '.join(there)}"
+            mine = {(task.name, use) for use in ("every", "after") if getattr(task, use)}
+            if mine & taken:
+                yield (
+                    ("evaluation", "tasks", index),
+                    task.name,
+                    "is another task's name; give this one its own",
+                )
+            taken |= mine
+
+    def _metrics_without_measure(self) -> Iterator[Misplaced]:
+        for name, stage in self.stages.named().items():
+            measured = self.measured_in(name)
+            for choice in ("keep_best", "stop_early"):
+                metric = getattr(getattr(stage, choice), "metric", None)
+                if metric is not None and metric not in measured:
+                    near = nearest(metric, list(measured)) or f"; give stages.{name}.eval_every" * (metric in HELD_OUT)
+                    allowed = ", ".join(measured) or "nothing; give eval_every, or a task of evaluation.tasks every"
+                    text = f"is not measured while this stage trains{near} (measured: {allowed})"
+                    yield ("stages", name, choice, "metric"), metric, text
+
+    def measured_in(self, stage: StageName) -> dict[str, int]:
+        """Every metric that is measured again and again while a stage trains, with its steps between."""
+        settings = self.stages.named()[stage]
+        offline = isinstance(settings, LogitsStage) and settings.offline_teacher is not None
+        return measured_in_training(self.evaluation.tasks, settings.eval_every, offline=offline)
+
     def block_of(self, stage: Stage) -> int:
         """Tokens a training sequence of one of its stages."""
         return stage.block or self.data.block
@@ -218,12 +268,28 @@ class Recipe(Section):
             content.pop(key)
         content["data"].pop("workers")
         content["student"].pop("exportable")
+        if not content["evaluation"]["tasks"]:
+            content["evaluation"].pop("tasks")
         content["stages"] = {
-            name: {key: value for key, value in stage.items() if key not in (*_CUT, *_CADENCE)}
+            name: {key: value for key, value in stage.items() if key not in (*_CUT, *_CADENCE, *_DECIDING)}
+            | self._decided(name)
             for name, stage in content["stages"].items()
             if name in stages
         }
         return content
+
+    def _decided(self, stage: StageName) -> dict[str, Any]:
+        """What a stage's choice among its steps depends on, if it makes one: then also how and when it looks."""
+        settings = self.stages.named()[stage]
+        choices = {key: choice for key in _DECIDING if (choice := getattr(settings, key)) is not None}
+        metrics = {choice.metric for choice in choices.values()}
+        looks: dict[str, Any] = {metric: self.measured_in(stage)[metric] for metric in sorted(metrics)}
+        tasks = [task for task in self.evaluation.tasks if task.every and metrics & set(task.metrics())]
+        if metrics & set(HELD_OUT):
+            looks["tokens"] = self.evaluation.tokens
+        looks |= {task.name: task.model_dump(mode="json", exclude={"after", "batch_size"}) for task in tasks}
+        told: dict[str, Any] = {key: choice.model_dump(mode="json") for key, choice in choices.items()}
+        return told | {"decided_by": looks} if told else {}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -26,7 +26,8 @@ def _token_count(value: object) -> object:
     return int(tokens)
 
 
-def _as_list(value: object) -> object:
+def as_list(value: object) -> object:
+    """One text as a list of it."""
     return [value] if isinstance(value, str) else value
 
 
@@ -59,4 +60,4 @@ Beta = Annotated[Number, Field(ge=0, lt=1)]
 Tokens = Annotated[Count, BeforeValidator(_token_count)]
 Distinct = AfterValidator(_distinct)
 Some = AfterValidator(_some)
-Sources = Annotated[tuple[Text, ...], BeforeValidator(_as_list), Some, PlainSerializer(_one_as_text)]
+Sources = Annotated[tuple[Text, ...], BeforeValidator(as_list), Some, PlainSerializer(_one_as_text)]

@@ -4,6 +4,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from distill.recipe_evaluation import KeepBest, StopEarly
 from distill.recipe_fields import (
     Beta,
     Count,
@@ -60,6 +61,10 @@ class Training(Section):
     """Steps between checkpoints."""
     keep_checkpoints: Count = 2
     """How many checkpoints are kept while the stage runs."""
+    keep_best: KeepBest | None = None
+    """Hand on the weights of the best step instead of the last, such as {metric: kl}; the start does not count."""
+    stop_early: StopEarly | None = None
+    """End where nothing gets better any more, such as {metric: kl, patience: 3}."""
 
     @field_validator("mixer_lr", mode="before")
     @classmethod

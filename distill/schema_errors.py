@@ -118,6 +118,8 @@ def _holds(given: object, part: str | int) -> TypeGuard[Any]:
 
 def _section_at(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
     for part in path:
+        if isinstance(part, int):
+            continue  # an item of a list is what the list's annotation says
         field = model.model_fields.get(str(part))
         inner = _model_in(field.annotation) if field else None
         if inner is None:
@@ -127,10 +129,10 @@ def _section_at(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None
 
 
 def _model_in(annotation: object) -> type[BaseModel] | None:
-    """The model of an annotation such as ``Section`` or ``Section | None``."""
+    """The model of an annotation such as ``Section``, ``Section | None`` or ``tuple[Section, ...]``."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple):
         return next(filter(None, map(_model_in, typing.get_args(annotation))), None)
     return None
 

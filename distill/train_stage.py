@@ -2,7 +2,7 @@
 
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,10 +22,21 @@ from distill.evaluation import evaluate
 from distill.handover import Parent, StageRecord
 from distill.objective import Batch, Objective
 from distill.reach import reached
+from distill.recall.asked import examples_of, recall_measure
 from distill.recipe import LayerwiseTraining, LogitsStage, Stage, StageName
 from distill.roles import roles
 from distill.run import Run
-from distill.training import Cadence, TrainResult, checkpoint, parameter_groups, schedule, train
+from distill.training import (
+    Best,
+    Cadence,
+    Hook,
+    Patience,
+    TrainResult,
+    checkpoint,
+    parameter_groups,
+    schedule,
+    train,
+)
 
 
 class Batches(Protocol):
@@ -40,6 +51,7 @@ def train_stage(
     make_objective: Callable[[PreTrainedModel, Any], Objective],
     *,
     enrich: Callable[[TrainingBatches], Batches] = lambda batches: batches,
+    hooks: Sequence[Hook] = (),
 ) -> StageRecord:
     """Load what the stage before handed on, train it on the objective, and hand the result on.
 
@@ -48,6 +60,7 @@ def train_stage(
         stage: which of its stages.
         make_objective: called with the student and the stage's part of the recipe.
         enrich: adds what the objective reads besides tokens to the stage's batches.
+        hooks: measured while the stage trains, besides what the recipe lists.
 
     Raises:
         UserError: the recipe has no such stage, or the stage before is missing, damaged or another's.
@@ -59,7 +72,7 @@ def train_stage(
     parent = processes.on_main(lambda: run.verified(before).as_parent())
     student = place_student(run.folder(before), _placement(run, settings), run.device)
     objective = make_objective(student, settings)
-    result = _train(run, stage, settings, student, objective, enrich, parent)
+    result = _train(run, stage, settings, student, objective, enrich, parent, [*_recipe_hooks(run), *hooks])
     record = StageRecord(
         stage=stage,
         parent=parent,
@@ -69,10 +82,12 @@ def train_stage(
         tokens=result.tokens,
         seconds=result.seconds,
         settings=run.recipe.stage_digest(stage),
+        kept_step=result.kept_step,
     )
     _hand_on(run, stage, student, record)
     if processes.is_main():
-        better = result.best_step if result.best_step != result.steps else None
+        # What keep_best chose was handed on.
+        better = result.best_step if result.best_step != result.steps and settings.keep_best is None else None
         checkpoint.prune(run.work_folder(stage) / "checkpoints", 0, {better})
     processes.wait()
     return record
@@ -86,6 +101,7 @@ def _train(
     objective: Objective,
     enrich: Callable[[TrainingBatches], Batches],
     parent: Parent,
+    hooks: Sequence[Hook],
 ) -> TrainResult:
     set_seed(run.recipe.seed)
     if isinstance(settings, LogitsStage) and settings.gradient_checkpointing:
@@ -116,6 +132,9 @@ def _train(
             "the text": run.blocks[0].fingerprint,
             "the stage before": parent.sha256,
         },
+        hooks=hooks,
+        keep_best=_best(run, stage, settings),
+        stop_early=_patience(settings),
     )
     engine.close()
     return result
@@ -172,6 +191,25 @@ def _measure(run: Run, settings: Stage, student: PreTrainedModel) -> Callable[[]
         return {name: value for name, value in measured.items() if value is not None}
 
     return measure
+
+
+def _recipe_hooks(run: Run) -> list[Hook]:
+    """The recipe's tasks that are asked every so many steps; their examples are drawn now, so that mistakes show."""
+    vocabulary = run.facts.config.get_text_config().vocab_size
+    tasks = [task for task in run.recipe.evaluation.tasks if task.every is not None]
+    return [Hook(recall_measure(task, examples_of(task, run.tokenizer, vocabulary)), task.every) for task in tasks]
+
+
+def _best(run: Run, stage: StageName, settings: Stage) -> Best | None:
+    wanted = settings.keep_best
+    if wanted is None:
+        return None
+    return Best(wanted.metric, wanted.mode, run.recipe.measured_in(stage)[wanted.metric])
+
+
+def _patience(settings: Stage) -> Patience | None:
+    wanted = settings.stop_early
+    return None if wanted is None else Patience(wanted.metric, wanted.mode, wanted.patience, wanted.min_delta)
 
 
 def _placement(run: Run, settings: Stage) -> Launched:

@@ -22,13 +22,13 @@ from distill.evaluation import Batch, evaluate
 from distill.layout import ATTENTION, mixer_layers
 from distill.programs import quiet_unless_watched, report_user_errors
 from distill.recall import TASKS
+from distill.recall.sweep import Draw, Surface, drawing, sweep
 from distill.recall.tasks import task_named
 from distill.student import is_student
 from distill.windowed import SINKS
 from eval import options, words
 from eval.findings import Fields, Findings, names_of, require_folder, write_findings
 from eval.loading import Text, load_model, load_tokenizer, read_batches
-from eval.recall_sweep import Draw, Surface, drawing, sweep
 from eval.sections.ablation import sentences
 
 KIND = "ablation"

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
+from distill.recall.sweep import Cell
 from eval import words
-from eval.recall_sweep import Cell
 
 SCORES = {"written": "Written by the model", "chosen": "Preferred to the others", "gap": "Gap"}
 COLOURS = {"written": "viridis", "chosen": "viridis", "gap": "RdBu_r"}

@@ -73,7 +73,7 @@ def read_batches(text: Text, path: str) -> list[dict[str, Tensor]]:
     Raises:
         UserError: the text or the tokenizer cannot be read, or the text has less than two tokens.
     """
-    tokenizer, config = load_tokenizer(path), _load_config(path)
+    tokenizer, config = load_tokenizer(path), load_config(path)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or text.block
     documents = _first_documents(text)
     bos = tokenizer.bos_token_id is not None
@@ -95,8 +95,10 @@ def _first_documents(text: Text) -> list[Document]:
     return documents
 
 
-def _load_config(path: str) -> PreTrainedConfig:
+def load_config(path: str) -> PreTrainedConfig:
+    """The config of a model folder or hub id; raises UserError if there is none."""
     path = windows.folder_of(path)
+    _require_folder(path)
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -1,6 +1,7 @@
 """The report's page: report.html.jinja and report.css filled with a run's numbers."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,19 @@ from markupsafe import Markup
 from distill import units
 from distill.evaluation_record import MatrixPair
 from eval import verdict, words
-from eval.figures import closeness_charts, colour, memory_chart, training_charts
+from eval.figures import closeness_charts, colour, memory_chart, task_charts, training_charts
 from eval.pictures import DECADES, matrix_picture, scale_picture
 from eval.run_record import RunRecord
+from eval.section_view import glance, section_view
+from eval.sections.section import Section
 
 FOLDER = Path(__file__).parent
 
 View = dict[str, Any]
 
 
-def render(run: RunRecord, numbers: View) -> str:
-    """The whole page as HTML; the template escapes whatever comes from the run."""
+def filled(template: str, **values: Any) -> str:
+    """A template with the page's style; it escapes whatever comes from runs."""
     environment = Environment(
         loader=FileSystemLoader(FOLDER),
         autoescape=True,
@@ -29,9 +32,15 @@ def render(run: RunRecord, numbers: View) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    css = Markup((FOLDER / "report.css").read_text(encoding="utf-8"))
+    return environment.get_template(template).render(css=css, **values)
+
+
+def render(run: RunRecord, numbers: View, sections: Sequence[Section] = ()) -> str:
+    """The whole page of one run as HTML."""
     student = numbers["rows"][-1]
-    return environment.get_template("report.html.jinja").render(
-        css=Markup((FOLDER / "report.css").read_text(encoding="utf-8")),
+    return filled(
+        "report.html.jinja",
         run=run,
         teacher_name=verdict.teacher_name(run),
         student_name=verdict.student_name(run),
@@ -42,17 +51,19 @@ def render(run: RunRecord, numbers: View) -> str:
         kept=verdict.kept(student),
         lost=verdict.lost(student, numbers["layer_distances"][student["name"]]),
         scored=f"{numbers['scored_tokens']:,}",
-        rows=[_row(row) for row in numbers["rows"]],
+        glance=glance([score for one in sections for score in one.scores]),
+        sections=[section_view(one) for one in sections],
+        rows=[row_view(row) for row in numbers["rows"]],
         closeness=[chart for chart in closeness_charts(run) if chart.svg],
         samples=_samples(run),
         matrices=_matrices(run),
         memory=_memory(run, numbers),
-        training=[chart for chart in training_charts(run) if chart.svg],
+        training=[chart for chart in (*task_charts(run), *training_charts(run)) if chart.svg],
         versions=sorted(numbers["versions"].items()),
     )
 
 
-def _row(row: View) -> View:
+def row_view(row: View) -> View:
     """A line of the results table, as text."""
     trained = row["tokens"] or None
     return {

@@ -14,12 +14,12 @@ from distill.atomic import explained_full_disk
 from distill.errors import UserError
 from distill.programs import quiet_unless_watched, report_user_errors
 from distill.recall import TASKS
+from distill.recall.sweep import Cell, Surface, drawing, sweep
 from distill.recall.tasks import task_named
 from eval import options, words
 from eval.findings import Fields, Findings, names_of, require_folder, write_findings
 from eval.heat_maps import heat_maps
 from eval.loading import load_model, load_tokenizer
-from eval.recall_sweep import Cell, Surface, drawing, sweep
 
 NAMES = "; ".join(f"{name}: {task.says}" for name, task in TASKS.items())
 KIND = "recall"

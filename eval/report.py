@@ -1,42 +1,93 @@
-"""Tell what became of a run: RUN_DIR -> RUN_DIR/report.html and RUN_DIR/report.json.
+"""Tell what became of a run, or of several side by side, as one page and as numbers.
 
     python -m eval.report runs/quickstart
+    python -m eval.report runs/hybrid runs/mamba --with runs/recall --output runs/side-by-side
 
-The page is one file without scripts or links to anywhere; report.json holds its numbers. The same run makes
-the same files, so a report can be compared with another one. A run that is not finished gets a report of
-what there is, which says so.
+writes report.html, one file without scripts or links to anywhere, and report.json with its numbers: one run's into its
+own folder. What measuring programs found (``eval.findings``) becomes a section of the page: all that stands in
+RUN_DIR/evaluations, and in every folder given by --with. The same runs make the same files, so a report can be compared
+with another one. A run that is not finished gets a report of what there is, which says so.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from distill.atomic import replace_file
+from distill.atomic import explained_full_disk, replace_file
 from distill.conversion import CONTEXTS
+from distill.errors import UserError
 from distill.evaluation import Metrics, perplexity, perplexity_ratio
 from distill.evaluation_record import json_numbers
 from distill.programs import report_user_errors
+from eval.comparison import by_teacher, final_rows, names_of_runs, render_comparison
+from eval.findings import Findings, require_folder
+from eval.gathered import findings_in, findings_of_run, gathered, of_run, section_of
 from eval.page import render
 from eval.run_record import RunRecord, Stage, read_run
+from eval.section_view import glance_numbers
+from eval.sections.section import Section
 
 VERSION = 1
+SEVERAL = Path("runs/report")
 
 
-def make_report(folder: str | Path) -> Path:
-    """Write both files of the report and return the path of the page.
+def make_report(folder: str | Path, beside: Sequence[Path] = (), output: Path | None = None) -> Path:
+    """Write both files of a run's report and return the path of the page.
+
+    Args:
+        folder: the run directory.
+        beside: folders with findings, besides the run's own.
+        output: where the files go; into the run directory unless given.
 
     Raises:
         UserError: the folder is no run directory, nothing in it is evaluated yet, or a file is damaged.
     """
     run = read_run(folder)
-    numbers = report_numbers(run)
-    page = render(run, numbers)
+    found = gathered([*findings_of_run(run.folder), *(one for folder in beside for one in findings_in(folder))])
+    sections = [section_of(one) for one in found]
+    numbers = report_numbers(run) | findings_numbers(found, sections)
+    return _written(output or run.folder, render(run, numbers, sections), numbers)
+
+
+def make_comparison(folders: Sequence[Path], beside: Sequence[Path], output: Path) -> Path:
+    """Write both files of several runs' report and return the path of the page; see ``make_report``.
+
+    report.json: ``runs``, each as ``report_numbers`` has it; ``teachers``, the names of the runs that each one has;
+    ``students``, the last row of each run with its costs over the whole run.
+    """
+    runs = names_of_runs([read_run(folder) for folder in folders])
+    if len(runs) < len(folders):
+        raise UserError(f"{', '.join(map(str, folders))}: a run is given twice")
+    own = [of_run(found, name) for name, run in runs.items() for found in findings_of_run(run.folder)]
+    found = gathered([*own, *(one for folder in beside for one in findings_in(folder))])
+    sections = [section_of(one) for one in found]
+    numbers = {name: report_numbers(run) for name, run in runs.items()}
+    rows = final_rows(runs, numbers)
+    told = {
+        "version": VERSION,
+        "teachers": {path: list(among) for path, among in by_teacher(runs).items()},
+        "students": rows,
+        "runs": numbers,
+    }
+    return _written(output, render_comparison(runs, rows, sections), told | findings_numbers(found, sections))
+
+
+def findings_numbers(found: Sequence[Findings], sections: Sequence[Section]) -> dict[str, Any]:
+    """``kept``: each task's scores and the shares of its teacher's; ``findings`` as they are."""
+    scores = [score for one in sections for score in one.scores]
+    return {"kept": glance_numbers(scores), "findings": [vars(one) for one in found]}
+
+
+def _written(folder: Path, page: str, numbers: dict[str, Any]) -> Path:
     text = json.dumps(json_numbers(numbers), indent=2, ensure_ascii=False)
-    replace_file(run.folder / "report.json", f"{text}\n".encode())
-    replace_file(run.folder / "report.html", page.encode())
-    return run.folder / "report.html"
+    with explained_full_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / "report.json", f"{text}\n".encode())
+        replace_file(folder / "report.html", page.encode())
+    return folder / "report.html"
 
 
 def report_numbers(run: RunRecord) -> dict[str, Any]:
@@ -121,10 +172,22 @@ def _stage_row(run: RunRecord, stage: Stage, metrics: Metrics) -> dict[str, Any]
 
 @report_user_errors()
 def main(
-    run_dir: Annotated[Path, typer.Argument(help="The run_dir of a recipe, finished or not.", show_default=False)],
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="run_dirs of recipes, finished or not.")],
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option("--with", metavar="FOLDER", help="Findings to show, the --output of a measuring program."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help=f"Folder for the files; RUN_DIR, or {SEVERAL} for several.", show_default=False)
+    ] = None,
 ) -> None:
-    """Write RUN_DIR/report.html and RUN_DIR/report.json."""
-    page = make_report(run_dir)
+    """Write report.html and report.json of one run, or of several side by side."""
+    if output is not None:
+        require_folder(output)
+    if len(run_dirs) == 1:
+        page = make_report(run_dirs[0], beside or (), output)
+    else:
+        page = make_comparison(run_dirs, beside or (), output or SEVERAL)
     print(f"{page} ({page.stat().st_size / 1000:.0f} kB)")
 
 

@@ -36,6 +36,7 @@ class Stage:
 
     Attributes:
         tokens, seconds: spent on training in this stage.
+        kept_step: whose weights were handed on, where that was not the last step (``keep_best``).
         versions: of the software that ran it.
         training: (tokens seen in this stage, training loss), in order.
         held_out: (tokens seen in this stage, what was measured then), in order.
@@ -46,6 +47,7 @@ class Stage:
     matrices: list[MatrixPair] = field(default_factory=list)
     tokens: int | None = None
     seconds: float | None = None
+    kept_step: int | None = None
     versions: Fields = field(default_factory=dict)
     training: list[tuple[float, float]] = field(default_factory=list)
     held_out: list[tuple[float, Fields]] = field(default_factory=list)
@@ -170,6 +172,7 @@ def _read_stage(folder: Path) -> Stage:
         matrices=read_matrices(folder),
         tokens=record.get("tokens"),
         seconds=record.get("seconds"),
+        kept_step=record.get("kept_step"),
         versions=record.get("versions") or {},
         training=[(row["tokens"], _number(row.get("loss"))) for row in rows if row.get("kind") == "train"],
         held_out=[

@@ -1,8 +1,9 @@
-"""Rows of associative recall and of phone books, as a text to distil the recall teacher on: ids as words, a row a line.
+"""Rows of associative recall and of phone books, as a text to distil the recall teacher on.
 
     python -m scripts.recall_rows
 
-Drawn from a seed, so that everybody has the same; the teacher itself was trained on rows of other seeds.
+Ids as words, a row a line, answers in their places. Drawn from a seed, so that everybody has the same; the teacher
+itself was trained on rows of other seeds.
 """
 
 from collections.abc import Iterator
@@ -47,10 +48,10 @@ def main(
 
 
 def write_text(file: Path, number: int, vocabulary: int, seed: int) -> None:
-    """Rows of all cells as words."""
+    """Rows of all cells as words, with their answers."""
     rng = np.random.default_rng([seed, number, 1])
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = (" ".join(map(str, row.ids)) for row in drawn(LONG, number, vocabulary, rng))
+    lines = (" ".join(map(str, row.answered())) for row in drawn(LONG, number, vocabulary, rng))
     file.write_text("\n".join(lines) + "\n")
 
 

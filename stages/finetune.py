@@ -2,33 +2,19 @@
 
     python -m stages.finetune recipes/finetune/chat.yaml model=runs/quickstart/logits
 
-min − Σ log p(token | what came before), a mean over the tokens that are scored: the assistant's, or all. TRL trains;
-the result is a Hugging Face folder, of the model or of an adapter that plain PEFT loads. Whenever it is killed, the
-same command goes on.
+min − Σ log p(token | what came before), a mean over the tokens that are scored: the assistant's, or all. With a
+teacher of weight w on top, (1 − w) of it and w τ² D(teacher ‖ student at temperature τ) over the same tokens, so that
+the student does not forget what the data does not say. TRL trains; the result is a Hugging Face folder, of the model
+or of an adapter that plain PEFT loads. Whenever it is killed, the same command goes on.
 """
 
-from rich.console import Console
+from functools import partial
 
-from distill.finetuning.job import Job, at_work_on_tuning
-from distill.handover import StageRecord
-from distill.units import count
+from distill.finetuning.job import at_work_on_tuning
+from distill.finetuning.programs import tune_and_tell
+from distill.finetuning.recipe import load_finetune_recipe
 from stages.command import run_program
 
-
-def main(job: Job) -> StageRecord | None:
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    if job.is_done():
-        console.print(f"{job.folder}: already done")
-        return None
-    from distill.finetuning.trainer import finetune  # its imports take longer than all checks
-
-    record = finetune(job, console.print)
-    console.print(
-        f"{job.folder}: loss {record.loss_start:.4f} → {record.loss_end:.4f} in {record.steps} steps,"
-        f" {count(record.tokens)} tokens, {record.seconds:.0f} s"
-    )
-    return record
-
-
 if __name__ == "__main__":
-    run_program(main, "Fine-tune a student on chats or text.", at_work_on_tuning)
+    at_work = partial(at_work_on_tuning, load=load_finetune_recipe)
+    run_program(tune_and_tell, "Fine-tune a student on chats or text.", at_work)

@@ -25,6 +25,7 @@ from distill.units import count
 from eval.report import make_report, report_numbers
 from eval.run_record import read_run
 from eval.stage import TEACHER, evaluate_stage, evaluate_teacher
+from eval.tasks import ask_after
 from stages import hidden, logits, mixing
 from stages.command import run_program
 
@@ -53,6 +54,7 @@ def main(run: Run) -> None:
             PROGRAMS[stage](run)
         if not run.is_evaluated(stage):
             evaluate_stage(run, stage)
+        ask_after(run, stage)
     processes.on_main(lambda: _report(run, console, started))
 
 

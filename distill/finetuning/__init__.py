@@ -1,1 +1,4 @@
-"""Fine-tuning a finished student on chats or text, whole or through adapters; TRL trains (extra ``finetune``)."""
+"""Tuning a finished student on chats, text, preferences or what it writes, whole or through adapters.
+
+TRL trains (extra ``finetune``).
+"""

@@ -8,35 +8,63 @@ import json
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from distill import handover
+from distill.checks import read_tokenizer
+from distill.data.pack import tokenizer_hash
 from distill.errors import UserError
 from distill.handover import Parent
 from distill.weight_files import read_header, stored_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-KINDS = {"lora": (False, False), "rslora": (True, False), "dora": (False, True)}
+KINDS = {"lora": (False, False), "rslora": (True, False), "dora": (False, True), "qlora": (False, False)}
 """The methods, by PEFT's ``use_rslora`` and ``use_dora``."""
 
 _A = ".lora_A.weight"
 
 
-def parent_of_tuning(model: Path) -> Parent:
+def parent_of_tuning(model: Path, key: str = "model") -> Parent:
     """What tuning starts from: a verified stage, or any model's folder by its digest.
+
+    Args:
+        key: of the recipe, that names it.
 
     Raises:
         UserError: no model is there, or a stage's weights are not what it wrote.
     """
     if not (model / "config.json").is_file():
         if (model / CONFIG).is_file():
-            raise UserError(f"model: {model} holds an adapter; give the model it is for, and this as adapter.start")
+            what = "give the model it is for, and this as adapter.start" if key == "model" else "give a whole model's"
+            raise UserError(f"{key}: {model} holds an adapter; {what}")
         raise UserError(
-            f"model: {model} is no model's folder (it has no config.json); give a student's, such as the"
+            f"{key}: {model} is no model's folder (it has no config.json); give a student's, such as the"
             " last stage's of a run"
         )
     if handover.is_there(model):
         return handover.verify(model).as_parent()
     stored_tensors(model)
     return Parent("model", handover.folder_digest(model))
+
+
+def parent_beside(other: Path, model: Path, tokenizer: Any, key: str) -> Parent:
+    """A second model, whose predictions are compared with the tuned one's: over the same tokens.
+
+    Raises:
+        UserError: no model is there, or it has another tokenizer or vocabulary.
+    """
+    parent = parent_of_tuning(other, key)
+    theirs, ours = (AutoConfig.from_pretrained(path).get_text_config().vocab_size for path in (other, model))
+    if theirs != ours:
+        raise UserError(
+            f"{key}: {other} predicts {theirs} tokens and {model} {ours}; give a model of the same vocabulary"
+        )
+    if tokenizer_hash(read_tokenizer(other)) != tokenizer_hash(tokenizer):
+        raise UserError(
+            f"{key}: {other} has another tokenizer than {model}, so that their predictions are of different tokens;"
+            " give a model with the same one"
+        )
+    return parent
 
 
 def check_adapter(folder: Path, model: Path, parent: Parent, method: str) -> None:

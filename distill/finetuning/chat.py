@@ -11,13 +11,12 @@ from distill.finetuning.rows import Row
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-def set_template(tokenizer: Any, data: TuningData) -> None:
-    """Give the tokenizer the template that ``data.chat_template`` is, or names.
+def set_template(tokenizer: Any, given: str | None) -> None:
+    """Give the tokenizer the template that ``given``, data.chat_template, is or names; None leaves its own.
 
     Raises:
         UserError: the file cannot be read.
     """
-    given = data.chat_template
     if given is not None and ("{%" in given or "{{" in given):
         tokenizer.chat_template = given
     elif given is not None:
@@ -27,16 +26,26 @@ def set_template(tokenizer: Any, data: TuningData) -> None:
             raise UserError(f"data.chat_template {given!r} cannot be read ({error}); give a Jinja file") from None
 
 
+def require_template(tokenizer: Any) -> str:
+    """The one template that the tokenizer has.
+
+    Raises:
+        UserError: it has none, or several.
+    """
+    template = tokenizer.chat_template
+    if not isinstance(template, str):
+        has = "several chat templates" if template else "no chat template"
+        raise UserError(f"the model's tokenizer has {has}; give one as data.chat_template")
+    return template
+
+
 def check_template(tokenizer: Any, data: TuningData, rows: list[Row]) -> None:
     """Render the first chat as training will.
 
     Raises:
         UserError: there is no template, it marks no assistant tokens where they are asked for, or it does not render.
     """
-    template = tokenizer.chat_template
-    if not isinstance(template, str):
-        has = "several chat templates" if template else "no chat template"
-        raise UserError(f"the model's tokenizer has {has}; give one as data.chat_template")
+    template = require_template(tokenizer)
     if data.assistant_only and not _MARKER.search(template):
         raise UserError(
             "the chat template has no assistant marker, so that the assistant's tokens cannot be told from others; put"

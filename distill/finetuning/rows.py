@@ -33,7 +33,7 @@ def read_rows(data: TuningData) -> list[Row]:
         return [{"text": document.text} for document in documents]
     rows = []
     for source in data.source:
-        found = [{"messages": _chat(row, data, where)} for where, row in _rows_of(source)]
+        found = [{"messages": _chat(row, data, where)} for where, row in rows_of(source)]
         if not found:
             raise UserError(f"data.source {source!r}: has no rows; give a dataset with at least one chat")
         rows += found
@@ -48,6 +48,21 @@ def _chat(row: Any, data: TuningData, where: str) -> list[Row]:
     messages = row[data.key]
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: {data.key!r} holds no list of messages; for documents set data.format to text")
+    chat = chat_of(messages, where)
+    if data.assistant_only and all(message["role"] != "assistant" for message in chat):
+        raise UserError(
+            f"{where}: no message is the assistant's, so that nothing of it would be learnt; leave the row out, or set"
+            " data.assistant_only to false"
+        )
+    return chat
+
+
+def chat_of(messages: list[Any], where: str) -> list[Row]:
+    """Messages with a role and text each, and nothing else.
+
+    Raises:
+        UserError: names the message.
+    """
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             has = f"has {', '.join(message)}" if isinstance(message, dict) else f"is a {type(message).__name__}"
@@ -56,15 +71,10 @@ def _chat(row: Any, data: TuningData, where: str) -> list[Row]:
             raise UserError(f"{where}: message {number} has the role {message['role']!r}; roles are {', '.join(ROLES)}")
         if not isinstance(message["content"], str):
             raise UserError(f"{where}: the content of message {number} is no text; {_NEEDED}")
-    if data.assistant_only and all(message["role"] != "assistant" for message in messages):
-        raise UserError(
-            f"{where}: no message is the assistant's, so that nothing of it would be learnt; leave the row out, or set"
-            " data.assistant_only to false"
-        )
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
-def _rows_of(source: str) -> Iterator[tuple[str, Any]]:
+def rows_of(source: str) -> Iterator[tuple[str, Any]]:
     """Every row with its place, for messages."""
     if source.startswith(DATASET_PREFIX):
         yield from _numbered(source, open_hub_dataset(source.removeprefix(DATASET_PREFIX)))

@@ -1,4 +1,7 @@
-"""TRL's SFTTrainer on a student: adapters, precision, checkpoints and metrics as the recipe says."""
+"""What all tuning has alike: adapters, precision, checkpoints, metrics and the hand-over, as the recipe says.
+
+Which of TRL's trainers it is, with its own settings, say ``supervised``, ``preferring`` and ``on_policy_trainer``.
+"""
 
 import copy
 import json
@@ -12,18 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, disable_progress_bars
-from transformers import PreTrainedModel, TrainerCallback
+from datasets import disable_progress_bars
+from transformers import BitsAndBytesConfig, PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig, SFTTrainer
 
 from distill import handover
 from distill.adapters import default_lora_targets, require_gradients, require_norms, uncovered_weights
 from distill.atomic import explained_full_disk, replace_file
 from distill.errors import UserError
 from distill.finetuning.bases import KINDS
-from distill.finetuning.job import STAGE, Job
-from distill.finetuning.recipe import Adapter, FinetuneRecipe
+from distill.finetuning.job import Job
+from distill.finetuning.on_policy_trainer import make_on_policy
+from distill.finetuning.preferring import make_preferring
+from distill.finetuning.settings import Adapter, TuningRecipe
+from distill.finetuning.supervised import make_supervised
 from distill.handover import StageRecord
 from distill.recipe_stages import TEXT_ROLES
 from distill.roles import roles
@@ -34,23 +39,50 @@ from distill.training.tracking import MetricsLog
 FIRST_SCALE = 2.0**10
 """Of float16's loss on the CPU. PyTorch's own 2¹⁶ overflows at first in small students; each overflow costs a step."""
 
+METRICS = {
+    "loss": "loss",
+    "lr": "learning_rate",
+    "grad_norm": "grad_norm",
+    "accuracy": "rewards/accuracies",
+    "margin": "rewards/margins",
+    "reward_chosen": "rewards/chosen",
+    "reward_rejected": "rewards/rejected",
+    "logp_chosen": "logps/chosen",
+    "logp_rejected": "logps/rejected",
+    "written_tokens": "completions/mean_length",
+}
+"""Our names of what TRL logs. A pair's reward is β log(model / reference) of an answer, its margin the difference;
+``written_tokens`` is the mean length of what the student wrote."""
+
+_MAKERS: dict[str, Callable[..., Any]] = {
+    "finetune": make_supervised,
+    "prefer": make_preferring,
+    "onpolicy": make_on_policy,
+}
+_ALWAYS = ("loss", "lr", "grad_norm")
 _FINGERPRINT = "fingerprint"
 
 
-def finetune(job: Job, tell: Callable[[str], object] = print) -> StageRecord:
+def tune(
+    job: Job, tell: Callable[[str], object] = print, look: Callable[[Any], object] = lambda model: None
+) -> StageRecord:
     """Train as the recipe says, from the last checkpoint if there is one, and hand the result on.
 
     Args:
         tell: is given what the user should know beforehand, in one line.
+        look: is given the trained model before it is saved.
 
     Raises:
         UserError: an adapter would not train, or the checkpoints there are another recipe's.
     """
     recipe, folder = job.recipe, job.work_folder
+    for remark in job.remarks:
+        tell(remark)
     checkpoint = _begin(job)
     torch.manual_seed(recipe.seed)
-    base = load_model(Path(recipe.model).expanduser(), dtype=torch.float32)
-    config = copy.deepcopy(base.config)  # the trainer writes its own wishes into the model's
+    base = load_base(recipe)
+    # The trainer writes its own wishes into the model's.
+    config, of_generation = copy.deepcopy(base.config), copy.deepcopy(base.generation_config)
     if recipe.method != "full" and (left := uncovered_weights(base)):
         tell(f"no adapter is on {', '.join(left)}, which are no linear modules; they stay as they are")
     model = base if recipe.method == "full" else with_adapters(base, recipe)
@@ -59,27 +91,48 @@ def finetune(job: Job, tell: Callable[[str], object] = print) -> StageRecord:
     started = time.perf_counter()
     with MetricsLog(folder, (), step) as log:
         trainer = _trainer(job, model, groups, log)
-        with explained_full_disk(folder):
+        with explained_full_disk(folder), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between TRL and transformers, as below
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     record = StageRecord(
-        stage=STAGE,
+        stage=recipe.STAGE,
         parent=job.parent,
         loss_start=losses[0]["loss"],
         loss_end=losses[-1]["loss"],
         steps=trainer.state.global_step,
-        tokens=_tokens(losses[-1]),
+        tokens=_last_tokens(folder / "metrics.jsonl"),
         seconds=time.perf_counter() - started,
         settings=job.fingerprint,
     )
-    base.config = config
+    base.config, base.generation_config = config, of_generation
+    look(trainer.model)
     record = handover.write(job.folder, lambda partial: _save(trainer.model, job, partial), record)
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)
     return record
 
 
-def with_adapters(base: PreTrainedModel, recipe: FinetuneRecipe) -> Any:
+def load_base(recipe: TuningRecipe) -> PreTrainedModel:
+    """The model as it is before tuning: in float32, or for qlora its layers' linear maps in 4 bits.
+
+    The quantised are NF4 with quantised constants (QLoRA, arXiv 2305.14314, section 3), and compute in the recipe's
+    dtype. Embeddings, head, norms, convolutions and the mixers' own parameters stay as they are.
+    """
+    folder = Path(recipe.model).expanduser()
+    if recipe.method != "qlora":
+        return load_model(folder, dtype=torch.float32)
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, recipe.dtype),
+    )
+    base = load_model(folder, dtype=torch.float32, quantization_config=quantised)
+    return base.requires_grad_(False)
+
+
+def with_adapters(base: PreTrainedModel, recipe: TuningRecipe) -> Any:
     """The model with new adapters on its default targets, or with those to go on with.
 
     Raises:
@@ -108,7 +161,7 @@ def with_adapters(base: PreTrainedModel, recipe: FinetuneRecipe) -> Any:
     return adapted
 
 
-def trained_groups(model: Any, recipe: FinetuneRecipe) -> list[dict[str, Any]]:
+def trained_groups(model: Any, recipe: TuningRecipe) -> list[dict[str, Any]]:
     """What trains, for AdamW, which decays matrices alone: transformers' rule would also shrink A_log and D."""
     settings: dict[str, Any] = {
         "lr": recipe.lr,
@@ -126,56 +179,53 @@ def trained_groups(model: Any, recipe: FinetuneRecipe) -> list[dict[str, Any]]:
     ]
 
 
-def _trainer(job: Job, model: Any, groups: list[dict[str, Any]], log: MetricsLog) -> SFTTrainer:
+def _trainer(job: Job, model: Any, groups: list[dict[str, Any]], log: MetricsLog) -> Any:
     if not sys.stderr.isatty():
         disable_progress_bars()
+    make = _MAKERS[job.recipe.STAGE]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # TRL's own settings, which transformers is about to rename
-        trainer = SFTTrainer(
-            model=model,
-            args=_settings(job),
-            train_dataset=Dataset.from_list(job.rows),
-            processing_class=job.tokenizer,
-            optimizers=(torch.optim.AdamW(groups), None),
-            callbacks=[_Watch(log, job.recipe)],
-        )
+        trainer = make(job, model, torch.optim.AdamW(groups), shared_arguments(job))
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # beside a model in 4 bits TRL would train adapters in bfloat16
+            parameter.data = parameter.data.float()
+    trainer.add_callback(_Watch(log, job.recipe, tokens_before=_last_tokens(log.path)))
     trainer.remove_callback(PrinterCallback)
     if job.recipe.dtype == "float16" and job.on_cpu:
         _scale_on_cpu(trainer)
+    # Accelerate casts what goes through the trained model's forward: not a teacher, a reference, or a decoder alone.
+    trainer.compute_loss_context_manager = trainer.accelerator.autocast
     return trainer
 
 
-def _settings(job: Job) -> SFTConfig:
-    recipe, data, training = job.recipe, job.recipe.data, job.recipe.training
+def shared_arguments(job: Job) -> dict[str, Any]:
+    """What TRL's trainers take alike."""
+    recipe, training = job.recipe, job.recipe.training
     rows = training.micro_batch_size or training.batch_size
-    return SFTConfig(
-        output_dir=str(job.work_folder),
-        seed=recipe.seed,
-        use_cpu=job.on_cpu,
-        bf16=recipe.dtype == "bfloat16",
-        fp16=recipe.dtype == "float16",
-        num_train_epochs=training.epochs,
-        max_steps=training.steps or -1,
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=training.batch_size // rows,
-        learning_rate=recipe.lr,
-        lr_scheduler_type=training.schedule if training.schedule != "constant" else "constant_with_warmup",
-        warmup_steps=training.warmup,  # below 1 it is a fraction
-        max_grad_norm=training.clip,
-        max_length=data.max_length,
-        packing=data.packing,
-        packing_strategy="bfd" if data.format == "chat" else "bfd_split",
-        assistant_only_loss=data.format == "chat" and data.assistant_only,
-        save_strategy="steps",
-        save_steps=training.checkpoint_every,
-        save_total_limit=training.keep_checkpoints,
-        logging_steps=1,
-        logging_first_step=True,
-        gradient_checkpointing=False,
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=not job.on_cpu,
-    )
+    return {
+        "output_dir": str(job.work_folder),
+        "seed": recipe.seed,
+        "use_cpu": job.on_cpu,
+        "bf16": recipe.dtype == "bfloat16",
+        "fp16": recipe.dtype == "float16",
+        "num_train_epochs": training.epochs,
+        "max_steps": training.steps or -1,
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": training.batch_size // rows,
+        "learning_rate": recipe.lr,
+        "lr_scheduler_type": training.schedule if training.schedule != "constant" else "constant_with_warmup",
+        "warmup_steps": training.warmup,  # below 1 it is a fraction
+        "max_grad_norm": training.clip,
+        "save_strategy": "steps",
+        "save_steps": training.checkpoint_every,
+        "save_total_limit": training.keep_checkpoints,
+        "logging_steps": 1,
+        "logging_first_step": True,
+        "gradient_checkpointing": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": not job.on_cpu,
+    }
 
 
 def _scale_on_cpu(trainer: Any) -> None:
@@ -189,8 +239,14 @@ class _Watch(TrainerCallback):
     """Metrics go to metrics.jsonl; adapters that do not train end the run before it has begun."""
 
     log: MetricsLog
-    recipe: FinetuneRecipe
+    recipe: TuningRecipe
+    tokens_before: int
+    """Of the run that this one goes on with."""
     watched: bool = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_rest: Any) -> None:
+        if state.num_input_tokens_seen:  # the trainer itself goes on counting; others begin at 0 again
+            self.tokens_before = 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_rest: Any) -> None:
         # Where float16 overflowed, clipping has made zeros of what did not; that step is not taken.
@@ -201,15 +257,17 @@ class _Watch(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_rest: Any) -> None:
         if logs and "loss" in logs:
-            values = {"loss": logs["loss"], "lr": logs.get("learning_rate"), "grad_norm": logs.get("grad_norm")}
-            self.log.write("train", state.global_step, _tokens(logs), values)
+            values = {ours: logs.get(theirs) for ours, theirs in METRICS.items() if theirs in logs or ours in _ALWAYS}
+            tokens = self.tokens_before + int(logs.get("num_tokens", 0))
+            self.log.write("train", state.global_step, tokens, values)
 
     def on_save(self, args: Any, state: Any, control: Any, **_rest: Any) -> None:
         self.log.flush_to_disk()
 
 
-def _tokens(logs: dict[str, Any]) -> int:
-    return int(logs.get("num_tokens", 0))
+def _last_tokens(metrics: Path) -> int:
+    lines = metrics.read_text().splitlines() if metrics.is_file() else []
+    return int(json.loads(lines[-1])["tokens"]) if lines else 0
 
 
 def _begin(job: Job) -> Path | None:

@@ -67,6 +67,13 @@ class Row:
             labels_T[ask.at : ask.at + len(ask.answer)] = ask.answer
         return labels_T
 
+    def answered(self) -> Ids:
+        """The ids with every answer in its place, also where the row has something else there: a text to learn from."""
+        ids = [*self.ids, NOTHING]
+        for ask in self.asks:
+            ids[ask.at + 1 : ask.at + 1 + len(ask.answer)] = ask.answer
+        return tuple(ids if ids[-1] != NOTHING else ids[:-1])
+
     def example(self, rng: Draw) -> Example:
         """The last of the asks, its right answer anywhere among the choices."""
         ask = self.asks[-1]

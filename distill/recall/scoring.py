@@ -8,16 +8,15 @@ Both read rows that end together, padded on the left: as ``generate`` is used, a
 logits.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from distill.decoder import learns_positions
+from distill.decoding import decode
 from distill.errors import UserError
 from distill.evaluating import evaluating
 from distill.evaluation import device_of
@@ -75,27 +74,13 @@ def examine(model: PreTrainedModel, examples: Sequence[Example], *, batch_size: 
 def write(model: PreTrainedModel, examples: Sequence[Example], batch_size: int) -> list[Ids]:
     """What the model writes after each prompt, greedily: as many ids as the answer has, or fewer to an end of text."""
     written: list[Ids] = [()] * len(examples)
-    with evaluating(model), _plainly_greedy(model):
+    with evaluating(model):
         for group in _groups([len(one.prompt) for one in examples], batch_size):
             inputs = left_padded([examples[i].prompt for i in group], device=device_of(model))
-            longest = max(len(examples[i].answer) for i in group)
-            generate = cast(Callable[..., Tensor], model.generate)
-            out_BT = generate(**inputs, max_new_tokens=longest)[:, inputs["input_ids"].shape[1] :]
-            for i, row in zip(group, out_BT.tolist(), strict=True):
+            new_BT = decode(model, inputs, max(len(examples[i].answer) for i in group))
+            for i, row in zip(group, new_BT.tolist(), strict=True):
                 written[i] = tuple(row[: len(examples[i].answer)])
     return written
-
-
-@contextmanager
-def _plainly_greedy(model: PreTrainedModel) -> Iterator[None]:
-    """Without the checkpoint's own settings: what a call leaves out, as penalties, ``generate`` takes from them."""
-    own = model.generation_config
-    ends = own.eos_token_id if own else None
-    try:
-        model.generation_config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=0)
-        yield
-    finally:
-        model.generation_config = own
 
 
 def log_probabilities(model: PreTrainedModel, pairs: Sequence[tuple[Ids, Ids]], batch_size: int) -> list[float]:

@@ -66,7 +66,7 @@ def save(
         UserError: the disk is full; earlier checkpoints are untouched.
     """
     assert keep >= 1
-    target = folder / f"step-{step:08d}"
+    target = of_step(folder, step)
     partial = partial_of(target)
 
     def write_beside() -> None:
@@ -115,6 +115,11 @@ def newest(folder: Path) -> Checkpoint | None:
 def newest_path(folder: Path) -> Path | None:
     """Where the newest checkpoint stands, unread."""
     return next(reversed(_listed(folder)), None)
+
+
+def of_step(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return folder / f"step-{step:08d}"
 
 
 def before(checkpoint: Path) -> Path | None:

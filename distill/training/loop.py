@@ -10,7 +10,7 @@ whatever decides how the loop goes on is agreed on.
 import math
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from distill.training.interrupt import stop_on_signals
 from distill.training.nonfinite import NonFiniteLoss, first_nonfinite
 from distill.training.progress import progress
 from distill.training.tracking import MetricsLog, NoLog, require_trackers
+from distill.training.watching import Best, Hook, Mode, Patience, is_better, is_due, measured, metric_by_default
 from distill.within import whole_shape
 
 
@@ -41,8 +42,12 @@ class TrainResult:
         steps: optimizer steps made.
         tokens: tokens they took.
         seconds: time spent in them, over all restarts, without evaluations.
-        best_step: of those evaluated and checkpointed, the step with the lowest KL (or loss, where no KL is measured).
-        best: that KL or loss.
+        best_step: of those evaluated and checkpointed, the step with the lowest KL (or loss, where no KL is measured),
+            or the best by what ``keep_best`` says.
+        best: that KL, loss or other metric.
+        reached: the best so far of the metric that ``stop_early`` goes by.
+        stale: measures of it since then.
+        kept_step: the step whose weights the student has at the end, where it is not the last.
     """
 
     loss_start: float = math.nan
@@ -52,6 +57,9 @@ class TrainResult:
     seconds: float = 0.0
     best_step: int | None = None
     best: float = math.inf
+    reached: float | None = None
+    stale: int = 0
+    kept_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,9 @@ def train(
     device: torch.device,
     precision: torch.dtype = torch.float32,
     origin: Mapping[str, str] | None = None,
+    hooks: Sequence[Hook] = (),
+    keep_best: Best | None = None,
+    stop_early: Patience | None = None,
 ) -> TrainResult:
     """Train ``student``, or go on where an interrupted call with the same arguments stopped.
 
@@ -104,11 +115,15 @@ def train(
         tokens_per_step: of all processes, for the counts in metrics.jsonl.
         folder: gets metrics.jsonl, checkpoints/ and, if tracked, tensorboard/.
         evaluate: called in eval mode without gradients, on every process at once, before the first step, after the
-            last, and as often as ``cadence`` says between; what it returns is logged.
+            last, and as often as ``cadence`` says between; what it returns is logged. The student is trained as if
+            it had not been called.
         device: of this process.
         precision: what the objective computes in, by autocast.
         origin: what else a checkpoint must agree with to be continued, such as a digest of the weights that
             training started from, each under the name that a message gives it.
+        hooks: what else is measured, each at its own pace.
+        keep_best: at the end the student gets the weights of the best step; the start is none.
+        stop_early: when training may end before its last step.
 
     Raises:
         UserError: the checkpoints in ``folder`` are of another call, or the disk is full.
@@ -122,15 +137,18 @@ def train(
     done = processes.together(lambda: _resume(checkpoints, call, engine))
     log_here = MetricsLog(folder, trackers, done.steps) if processes.is_main() else NoLog()
     gradients = Gradients(objective, engine, device, precision)
+    measures = [*_as_hook(evaluate, cadence), *hooks]
 
     with log_here as log, progress(folder.name, steps, done.steps) as show, stop_on_signals() as stop:
         while True:
-            if evaluate is not None and _is_due(done.steps, steps, cadence.eval_every):
+            if any(is_due(done.steps, steps, hook.every) for hook in measures):
                 engine.settle()
-                metrics = _evaluated(student, evaluate)
+                metrics = _agreed(measured(student, measures, done.steps, steps))
                 log.write("eval", done.steps, done.tokens, metrics)
-                done = _with_best(done, metrics, cadence, steps)
-            if done.steps == steps:
+                if _is_saved(done.steps, steps, cadence, keep_best):
+                    done = _with_best(done, metrics, keep_best)
+                done = _with_patience(done, metrics, stop_early)
+            if done.steps == steps or (stop_early and done.stale >= stop_early.patience):
                 break
 
             started, started_cpu = time.perf_counter(), time.process_time()
@@ -152,7 +170,7 @@ def train(
             line = _metrics(losses, lr, grad_norm, speed, time.process_time() - started_cpu)
             log.write("train", done.steps, done.tokens, line)
             show(done.steps, loss, speed)
-            if stopping or _is_due(done.steps, steps, cadence.checkpoint_every):
+            if stopping or _is_saved(done.steps, steps, cadence, keep_best):
                 log.flush_to_disk()
                 checkpoint.save(
                     checkpoints,
@@ -171,7 +189,16 @@ def train(
     if asked:
         _say(f"stopped by {asked.name} after step {done.steps} of {steps}; the same command goes on from there")
         raise SystemExit(128 + asked)
-    return done
+    return done if keep_best is None else processes.together(lambda: _back_to_best(done, checkpoints, engine))
+
+
+def _as_hook(evaluate: Callable[[], dict[str, float]] | None, cadence: Cadence) -> list[Hook]:
+    return [] if evaluate is None else [Hook(lambda student, step: evaluate(), cadence.eval_every)]
+
+
+def _agreed(metrics: dict[str, float]) -> dict[str, float]:
+    """The main process's on all, which must decide alike: GPUs of different makes may round differently."""
+    return processes.on_main(lambda: metrics)
 
 
 def _require_usable(student: nn.Module, trackers: Collection[str]) -> None:
@@ -235,25 +262,40 @@ def _numbers(step: int, accumulate: int, engine: Engine) -> Iterator[int]:
     return ((step * accumulate + index) * engine.data_ranks + engine.data_rank for index in range(accumulate))
 
 
-def _is_due(step: int, steps: int, every: int | None) -> bool:
-    """At the start, at the end, and every ``every`` steps."""
-    return step in (0, steps) or (every is not None and step % every == 0)
+def _is_saved(step: int, steps: int, cadence: Cadence, keep_best: Best | None) -> bool:
+    """Whether the step gets a checkpoint; each that may turn out to be the best one does."""
+    may_be_best = keep_best is not None and is_due(step, steps, keep_best.every)
+    return bool(step) and (may_be_best or is_due(step, steps, cadence.checkpoint_every))
 
 
-def _evaluated(student: nn.Module, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
-    student.eval()
-    with torch.no_grad():
-        metrics = evaluate()
-    student.train()
-    return metrics
+def _with_best(done: TrainResult, metrics: Mapping[str, float], keep_best: Best | None) -> TrainResult:
+    """``done``, with this step, whose checkpoint was just written, as the best if it is."""
+    metric = keep_best.metric if keep_best else metric_by_default(metrics)
+    mode: Mode = keep_best.mode if keep_best else "min"
+    value, best = metrics.get(metric or "", math.nan), None if done.best_step is None else done.best
+    return replace(done, best_step=done.steps, best=value) if is_better(value, best, mode) else done
 
 
-def _with_best(done: TrainResult, metrics: Mapping[str, float], cadence: Cadence, steps: int) -> TrainResult:
-    """``done``, with this step as the best if it is, and if its checkpoint was just written."""
-    value = metrics.get("kl", metrics.get("loss", math.inf))
-    if done.steps and value < done.best and _is_due(done.steps, steps, cadence.checkpoint_every):
-        return replace(done, best_step=done.steps, best=value)
-    return done
+def _with_patience(done: TrainResult, metrics: Mapping[str, float], stop_early: Patience | None) -> TrainResult:
+    if stop_early is None or stop_early.metric not in metrics:
+        return done
+    value = metrics[stop_early.metric]
+    if is_better(value, done.reached, stop_early.mode, stop_early.min_delta):
+        return replace(done, reached=value, stale=0)
+    return replace(done, stale=done.stale + 1)
+
+
+def _back_to_best(done: TrainResult, checkpoints: Path, engine: Engine) -> TrainResult:
+    """Give the student the weights of the best step, if that is not the last."""
+    if done.best_step in (None, done.steps):
+        return done
+    best = checkpoint.of_step(checkpoints, done.best_step)
+    if damage := checkpoint.damage_of(best):
+        raise UserError(f"the best step's checkpoint cannot be used: {damage}; take keep_best out, or train anew")
+    engine.load(best / checkpoint.STATE)
+    engine.settle()
+    _say(f"back to step {done.best_step} of {done.steps}, the best")
+    return replace(done, kept_step=done.best_step)
 
 
 def _set_learning_rate(engine: Engine, groups: Groups, factor: float) -> float:

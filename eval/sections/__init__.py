@@ -7,10 +7,15 @@ the page.
 from collections.abc import Callable
 
 from eval.findings import Findings
-from eval.sections import ablation, speed
+from eval.sections import ablation, generation, harness, long_context, recall, speed, stability
 from eval.sections.section import Section
 
 SECTIONS: dict[str, Callable[[Findings], Section]] = {
+    "recall": recall.section,
+    "harness": harness.section,
+    "generation": generation.section,
+    "long_context": long_context.section,
     "ablation": ablation.section,
+    "stability": stability.section,
     "speed": speed.section,
 }

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from distill import convert
 from distill.recall import Result, examine, row_examples, text_examples
+from distill.recall.sweep import cell
 from eval import recall
 from eval.heat_maps import heat_maps
-from eval.recall_sweep import cell
 from tests.conftest import SHAPE
 
 

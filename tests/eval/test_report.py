@@ -6,11 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+from html_page import Page
 
 from distill.errors import UserError
 from distill.evaluation_record import MatrixPair, read_evaluation, write_evaluation
@@ -19,43 +19,6 @@ from eval.figures import closeness_charts
 from eval.page import parted
 from eval.report import make_report
 from eval.run_record import read_run
-
-VOID = {"meta", "br", "img"}
-
-
-class Page(HTMLParser):
-    """Checks that tags nest, and collects tags, attributes and text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.cells: list[str] = []
-        self.text = ""
-        self.feed(html)
-        assert not self.open, f"not closed: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "td":
-            self.cells.append("")
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] not in ("style", "title"):
-            self.text += data
-        if "td" in self.open:
-            self.cells[-1] += data
 
 
 def page_of(run_dir: Path) -> Page:
@@ -289,7 +252,7 @@ def test_what_cannot_be_read_is_named(run_dir, damage, message):
 
 def test_the_program_ends_with_one_line_for_a_user_mistake(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
-        report.main(tmp_path)
+        report.main([tmp_path])
     assert end.value.code == 2
     told = capsys.readouterr()
     assert told.err.count("\n") == 1

@@ -19,7 +19,7 @@ SMALL = 320
 @torch.no_grad()
 def test_what_is_learned_is_every_answer_and_nothing_else():
     rows = list(drawn(LONG, 12, SMALL, np.random.default_rng(0)))
-    batch = padded(iter(rows))
+    batch = padded(iter(rows), answers_alone=True)
     torch.manual_seed(0)
     model = new_llama(SMALL, 16, 2, 2, 1, 32, positions=LONGEST)
     logs, count = 0.0, 0
@@ -33,6 +33,22 @@ def test_what_is_learned_is_every_answer_and_nothing_else():
     assert float(loss) == pytest.approx(-logs, rel=1e-5)
 
 
+def test_in_the_end_every_token_is_learned_and_the_answers_stand_where_they_are_due():
+    rows = list(drawn(LONG, 12, SMALL, np.random.default_rng(0)))
+    batch = padded(iter(rows), answers_alone=False)
+    due = padded(iter(rows), answers_alone=True)["labels"]
+    for row, ids_T, labels_T, due_T in zip(rows, batch["input_ids"], batch["labels"], due, strict=True):
+        answered = torch.tensor(row.answered())
+        length = len(answered)
+        assert torch.equal(ids_T[:length], answered)
+        assert torch.equal(labels_T[:length], answered)
+        assert bool((labels_T[length:] == IGNORED).all())
+        asked_T = due_T[:length] != IGNORED
+        assert torch.equal(answered[asked_T], due_T[:length][asked_T])
+        others_T = ~asked_T[: len(row.ids)]
+        assert torch.equal(answered[: len(row.ids)][others_T], torch.tensor(row.ids)[others_T])
+
+
 def test_the_task_chooses_the_program():
     assert program(["--tokens", "5"]) == (main, ["--tokens", "5"])
     assert program(["--steps", "5", "--task", "recall", "--seed", "1"]) == (recall, ["--steps", "5", "--seed", "1"])
@@ -42,12 +58,13 @@ def test_the_task_chooses_the_program():
 
 
 @pytest.mark.parametrize(
-    ("task", "items", "length"), [("associative", 8, 64), ("associative", 32, 128), ("phonebook", 18, 0)]
+    ("task", "cells"), [("associative", [(8, 64), (32, 128)]), ("phonebook", [(6, 0), (6, 128), (18, 0)])]
 )
-def test_the_teacher_in_the_repository_recalls(task, items, length):
+def test_the_teacher_in_the_repository_recalls(task, cells):
     teacher = AutoModelForCausalLM.from_pretrained(CHECKOUT / "teachers" / "recall")
-    examples = row_examples(task, items, length, samples=128, seed=7, vocabulary=VOCABULARY)
-    assert sum(result.written for result in examine(teacher, examples, batch_size=64)) >= 127
+    made = [row_examples(task, *cell, samples=128, seed=7, vocabulary=VOCABULARY) for cell in cells]
+    results = [result for examples in made for result in examine(teacher, examples, batch_size=64)]
+    assert sum(result.written for result in results) >= 0.99 * len(results)
 
 
 def test_the_teacher_in_the_repository_is_small_and_reads_its_rows(tmp_path):

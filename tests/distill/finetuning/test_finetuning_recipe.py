@@ -5,8 +5,12 @@ from pathlib import Path
 import pytest
 
 from distill.errors import UserError
+from distill.finetuning.on_policy import load_on_policy_recipe
+from distill.finetuning.preferences import load_prefer_recipe
 from distill.finetuning.recipe import load_finetune_recipe
 from tests.conftest import CHECKOUT
+
+LOADERS = {"prefer": load_prefer_recipe, "onpolicy": load_on_policy_recipe}
 
 
 @pytest.fixture
@@ -31,17 +35,17 @@ def test_defaults(small):
 
 @pytest.mark.parametrize("path", sorted((CHECKOUT / "recipes" / "finetune").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_shipped_recipe_dumps_to_itself(path, tmp_path):
-    recipe = load_finetune_recipe(path)
+    recipe = LOADERS.get(path.stem, load_finetune_recipe)(path)
     again = tmp_path / path.name
     again.write_text(recipe.dump())
-    assert load_finetune_recipe(again) == recipe
+    assert LOADERS.get(path.stem, load_finetune_recipe)(again) == recipe
 
 
 @pytest.mark.parametrize(
     ("override", "said"),
     [
         ("training.step=3", "training.step: unknown key, did you mean 'steps'?"),
-        ("method=dorra", "method: must be one of full, lora, rslora, dora, not 'dorra', did you mean 'dora'?"),
+        ("method=dorra", "method: must be one of full, lora, rslora, dora, qlora, not 'dorra', did you mean 'dora'?"),
         ("training.micro_batch_size=3", "micro_batch_size: 3 must divide batch_size, 16"),
         ("data.separator=x", "separator is for format: text"),
         ("data={source: s, format: text, chat_template: t}", "chat_template is for format: chat"),
@@ -52,7 +56,11 @@ def test_mistakes(small, override, said):
 
 
 def test_adapters_have_no_place_in_full(small):
-    assert "adapter is for method: lora, rslora or dora" in message(small, "method=full", "adapter.rank=4")
+    assert "adapter is for method: lora, rslora, dora or qlora" in message(small, "method=full", "adapter.rank=4")
+
+
+def test_four_bits_are_not_merged_into(small):
+    assert "adapter.merge would round the sum to 4 bits again" in message(small, "method=qlora", "adapter.merge=true")
 
 
 @pytest.mark.parametrize(

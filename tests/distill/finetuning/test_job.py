@@ -1,5 +1,6 @@
 """What is refused before a weight is loaded: chats, templates, adapters and models that do not fit."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -114,6 +115,12 @@ def test_more_tokens_than_positions(recipe):
 
 def test_no_model(recipe):
     assert "is no model's folder (it has no config.json)" in refused(recipe, f"model={recipe.parent}")
+
+
+def test_four_bits_without_their_package(recipe, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
+    assert "by bitsandbytes, which is not installed: pip install" in refused(recipe, "method=qlora")
 
 
 def test_several_processes(recipe, monkeypatch):

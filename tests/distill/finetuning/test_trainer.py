@@ -32,14 +32,17 @@ HALF = 0.05
 
 def tuned(recipe: Path, *overrides: str) -> Job:
     with at_work_on_tuning(recipe, overrides) as job:
-        tuning.finetune(job)
+        tuning.tune(job)
         assert job.is_done()
     return job
 
 
+def metrics(job: Job) -> list[dict]:
+    return [json.loads(line) for line in (job.work_folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(job: Job) -> list[float]:
-    lines = (job.work_folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return [line["loss"] for line in metrics(job)]
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "dora"])
@@ -127,7 +130,8 @@ def test_a_killed_run_goes_on_exactly(recipe, monkeypatch, overrides):
     with pytest.raises(UserError, match="checkpoint-4 was trained with other settings"):
         tuned(recipe, *overrides, "training.lr=1")
     job = tuned(recipe, *overrides)
-    assert losses(job) == losses(whole)
+    assert metrics(job) == metrics(whole)
+    assert handover.read(job.folder).tokens == metrics(job)[-1]["tokens"]
     ours, theirs = (load_file(next(of.folder.glob("*.safetensors"))) for of in (job, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
     assert not list(job.work_folder.glob("checkpoint-*"))
@@ -168,8 +172,26 @@ def test_weights_without_adapters_are_told(recipe, monkeypatch):
     monkeypatch.setattr(tuning, "uncovered_weights", lambda model: ["mlp.experts.down_proj"])
     told = []
     with at_work_on_tuning(recipe, ["training.steps=1"]) as job:
-        tuning.finetune(job, told.append)
+        tuning.tune(job, told.append)
     assert told == ["no adapter is on mlp.experts.down_proj, which are no linear modules; they stay as they are"]
+
+
+def test_four_bits(recipe, student):
+    """Where bitsandbytes is: adapters train in float32 beside weights that stay, and load with plain PEFT."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra qlora)")
+    job = tuned(recipe, "method=qlora", "training.lr=5e-4")
+    assert losses(job)[-1] < losses(job)[0]
+    weights = load_file(job.folder / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert {name.split(".")[-3] for name in weights} >= {"in_proj", "out_proj", "q_proj", "down_proj"}
+    peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(student), job.folder)
+    quantised = tuning.load_base(job.recipe)
+    loaded = peft.PeftModel.from_pretrained(quantised, job.folder).eval()
+    ids = torch.randint(3, 400, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        adapted = loaded(ids, use_cache=False).logits
+        with loaded.disable_adapter():
+            assert not torch.allclose(loaded(ids, use_cache=False).logits, adapted, atol=1e-3)
 
 
 def test_dead_adapters_end_the_run(recipe, monkeypatch):

@@ -20,7 +20,7 @@ from distill.engines import processes
 from distill.engines.ddp import DdpEngine
 from distill.engines.layers import LayersEngine
 from distill.errors import UserError
-from distill.training import NonFiniteLoss, TrainResult, checkpoint
+from distill.training import Best, Hook, NonFiniteLoss, TrainResult, checkpoint
 from tests.distill.engines.several import several
 
 
@@ -83,6 +83,22 @@ def test_layers_on_two_processes_make_the_very_numbers_of_one(tmp_path, changed)
     for weights in several(2, layers_apart, tmp_path / "two", changed):
         assert all(map(torch.equal, weights, arguments["student"].parameters()))
     assert metrics(tmp_path / "two") == metrics(tmp_path / "one")
+
+
+def best_apart_at_one_rate(folder: Path) -> tuple[TrainResult, list[Tensor]]:
+    hooks = [Hook(lambda student, step: {"score": -abs(step - 8.0)}, 4)]
+    arguments = quiet(evaluate=None, schedule=lambda step: 1.0, hooks=hooks)
+    result = run(folder, make_engine=by_layers, keep_best=Best("score", "max", 4), **arguments)
+    return result, list(arguments["student"].parameters())
+
+
+def test_layers_on_two_processes_go_back_to_the_best_step_of_all(tmp_path):
+    """Each process trained its own layers: after going back all must hold all of them."""
+    until_then = quiet(evaluate=None, schedule=lambda step: 1.0, steps=8)
+    run(tmp_path / "one", **until_then)
+    for result, weights in several(2, best_apart_at_one_rate, tmp_path / "two"):
+        assert (result.steps, result.kept_step) == (STEPS, 8)
+        assert all(map(torch.equal, weights, until_then["student"].parameters()))
 
 
 NO_EVALUATION_BETWEEN = replace(CADENCE, eval_every=None)

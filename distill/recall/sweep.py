@@ -7,11 +7,15 @@ from typing import Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.errors import UserError
-from distill.recall import Example, Result, examine, row_examples, text_examples
+from distill.recall.example import Example
+from distill.recall.scoring import Result, examine
+from distill.recall.tasks import row_examples, text_examples
 
 Surface = Literal["text", "ids"]
 Draw = Callable[[int, int], list[Example]]
 """Examples of so many items in prompts of such a length."""
+Drawn = tuple[int, int, list[Example]]
+"""Items, length, and their examples."""
 
 
 @dataclass(frozen=True)
@@ -60,26 +64,39 @@ def drawing(
     return draw
 
 
-def sweep(
-    model: PreTrainedModel, draw: Draw, items: Sequence[int], lengths: Sequence[int], batch_size: int
-) -> list[Cell]:
-    """The cells that there are: a length too short for its items has none.
+def drawn(draw: Draw, items: Sequence[int], lengths: Sequence[int]) -> list[Drawn]:
+    """The examples of every cell that there is: a length too short for its items has none.
 
     Raises:
         UserError: there is no cell at all.
     """
-    cells, reasons = [], []
+    found: list[Drawn] = []
+    reasons = []
     for length in lengths:
         for number in items:
             try:
-                examples = draw(number, length)
+                found.append((number, length, draw(number, length)))
             except UserError as error:
                 reasons.append(error)
-                continue
-            cells.append(cell(number, length, examine(model, examples, batch_size=batch_size)))
-    if not cells:
+    if not found:
         raise reasons[0]
-    return cells
+    return found
+
+
+def cells_of(model: PreTrainedModel, examples: Sequence[Drawn], batch_size: int) -> list[Cell]:
+    """What the model does in each cell."""
+    return [cell(items, length, examine(model, some, batch_size=batch_size)) for items, length, some in examples]
+
+
+def sweep(
+    model: PreTrainedModel, draw: Draw, items: Sequence[int], lengths: Sequence[int], batch_size: int
+) -> list[Cell]:
+    """Both at once.
+
+    Raises:
+        UserError: there is no cell at all.
+    """
+    return cells_of(model, drawn(draw, items, lengths), batch_size)
 
 
 def cell(items: int, length: int, results: Sequence[Result]) -> Cell:
