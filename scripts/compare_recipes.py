@@ -99,7 +99,7 @@ def main(
     found: Fields = {"teacher": {"name": teacher, **facts}, "settings": settings, "results": []}
     with _processes(jobs) as pool:
         tried = _carried_out(pool, common, [Wanted(name, budgets[0], f, 0) for name in recipes for f in grid])
-        factors = {name: _best(tried, name, facts) for name in recipes}
+        factors = {name: _best(tried, name, facts["loss"]) for name in recipes}
         for tokens in budgets:
             number = seeds if tokens == budgets[0] else seeds_above or seeds
             wanted = [Wanted(name, tokens, factors[name], seed) for seed in range(number) for name in recipes]
@@ -152,10 +152,10 @@ def _begin(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _best(tried: Iterable[Fields], recipe: str, teacher: Fields) -> float:
+def _best(tried: Iterable[Fields], recipe: str, teacher_loss: float) -> float:
     """The factor on a recipe's learning rates with the smallest gap; where all failed, the smallest factor."""
     of_recipe = [result for result in tried if result["recipe"] == recipe]
-    return min(of_recipe, key=lambda result: (gap(result, teacher), result["factor"]))["factor"]
+    return min(of_recipe, key=lambda result: (gap(result, teacher_loss), result["factor"]))["factor"]
 
 
 def _write(output: Path, found: Fields) -> None:

@@ -1,12 +1,11 @@
 """What a comparison came to: one row for each recipe and budget, and gaps over tokens and over time as a picture.
 
-A gap is the student's held-out loss less the teacher's, in nats a token. A teacher that was trained on answers alone
-(``teachers/recall``) does not predict its text, so that a loss says nothing: there the KL divergence stands for the
-gap, and beside it what students recall. Of several seeds the median is given, and the lowest and highest behind it.
+A gap is the student's held-out loss less the teacher's, in nats a token. Of several seeds the median is given, and the
+lowest and highest behind it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,43 +17,31 @@ from distill.units import count
 Fields = dict[str, Any]
 
 
-def gap(result: Fields, teacher: Fields) -> float:
+def gap(result: Fields, teacher_loss: float) -> float:
     """Nats a token behind the teacher; infinite where training failed."""
-    if "failed" in result:
-        return math.inf
-    return result["loss"] - teacher["loss"] if teacher["recall"] is None else result["kl"]
+    return math.inf if "failed" in result else result["loss"] - teacher_loss
 
 
 def table(found: Fields) -> str:
     """Markdown: budgets from the smallest, and in each the smallest gap first."""
     teacher, settings = found["teacher"], found["settings"]
     recall = teacher["recall"] is not None
-    head = [
-        "budget",
-        "recipe",
-        *["gap, nats"] * (not recall),
-        "KL",
-        "top-1",
-        *["recall"] * recall,
-        "CPU s",
-        "lr ×",
-        "seeds",
-    ]
+    head = ["budget", "recipe", "gap, nats", "KL", "top-1", *["recall"] * recall, "CPU s", "lr ×", "seeds"]
     lines = [
-        f"{teacher['name']}: the teacher's "
-        + (f"recall is {teacher['recall']:.1%}" if recall else f"held-out loss is {teacher['loss']:.4f}")
+        f"{teacher['name']}: the teacher's held-out loss is {teacher['loss']:.4f}"
+        + (f" and its recall {teacher['recall']:.1%}" if recall else "")
         + f"; attention kept in {settings['keep_attention']}, {settings['evaluation_tokens']:,} held-out tokens.",
         "",
         f"| {' | '.join(head)} |",
         f"|{'|'.join(['---'] * len(head))}|",
     ]
-    for budget, recipe, results in _groups(found):
+    for budget, recipe, results in _groups(found["results"]):
         trained = [result for result in results if "failed" not in result]
         seeds = str(len(results)) + (f", {len(results) - len(trained)} failed" if len(trained) < len(results) else "")
         cells = [
             count(budget),
             recipe,
-            *_numbers(trained, teacher),
+            *_numbers(trained, teacher["loss"], recall),
             _factor(results[0], settings),
             seeds,
         ]
@@ -69,11 +56,11 @@ def draw(found: Fields, path: Path) -> None:
     """
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    groups = list(_groups(found))
+    groups = list(_groups(found["results"]))
     recipes = list(dict.fromkeys(result["recipe"] for result in found["results"]))
     budgets = sorted({budget for budget, _, _ in groups})
     for budget, recipe, results in groups:
-        curve = _median_curve([result["curve"] for result in results], found["teacher"])
+        curve = _median_curve([result["curve"] for result in results], found["teacher"]["loss"])
         for ax, x in zip(axes, ("tokens", "cpu_seconds"), strict=True):
             points = [(point[x], point["gap"]) for point in curve if point[x] > 0 and point["gap"] > 0]
             if points:
@@ -88,32 +75,30 @@ def draw(found: Fields, path: Path) -> None:
     for ax, label in zip(axes, ("training tokens", "CPU seconds of training"), strict=True):
         ax.set(xscale="log", yscale="log", xlabel=label)
         ax.grid(True, which="both", alpha=0.2)
-    behind = "held-out loss behind the teacher" if found["teacher"]["recall"] is None else "KL to the teacher"
-    axes[0].set_ylabel(f"{behind}, nats a token")
+    axes[0].set_ylabel("held-out loss behind the teacher, nats a token")
     if axes[0].get_legend_handles_labels()[0]:
         axes[0].legend(fontsize="small")
     figure.suptitle(f"{found['teacher']['name']}, attention kept in {found['settings']['keep_attention']}")
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
-def _groups(found: Fields) -> list[tuple[int, str, list[Fields]]]:
-    """(budget, recipe, its seeds), the smallest budget and in it the smallest gap first."""
-    groups: dict[tuple[int, str], list[Fields]] = {}
-    for result in found["results"]:
-        groups.setdefault((result["budget"], result["recipe"]), []).append(result)
+def _groups(results: Iterable[Fields]) -> list[tuple[int, str, list[Fields]]]:
+    """(budget, recipe, its seeds), the smallest budget and in it the smallest loss first."""
+    found: dict[tuple[int, str], list[Fields]] = {}
+    for result in results:
+        found.setdefault((result["budget"], result["recipe"]), []).append(result)
 
     def place(item: tuple[tuple[int, str], list[Fields]]) -> tuple[int, float]:
         (budget, _), of_seeds = item
-        return budget, median([gap(result, found["teacher"]) for result in of_seeds])
+        return budget, median([gap(result, 0.0) for result in of_seeds])
 
-    return [(budget, recipe, of_seeds) for (budget, recipe), of_seeds in sorted(groups.items(), key=place)]
+    return [(budget, recipe, of_seeds) for (budget, recipe), of_seeds in sorted(found.items(), key=place)]
 
 
-def _numbers(results: Sequence[Fields], teacher: Fields) -> list[str]:
+def _numbers(results: Sequence[Fields], teacher_loss: float, recall: bool) -> list[str]:
     """Cells of what is measured."""
-    recall = teacher["recall"] is not None
     return [
-        *([] if recall else [_spread([gap(result, teacher) for result in results], "{:.4f}".format)]),
+        _spread([gap(result, teacher_loss) for result in results], "{:.4f}".format),
         _spread([result["kl"] for result in results], "{:.4f}".format),
         _spread([result["agreement"] for result in results], "{:.1%}".format),
         *([_spread([result["recall"] for result in results], "{:.1%}".format)] if recall else []),
@@ -136,14 +121,14 @@ def _factor(result: Fields, settings: Fields) -> str:
     return f"{result['factor']:g}{', edge' * edge}"
 
 
-def _median_curve(curves: Sequence[Sequence[Fields]], teacher: Fields) -> list[Fields]:
+def _median_curve(curves: Sequence[Sequence[Fields]], teacher_loss: float) -> list[Fields]:
     """Point by point over seeds, which are all evaluated at the same tokens."""
     whole = [curve for curve in curves if curve]
     return [
         {
             "tokens": points[0]["tokens"],
             "cpu_seconds": median([point["cpu_seconds"] for point in points]),
-            "gap": median([gap(point, teacher) for point in points]),
+            "gap": median([point["loss"] - teacher_loss for point in points]),
         }
         for points in zip(*whole, strict=True)
     ]
