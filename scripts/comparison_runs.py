@@ -107,7 +107,7 @@ def cut_recipe(common: Common, wanted: Wanted) -> tuple[Path, list[str]]:
     is left.
 
     Raises:
-        UserError: a recipe cannot be read, one of its stages is left without a step, or it has an offline_teacher.
+        UserError: a recipe cannot be read, one of its stages is left without a step, or it may not end with its budget.
     """
     path, settings = recipe_file(wanted.recipe)
     teacher = load_recipe(common.teacher, common.overrides)
@@ -121,8 +121,7 @@ def cut_recipe(common: Common, wanted: Wanted) -> tuple[Path, list[str]]:
         f"run_dir={wanted.folder(common.output)}",
     ]
     recipe = load_recipe(path, settings)
-    if recipe.stages.logits is not None and recipe.stages.logits.offline_teacher is not None:
-        raise UserError(f"{wanted.recipe}: offline_teacher leaves no teacher to measure against on the way; drop it")
+    _require_comparable(wanted, recipe)
     for name, tokens in _tokens(recipe, wanted).items():
         stage = recipe.stages.named()[name]
         steps = steps_for(tokens, stage.batch_size, recipe.block_of(stage))
@@ -134,6 +133,16 @@ def cut_recipe(common: Common, wanted: Wanted) -> tuple[Path, list[str]]:
             f"stages.{name}.mixer_lr={wanted.factor * stage.mixer_lr!r}",
         ]
     return path, settings
+
+
+def _require_comparable(wanted: Wanted, recipe: Recipe) -> None:
+    for name, stage in recipe.stages.named().items():
+        for key in ("offline_teacher", "keep_best", "stop_early"):
+            if getattr(stage, key, None) is not None:
+                raise UserError(
+                    f"{wanted.recipe}: stages.{name}.{key} has no place in a comparison, whose students all train to"
+                    f" the end of the budget, beside their teacher; put stages.{name}.{key}=null behind the recipe"
+                )
 
 
 def carry_out(common: Common, wanted: Wanted) -> Fields:

@@ -89,6 +89,10 @@ def test_the_table_gives_medians_ranges_and_failures():
         ),
         (["--recipe", "scratch", "--budget", "much"], "--budget much: give tokens such as 500000, 500K or 4M"),
         (["--recipe", "kl_only", "--recipe", " kl_only"], "two would have the same folder"),
+        (
+            ["--recipe", "kl_only stages.logits.offline_teacher.top_k=8"],
+            "stages.logits.offline_teacher has no place",
+        ),
         (["--recipe", "kl_only stages.logits.lrr=1"], "stages.logits.lrr: unknown key, did you mean 'lr'?"),
         (["--recipe", "scratch stages.logits.ce_weight=0.5"], "student.from_scratch leaves nothing of the teacher"),
     ],
