@@ -66,8 +66,10 @@ def check(recipe: Recipe, *, ranks: int = 1, planning: bool = False) -> RecipeFa
     with found.at("trackers"):
         _check_trackers(recipe.trackers)
     for name, stage in recipe.stages.named().items():
+        with found.at(f"stages.{name}.block"):
+            _check_stage_block(stage.block, recipe)
         with found.at(f"stages.{name}.tokens"):
-            steps[name] = steps_for(stage.tokens, stage.batch_size, recipe.data.block)
+            steps[name] = steps_for(stage.tokens, stage.batch_size, recipe.block_of(stage))
         with found.at(f"stages.{name}.batch_size"):
             by_layers = isinstance(stage, LayerwiseTraining) and stage.parallel == "layers"
             micro_batches(stage.batch_size, stage.micro_batch_size, 1 if by_layers else ranks)
@@ -88,6 +90,8 @@ def check(recipe: Recipe, *, ranks: int = 1, planning: bool = False) -> RecipeFa
                         _check_special_token(tokenizer, key, wanted and recipe.data.images is None)
         with found.at("stages.logits.train"):
             check_trained(recipe)
+        with found.at("stages.logits.stepwise"):
+            _check_stepwise(recipe, ranks)
         with found.at("data.images"):
             if recipe.data.images is not None and not config_alone and not found.lines:
                 check_images(recipe, config)
@@ -323,6 +327,28 @@ def _check_block(block: int, text: "PreTrainedConfig") -> None:
     longest = getattr(text, "max_position_embeddings", None)
     if longest is not None and block > longest:
         raise UserError(f"{block} tokens are more than the {longest} positions that the teacher knows; lower it")
+
+
+def _check_stage_block(block: int | None, recipe: Recipe) -> None:
+    if block is None or block == recipe.data.block:
+        return
+    if recipe.data.images is not None:
+        raise UserError("rows with images cannot be cut; leave it out")
+    if recipe.data.block % block:
+        longer = [size for size in range(2, recipe.data.block) if recipe.data.block % size == 0]
+        near = min(longer, key=lambda size: abs(size - block), default=recipe.data.block)
+        raise UserError(f"{block} does not divide data.block, which is {recipe.data.block}; take {near}, or another")
+
+
+def _check_stepwise(recipe: Recipe, ranks: int) -> None:
+    if recipe.stages.logits is None or recipe.stages.logits.stepwise is None:
+        return
+    if ranks > 1:
+        raise UserError(f"the teacher's attention is lent within one process, not {ranks}; launch one, or leave it out")
+    if recipe.teacher.dtype != recipe.dtype:
+        raise UserError(
+            f"attention must compute as its student does; teacher.dtype is {recipe.teacher.dtype}, dtype {recipe.dtype}"
+        )
 
 
 def _check_special_token(tokenizer: "PreTrainedTokenizerBase", key: str, wanted: bool) -> None:

@@ -81,6 +81,7 @@ def convert(
     keep_attention: Sequence[int] = (),
     seed: int = 0,
     seed_from_attention: bool = True,
+    from_scratch: bool = False,
     state_dim: int | None = None,
     conv_width: int = 4,
     rope: str = "drop",
@@ -95,6 +96,7 @@ def convert(
             teacher bit for bit.
         seed: for the tokens the seeding looks at and for mixers that start at random; the same seed, the same student.
         seed_from_attention: copy the attention weights into the mixers; False starts the mixers at random.
+        from_scratch: take nothing from the teacher but its shape: all weights start as its class starts them.
         state_dim: state size of a head; None means the teacher's head size.
         conv_width: taps of the mixers' short convolution.
         rope: ``keep`` gives the mixers the teacher's rotary positions (``distill.mixers.rotary``), ``drop`` does not.
@@ -115,6 +117,7 @@ def convert(
         keep_attention=keep_attention,
         seed=seed,
         seed_from_attention=seed_from_attention,
+        from_scratch=from_scratch,
         state_dim=state_dim,
         conv_width=conv_width,
         rope=rope,
@@ -130,6 +133,7 @@ def convert_with_report(
     keep_attention: Sequence[int] = (),
     seed: int = 0,
     seed_from_attention: bool = True,
+    from_scratch: bool = False,
     state_dim: int | None = None,
     conv_width: int = 4,
     rope: str = "drop",
@@ -151,10 +155,11 @@ def convert_with_report(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = _build(config, teacher)
-    _copy_weights(teacher, student)
+    if not from_scratch:
+        _copy_weights(teacher, student)
     if replaced and family_name(teacher.config) not in FAMILIES:
         verify_delivery(student)
-    seeded = _seed(student, teacher, replaced, seed) if seed_from_attention else {}
+    seeded = _seed(student, teacher, replaced, seed) if seed_from_attention and not from_scratch else {}
     return student, report(teacher, student, seeded, max(errors.values(), default=None))
 
 

@@ -37,6 +37,7 @@ def _convert(run: Run, held_out: Iterator[Batch]) -> StageRecord:
         keep_attention=run.facts.kept,
         seed=run.recipe.seed,
         seed_from_attention=run.recipe.student.seed_from_attention,
+        from_scratch=run.recipe.student.from_scratch,
         state_dim=run.recipe.student.state_dim,
         conv_width=run.recipe.student.conv_width,
         rope=run.recipe.student.rope,

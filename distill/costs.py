@@ -4,7 +4,7 @@
 symbol    meaning
 ========  =============================================================================
 L, K      layers; of these the ones that keep attention (the other L − K get a mixer)
-T         tokens a sequence, `data.block`
+T         tokens a sequence, `data.block` or a stage's own
 D, V      hidden size, vocabulary
 H, P, N   heads, channels a head, state size a head
 Q         positions the scan takes at once, `distill.ssd.chunked.CHUNK`

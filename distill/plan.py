@@ -8,7 +8,7 @@ top. Devices beyond the first are otherwise taken to scale linearly.
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -219,6 +219,7 @@ def _plan_stage(
     training_tokens: int | None,
 ) -> StagePlan:
     stage = recipe.stages.named()[name]
+    sizes = replace(sizes, block=recipe.block_of(stage))
     kept = functools.cache(functools.partial(kept_for_backward, recipe, stage, sizes, student))
     modes = [_place(recipe, stage, mode, sizes, student, kept, machine) for mode in modes_for(stage, machine.devices)]
     fits, tokens = any(placed.fits for placed in modes), modes[0].tokens
@@ -241,7 +242,7 @@ def _place(
     machine: Machine,
 ) -> Placed:
     """Memory and time of a stage under one engine."""
-    block = recipe.data.block
+    block = recipe.block_of(stage)
     sequences, passes = cut(stage, sharing(mode, machine.devices))
     kept = kept_by(sequences)
     k = numbers(recipe, stage, sizes, student, kept, passes=passes, processes=machine.devices)

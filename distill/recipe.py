@@ -49,6 +49,7 @@ from distill.recipe_stages import (
     StageName,
     Stages,
     Step,
+    Stepwise,
 )
 from distill.schema_errors import nearest
 
@@ -67,6 +68,7 @@ __all__ = [
     "Stage",
     "StageName",
     "Step",
+    "Stepwise",
     "Student",
     "load_recipe",
 ]
@@ -132,6 +134,8 @@ class Student(Section):
     """The layers that keep attention: a list of indices, {pattern: ..}, {ratio: ..} or {count: ..}."""
     seed_from_attention: Flag = True
     """Start the mixers from the teacher's attention weights instead of at random."""
+    from_scratch: Flag = False
+    """Start the whole student at random, mixers or not: a baseline that learns from the text alone."""
     state_dim: Count | None = None
     """Numbers of state for each channel of a head; null for the size of the teacher's heads."""
     conv_width: Count = 4
@@ -174,6 +178,18 @@ class Recipe(Section):
     @classmethod
     def _below_runs(cls, value: object, info: ValidationInfo) -> object:
         return Path("runs", info.data.get("name", "")) if value is None else value
+
+    @field_validator("stages")
+    @classmethod
+    def _nothing_to_align(cls, value: Stages, info: ValidationInfo) -> Stages:
+        student = info.data.get("student")
+        if student is None or not student.from_scratch:
+            return value
+        if set(value.named()) != {"logits"} or value.logits.ce_weight != 1:  # type: ignore[union-attr]
+            raise ValueError(
+                "student.from_scratch leaves nothing of the teacher to match; name logits alone, with ce_weight: 1"
+            )
+        return value
 
     @model_validator(mode="after")
     def _measured(self) -> "Recipe":
@@ -222,6 +238,10 @@ class Recipe(Section):
         settings = self.stages.named()[stage]
         offline = isinstance(settings, LogitsStage) and settings.offline_teacher is not None
         return measured_in_training(self.evaluation.in_training(), settings.eval_every, offline=offline)
+
+    def block_of(self, stage: Stage) -> int:
+        """Tokens a training sequence of one of its stages."""
+        return stage.block or self.data.block
 
     def dump(self) -> str:
         """YAML with every default written out, which loads back to an equal recipe."""

@@ -10,6 +10,7 @@ from distill.recipe_fields import (
     Count,
     Flag,
     Fraction,
+    Integer,
     NotNegative,
     Positive,
     Section,
@@ -30,6 +31,8 @@ class Training(Section):
 
     tokens: Tokens
     """Tokens to train on, as a number or such as 100K, 1.5M, 2B."""
+    block: Annotated[Integer, Field(ge=2)] | None = None
+    """Tokens a sequence, where this stage reads shorter ones: a divisor of data.block; null for data.block."""
     batch_size: Count = 16
     """Sequences a step, over all processes: the result does not depend on how many there are."""
     micro_batch_size: Count | None = None
@@ -137,6 +140,23 @@ class OfflineTeacher(Section):
     """Tokens kept at each position, the likeliest; all others are kept as one probability."""
 
 
+class Stepwise(Section):
+    """Layers give way to their mixers one part after another, instead of all at once."""
+
+    at: Annotated[tuple[Fraction, ...], Some]
+    """When each part's turn begins, in shares of the stage's steps, such as [0.0, 0.2, 0.4, 0.6] for quarters."""
+    ramp: Fraction = 0.0
+    """How long a turn takes, in which the mixer's output is mixed with attention's; 0 for at once."""
+
+    @model_validator(mode="after")
+    def _in_time(self) -> "Stepwise":
+        if list(self.at) != sorted(self.at):
+            raise ValueError(f"at must rise from each part to the next, not {list(self.at)}")
+        if self.at[-1] + self.ramp >= 1:
+            raise ValueError(f"at + ramp must be less than 1, or the student is never trained whole: {self.at[-1]:g}")
+        return self
+
+
 class LogitsStage(Training):
     """Stage 3: the whole student is matched to the teacher's next-token distribution."""
 
@@ -150,6 +170,8 @@ class LogitsStage(Training):
     """Adds so many times the distances of changed layers to the teacher's, each fed the teacher's input (MaTVLM)."""
     gradient_checkpointing: Flag = False
     """Compute each layer's forward again in backward: a third more time, and one layer's activations in memory."""
+    stepwise: Stepwise | None = None
+    """Let layers keep the teacher's attention until their turn, such as {at: [0.0, 0.3]}; null for no layer."""
     offline_teacher: OfflineTeacher | None = None
     """Read the teacher's predictions from disk, such as {top_k: 64}; null to run it beside the student."""
     train: Annotated[tuple[Role, ...], Some] = TEXT_ROLES
@@ -162,6 +184,14 @@ class LogitsStage(Training):
                 f"offline_teacher needs temperature: 1, not {self.temperature:g}: what the kept tail weighs at another"
                 " temperature cannot be known"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _attention_at_hand(self) -> "LogitsStage":
+        if self.stepwise and self.offline_teacher:
+            raise ValueError("stepwise needs the teacher's attention, which offline_teacher leaves out of memory")
+        if self.stepwise and self.hidden_weight:
+            raise ValueError("stepwise has layers without a mixer, which hidden_weight would compare; leave one out")
         return self
 
     @model_validator(mode="after")

@@ -35,7 +35,7 @@ from distill.evaluation_record import read_evaluation
 from distill.handover import Parent, StageRecord
 from distill.lock import alone_in
 from distill.processor import copy_processor, image_token_id, read_processor
-from distill.recipe import Recipe, StageName, Step, load_recipe
+from distill.recipe import STAGE_NAMES, Recipe, StageName, Step, load_recipe
 from distill.vision import is_vision
 
 CONVERT: Literal["convert"] = "convert"
@@ -136,8 +136,16 @@ class Run:
         (folder / "recipe.yaml").write_text(self.recipe.dump())
 
     def training_batches(self, stage: StageName, size: int) -> TrainingBatches:
-        """The stage's own order of the blocks, so that the next does not repeat the last one's beginning."""
-        return TrainingBatches(self.blocks[0], size, seed=self.recipe.seed + self.stages.index(stage))
+        """The stage's own order of the text, so that the next does not repeat the last one's beginning.
+
+        It depends on the stage's name, and neither on which others the recipe has nor on how long its blocks are: what
+        two recipes do in a stage, they do on the same text.
+        """
+        rows, block = self.blocks[0], self.recipe.block_of(self.recipe.stages.named()[stage])
+        together = rows.block // block
+        if together > 1:
+            rows = Blocks(self.recipe.run_dir / "data", TRAIN, block)
+        return TrainingBatches(rows, size, self.recipe.seed + 1 + STAGE_NAMES.index(stage), together)
 
     @cached_property
     def origin(self) -> Parent:

@@ -120,7 +120,7 @@ def _train(
         steps=run.facts.steps[stage],
         accumulate=accumulate,
         clip=settings.clip,
-        tokens_per_step=settings.batch_size * run.recipe.data.block,
+        tokens_per_step=settings.batch_size * run.recipe.block_of(settings),
         folder=run.work_folder(stage),
         evaluate=_measure(run, settings, student),
         cadence=Cadence(settings.eval_every, settings.checkpoint_every, settings.keep_checkpoints),

@@ -25,7 +25,7 @@ from distill.evaluation import recovered_share
 from distill.evaluation_record import Evaluation, MatrixPair, read_evaluation, read_matrices
 
 CONVERT = "convert"
-NOT_MEASURED = ("kind", "step", "tokens", "tokens_per_second", "seconds", "lr", "grad_norm")
+NOT_MEASURED = ("kind", "step", "tokens", "tokens_per_second", "cpu_seconds", "seconds", "lr", "grad_norm")
 
 Fields = dict[str, Any]
 

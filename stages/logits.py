@@ -27,6 +27,7 @@ from distill.objectives.through_head import logit_loss_through_heads, topk_loss_
 from distill.objectives.topk import TopK, topk_loss
 from distill.recipe import LogitsStage
 from distill.run import Run
+from distill.stepwise import Replacement
 from distill.teacher_cache import CachedBatches
 from distill.teacher_cache.offline import complete_teacher_cache
 from distill.teacher_fed import Outputs, outputs_by_layer
@@ -45,9 +46,12 @@ class LogitObjective:
     def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, settings: LogitsStage) -> None:
         self.teacher, self.student, self.settings = teacher, student, settings
         self.heads: tuple[ModelHead | None, ModelHead | None] | None = None
+        self.replacement = Replacement(teacher, student, settings.stepwise) if settings.stepwise else None
 
     def begin(self, done: float) -> None:
-        """Every step has the same loss."""
+        """Where layers change over one part after another, it is some layers' turn."""
+        if self.replacement:
+            self.replacement.begin(done)
 
     def weight(self, batch: Batch) -> float:
         """Positions whose next token is in the same document."""
@@ -82,6 +86,8 @@ class LogitObjective:
             return divergence + for_lack_of_images(self.student, batch)
 
         scored_BT = scored_positions(batch["labels"])
+        if self.settings.ce_weight == 1:
+            return self._cross_entropy(batch, student_head, scored_BT)
         with torch.no_grad():
             theirs = trunk_output(self.teacher, batch)
             teacher_ND = theirs.last_hidden_state[scored_BT]
@@ -95,6 +101,19 @@ class LogitObjective:
         student_ND = ours.last_hidden_state[scored_BT]
         divergence = opened(teacher_head.linear, within, student_head.linear, loss, student_ND)
         return divergence + for_lack_of_images(self.student, batch)
+
+    def _cross_entropy(self, batch: Batch, head: ModelHead, scored_BT: Tensor) -> Tensor:
+        """The loss of the text alone, for which the teacher is not run."""
+        target_N = next_labels(batch["labels"])[scored_BT]
+
+        def loss(student_ND: Tensor) -> Tensor:
+            whole, unseen_ND = head.whole(), student_ND.detach()  # in the teacher's place, at which nobody looks
+            return logit_loss_through_heads(
+                student_ND, whole, unseen_ND, whole, target_N, ce_weight=1.0, reduction="sum"
+            )
+
+        student_ND = final_states(self.student, batch)[scored_BT]
+        return within(head.linear, loss, student_ND) + for_lack_of_images(self.student, batch)
 
 
 class OfflineLogitObjective:

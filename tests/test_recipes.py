@@ -11,7 +11,8 @@ from scripts.recall_rows import VOCABULARY, write_text
 from tests.conftest import CHECKOUT, outside
 
 SHAPES = sorted((CHECKOUT / "recipes" / "shapes").glob("*.yaml"))
-RECIPES = [*sorted((CHECKOUT / "recipes").glob("*.yaml")), *SHAPES]
+PUBLISHED = sorted((CHECKOUT / "recipes" / "published").glob("*.yaml"))
+RECIPES = [*sorted((CHECKOUT / "recipes").glob("*.yaml")), *PUBLISHED, *SHAPES]
 LAUNCH = sorted((CHECKOUT / "recipes" / "launch").glob("*.yaml"))
 
 

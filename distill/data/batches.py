@@ -35,22 +35,38 @@ class TrainingBatches:
 
     Batch ``step`` holds the blocks from place ``step * batch_size`` on, in all epochs laid end to end. So none
     is dropped where an epoch does not divide into batches: its last batch is filled up from the next epoch.
+
+    Short blocks may stay ``together``: k of them that stand side by side in the text come one after another, and
+    it is these groups that are drawn. So blocks cut into k bring the same text in the same order as whole ones.
+
+    Attributes:
+        n: blocks an epoch.
     """
 
-    def __init__(self, blocks: Rows, batch_size: int, seed: int) -> None:
+    def __init__(self, blocks: Rows, batch_size: int, seed: int, together: int = 1) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; allowed: at least 1")
-        if not blocks.n_full:
-            raise UserError(f"the text has {blocks.n_tokens} tokens, less than one block of {blocks.block}")
+        if blocks.n_full < together:
+            raise UserError(f"the text has {blocks.n_tokens} tokens, less than one block of {together * blocks.block}")
         self.blocks = blocks
         self.batch_size = batch_size
         self.seed = seed
+        self.together = together
+        self.n = blocks.n_full // together * together
 
     def indices(self, step: int) -> list[int]:
         """The blocks of batch ``step``, counted from 0."""
-        places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        n = self.blocks.n_full
-        return [int(_permutation(n, self.seed, place // n)[place % n]) for place in places]
+        return [self._block(place) for place in range(step * self.batch_size, (step + 1) * self.batch_size)]
+
+    def first(self, number: int) -> list[int]:
+        """The first so many blocks, whatever the batches."""
+        return [self._block(place) for place in range(number)]
+
+    def _block(self, place: int) -> int:
+        """The block at a place of all epochs laid end to end."""
+        epoch, place = divmod(place, self.n)
+        group, within = divmod(place, self.together)
+        return int(_permutation(self.n // self.together, self.seed, epoch)[group]) * self.together + within
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """Batch ``step`` as in ``batch`` of the rows; the same whatever was asked for before."""

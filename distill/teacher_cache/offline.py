@@ -24,21 +24,20 @@ def teacher_cache(run: Run) -> TeacherCache:
     """
     stage, offline = _settings(run)
     teacher = processes.on_main(lambda: run.origin)  # a digest of all its weights: once is enough
-    blocks, block = run.blocks[0], run.recipe.data.block
+    batches, block = run.training_batches("logits", 1), run.recipe.block_of(stage)
     # Each block once, in the order of the first epoch. However many processes share the work, none reads beyond these.
-    n_blocks = min(stage.tokens // block, blocks.n_full)
-    batches = run.training_batches("logits", n_blocks)
+    n_blocks = min(stage.tokens // block, batches.n)
     identity = Identity(
         teacher=teacher.sha256,
         teacher_dtype=run.recipe.teacher.dtype,
-        text=blocks.fingerprint,
+        text=batches.blocks.fingerprint,
         block=block,
         order=batches.seed,
         vocabulary=run.facts.vocab_size,
         top_k=offline.top_k,
         shard_blocks=max(1, SHARD_TOKENS // block),
     )
-    return TeacherCache(run.folder(teacher.stage) / "logits", identity, np.array(batches.indices(0)))
+    return TeacherCache(run.folder(teacher.stage) / "logits", identity, np.array(batches.first(n_blocks)))
 
 
 def complete_teacher_cache(run: Run) -> TeacherCache:
@@ -55,7 +54,7 @@ def complete_teacher_cache(run: Run) -> TeacherCache:
         processes.on_main(lambda: require_space(cache, missing))
         stage, _ = _settings(run)
         batch_size, _ = micro_batches(stage.batch_size, stage.micro_batch_size, world)
-        teacher, blocks = run.teacher, run.blocks[0]
+        teacher, blocks = run.teacher, run.training_batches("logits", 1).blocks
         write_shards(cache, missing, blocks, teacher, batch_size=batch_size, device=run.device, rank=rank, world=world)
     processes.wait()
     return cache

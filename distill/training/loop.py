@@ -151,7 +151,7 @@ def train(
             if done.steps == steps or (stop_early and done.stale >= stop_early.patience):
                 break
 
-            started = time.perf_counter()
+            started, started_cpu = time.perf_counter(), time.process_time()
             lr = _set_learning_rate(engine, groups, schedule(done.steps))
             batches = [batch(number) for number in _numbers(done.steps, accumulate, engine)]
             objective.begin(done.steps / steps)
@@ -167,7 +167,8 @@ def train(
 
             done = _advanced(done, loss, tokens_per_step, seconds)
             speed = tokens_per_step / seconds
-            log.write("train", done.steps, done.tokens, _metrics(losses, lr, grad_norm, speed))
+            line = _metrics(losses, lr, grad_norm, speed, time.process_time() - started_cpu)
+            log.write("train", done.steps, done.tokens, line)
             show(done.steps, loss, speed)
             if stopping or _is_saved(done.steps, steps, cadence, keep_best):
                 log.flush_to_disk()
@@ -315,13 +316,14 @@ def _advanced(done: TrainResult, loss: float, tokens: int, seconds: float) -> Tr
     )
 
 
-def _metrics(losses: dict[str, float], lr: float, grad_norm: float, speed: float) -> dict[str, Any]:
+def _metrics(losses: dict[str, float], lr: float, grad_norm: float, speed: float, cpu: float) -> dict[str, Any]:
     """A line of metrics.jsonl; the parts of the loss are listed where there are several."""
     values: dict[str, Any] = {
         "loss": sum(losses.values()),
         "lr": lr,
         "grad_norm": grad_norm,
         "tokens_per_second": round(speed, 1),
+        "cpu_seconds": round(cpu, 4),
     }
     return values | {"parts": losses} if len(losses) > 1 else values
 

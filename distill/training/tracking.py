@@ -2,10 +2,12 @@
 
 One JSON object a line, in the order of events:
 
-    {"kind": "train", "step": 7, "tokens": 28672, "loss": 1.93, "lr": 0.001, "grad_norm": 0.4, "tokens_per_second": 5e3}
+    {"kind": "train", "step": 7, "tokens": 28672, "loss": 1.93, "lr": 0.001, "grad_norm": 0.4,
+     "tokens_per_second": 5e3, "cpu_seconds": 0.8}
     {"kind": "eval", "step": 7, "tokens": 28672, ...what evaluate() returned}
 
-``step`` counts finished optimizer steps, so the evaluation before training has step 0.
+``step`` counts finished optimizer steps, so the evaluation before training has step 0. ``cpu_seconds`` are this
+process's in the step, over all its threads: on a busy machine they still say what a step costs.
 """
 
 import importlib

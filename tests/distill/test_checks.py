@@ -95,6 +95,19 @@ def test_processes_must_share_a_step_evenly_unless_each_trains_layers_of_its_own
         run_check("stages.hidden.parallel=layers", ranks=3)
 
 
+def test_a_stage_counts_its_own_blocks(run_check: Check) -> None:
+    assert run_check("stages.hidden.block=16").steps == {"hidden": 10_000 // (2 * 16), "logits": 20_000 // (8 * 64)}
+    assert run_check("stages.hidden.block=64").steps == run_check().steps
+    with pytest.raises(UserError, match=r"^stages\.hidden\.block: 128 does not divide data\.block"):
+        run_check("stages.hidden.block=128")
+
+
+def test_attention_is_lent_within_one_process(run_check: Check) -> None:
+    assert run_check("stages.logits.stepwise={at: [0.0]}")
+    with pytest.raises(UserError, match=r"logits\.stepwise: the teacher's attention is lent within one process, not 2"):
+        run_check("stages.logits.stepwise={at: [0.0]}", ranks=2)
+
+
 def test_no_weight_is_read(run_check: Check, teacher: Path) -> None:
     """Zeros in place of the weights are as good."""
     file = teacher / "model.safetensors"
@@ -118,6 +131,11 @@ def test_a_public_teacher(run_check: Check) -> None:
         (["student.rope=keep", "student.state_dim=4"], "student.rope is keep and state_dim 4, but the teacher turns 8"),
         (["data.block=65"], "data.block: 65 tokens are more than the 64 positions that the teacher knows"),
         (["stages.hidden.tokens=100"], "stages.hidden.tokens: 100 tokens are less than one step of 128"),
+        (["stages.hidden.block=24"], "stages.hidden.block: 24 does not divide data.block, which is 64; take 16, or"),
+        (
+            ["stages.logits.stepwise={at: [0.0]}", "teacher.dtype=bfloat16"],
+            "stages.logits.stepwise: attention must compute as its student does; teacher.dtype is bfloat16, dtype",
+        ),
         (["data.source=none.txt"], "data.source 'none.txt': no such file or folder"),
         (["data.source=[text.txt, binary.txt]"], "data.source: binary.txt: is a binary file"),
         (["data.source=empty.txt"], "data.source: empty.txt: the file is empty"),

@@ -52,6 +52,23 @@ def test_the_teacher_is_untouched_and_shares_no_memory(family, mixer):
 
 
 @pytest.mark.parametrize("mixer", MIXER_NAMES)
+def test_from_scratch_nothing_is_the_teachers_but_its_shape(family, mixer):
+    teacher = tiny(family)
+    student, told = convert_with_report(teacher, mixer=mixer, keep_attention=[1], from_scratch=True, seed=3)
+    seeded = convert(teacher, mixer=mixer, keep_attention=[1])
+    assert {name: p.shape for name, p in student.named_parameters()} == {
+        name: p.shape for name, p in seeded.named_parameters()
+    }
+    theirs = teacher.state_dict()
+    shared = [name for name, p in student.state_dict().items() if name in theirs and torch.equal(p, theirs[name])]
+    assert not shared
+    assert not told.seeded
+    again, other = (convert(teacher, mixer=mixer, keep_attention=[1], from_scratch=True, seed=s) for s in (3, 4))
+    assert torch.equal(again.get_input_embeddings().weight, student.get_input_embeddings().weight)
+    assert not torch.equal(other.get_input_embeddings().weight, student.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("mixer", MIXER_NAMES)
 def test_everything_but_the_changed_attention_is_the_teachers(family, mixer):
     teacher = tiny(family)
     student = convert(teacher, mixer=mixer, keep_attention=[1])

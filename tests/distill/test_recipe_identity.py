@@ -123,6 +123,8 @@ def test_digest_ignores_what_changes_no_result(small: Path, override: str) -> No
         ("stages.mixing.lr=1e-4", set(STAGE_NAMES)),
         ("stages.mixing=null", set(STAGE_NAMES)),
         ("stages.hidden.lr=1e-4", {"hidden", "logits"}),
+        ("stages.hidden.block=64", {"hidden", "logits"}),
+        ("stages.logits.stepwise={at: [0.0, 0.5]}", {"logits"}),
         ("stages.logits.lr=1e-4", {"logits"}),
         ("stages.logits.batch_size=3", {"logits"}),
         ("stages.logits=null", {"logits"}),

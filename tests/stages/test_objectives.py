@@ -134,7 +134,13 @@ def divergence(name: str, p: Tensor, q: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("name", "tau", "w"),
-    [("forward_kl", 1.0, 0.0), ("forward_kl", 2.0, 0.3), ("reverse_kl", 1.0, 0.0), ("jsd", 3.0, 0.0)],
+    [
+        ("forward_kl", 1.0, 0.0),
+        ("forward_kl", 2.0, 0.3),
+        ("forward_kl", 1.0, 1.0),
+        ("reverse_kl", 1.0, 0.0),
+        ("jsd", 3.0, 0.0),
+    ],
 )
 def test_logits_is_the_divergence_at_every_scored_token(student, teacher, batch, name, tau, w):
     expected, scored = torch.zeros((), dtype=torch.float64), 0

@@ -61,6 +61,17 @@ def test_micro_batches_and_ranks_share_one_stream(blocks):
         assert whole.indices(step) == [i for part in range(4) for i in parts.indices(4 * step + part)]
 
 
+def test_blocks_cut_short_bring_the_same_text_in_the_same_order(blocks, folder):
+    whole = TrainingBatches(blocks, 3, seed=2)
+    short = TrainingBatches(Blocks(folder, "train", BLOCK // 4), 12, seed=2, together=4)
+    assert short.n == 4 * whole.n
+    for step in (0, 1, blocks.n_full // 3, 2 * blocks.n_full // 3):  # two epochs, and a batch across their border
+        texts = [batches.batch(step)["input_ids"] for batches in (whole, short)]
+        assert texts[1].shape == (12, BLOCK // 4)
+        assert torch.equal(texts[0].flatten(), texts[1].flatten())
+    assert short.first(40) == [index for step in range(4) for index in short.indices(step)][:40]
+
+
 def test_evaluation_takes_every_token_in_order(blocks):
     batches = list(evaluation_batches(blocks, 5))
     assert sum(int(batch["valid"].sum()) for batch in batches) == blocks.n_tokens

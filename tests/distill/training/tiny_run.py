@@ -121,6 +121,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     for line in lines:
         line.pop("tokens_per_second", None)
+        line.pop("cpu_seconds", None)
     return lines
 
 

@@ -1,0 +1,251 @@
+"""The runs of a comparison: every recipe on one teacher, its tokens cut to one budget; and what each run left behind.
+
+    OUTPUT/data/                                the text, prepared once for all
+    OUTPUT/runs/RECIPE/BUDGET/lr-FACTOR/seed-S/   an ordinary run_dir (`distill.run`), resumable like any
+
+What the recipes of a comparison share, whatever they say themselves: teacher, text, layers that keep attention, seed.
+A stage reads the text in an order that the seed and the stage's name decide (`Run.training_batches`), so that what two
+recipes do in a stage they do on the same text.
+"""
+
+import json
+import math
+import re
+import shlex
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.data.batches import steps_for
+from distill.errors import UserError
+from distill.evaluation import evaluate
+from distill.recall import examine, row_examples
+from distill.recipe import Recipe, StageName, load_recipe
+from distill.run import CONVERT, Run, at_work_on
+from distill.student import load_student
+from distill.training.nonfinite import NonFiniteLoss
+from stages.run import PROGRAMS
+
+RECIPES = Path("recipes")
+PUBLISHED = RECIPES / "published"
+RECALL = [("associative", 8, 64), ("associative", 32, 128), ("phonebook", 12, 0)]
+EXAMPLES = 48  # of each
+
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Common:
+    """What all recipes of a comparison share.
+
+    Attributes:
+        teacher: the recipe whose teacher and text they take.
+        overrides: settings that replace that recipe's, such as where its teacher lies.
+        keep_attention: YAML of the layers that keep attention.
+        evaluation_tokens: held-out tokens that are scored, at the end and on the way.
+        points: evaluations on the way, about; those at the borders of stages come on top.
+        recall: whether the teacher answers rows of `distill.recall` in its own ids.
+    """
+
+    teacher: Path
+    overrides: tuple[str, ...]
+    keep_attention: str
+    evaluation_tokens: int
+    points: int
+    recall: bool
+    output: Path
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One run of a comparison.
+
+    Attributes:
+        recipe: as given on the command line: a name or a file, and settings behind it.
+        factor: on all learning rates of the recipe.
+    """
+
+    recipe: str
+    budget: int
+    factor: float
+    seed: int
+
+    def folder(self, output: Path) -> Path:
+        return output / "runs" / slug(self.recipe) / str(self.budget) / f"lr-{self.factor:g}" / f"seed-{self.seed}"
+
+
+def slug(recipe: str) -> str:
+    """A recipe as the name of a folder."""
+    return re.sub(r"[^A-Za-z0-9._=-]+", "_", recipe).strip("_.")
+
+
+def recipe_file(given: str) -> tuple[Path, list[str]]:
+    """The file of a recipe and the settings given behind it.
+
+    ``ours`` is recipes/quickstart.yaml; other names are looked for in recipes/published and recipes.
+
+    Raises:
+        UserError: there is no such recipe.
+    """
+    name, *settings = shlex.split(given)
+    if name.endswith((".yaml", ".yml")):
+        return Path(name), settings
+    places = [folder / f"{'quickstart' if name == 'ours' else name}.yaml" for folder in (PUBLISHED, RECIPES)]
+    found = next((path for path in places if path.is_file()), None)
+    if found is None:
+        there = sorted(path.stem for path in PUBLISHED.glob("*.yaml"))
+        raise UserError(f"there is no recipe {name!r}; give a file, or one of ours, {', '.join(there)}")
+    return found, settings
+
+
+def cut_recipe(common: Common, wanted: Wanted) -> tuple[Path, list[str]]:
+    """The recipe of a run: a file, and settings that put it on the common ground and into the budget.
+
+    A stage gets the share of the budget that it has of the recipe's own tokens, in whole steps; the last one gets what
+    is left.
+
+    Raises:
+        UserError: a recipe cannot be read, one of its stages is left without a step, or it may not end with its budget.
+    """
+    path, settings = recipe_file(wanted.recipe)
+    teacher = load_recipe(common.teacher, common.overrides)
+    settings = [
+        *settings,
+        f"teacher={_yaml(teacher.teacher)}",
+        f"data={_yaml(teacher.data)}",
+        f"student.keep_attention={common.keep_attention}",
+        f"evaluation={json.dumps({'tokens': common.evaluation_tokens})}",
+        f"seed={wanted.seed}",
+        f"run_dir={wanted.folder(common.output)}",
+    ]
+    recipe = load_recipe(path, settings)
+    _require_comparable(wanted, recipe)
+    for name, tokens in _tokens(recipe, wanted).items():
+        stage = recipe.stages.named()[name]
+        steps = steps_for(tokens, stage.batch_size, recipe.block_of(stage))
+        every = max(1, math.ceil(steps / max(1, round(common.points * tokens / wanted.budget))))
+        settings += [
+            f"stages.{name}.tokens={tokens}",
+            f"stages.{name}.eval_every={every}",
+            f"stages.{name}.lr={wanted.factor * stage.lr!r}",
+            f"stages.{name}.mixer_lr={wanted.factor * stage.mixer_lr!r}",
+        ]
+    return path, settings
+
+
+def _require_comparable(wanted: Wanted, recipe: Recipe) -> None:
+    for name, stage in recipe.stages.named().items():
+        for key in ("offline_teacher", "keep_best", "stop_early"):
+            if getattr(stage, key, None) is not None:
+                raise UserError(
+                    f"{wanted.recipe}: stages.{name}.{key} has no place in a comparison, whose students all train to"
+                    f" the end of the budget, beside their teacher; put stages.{name}.{key}=null behind the recipe"
+                )
+
+
+def carry_out(common: Common, wanted: Wanted) -> Fields:
+    """Train one run to its end, or go on where it stopped, and measure it: see ``measured``.
+
+    A loss that leaves the numbers is a result too: a learning rate that is too high.
+
+    Raises:
+        UserError: as ``distill.run.at_work_on``.
+    """
+    torch.set_num_threads(1)
+    with at_work_on(*cut_recipe(common, wanted)) as run:
+        share_text(common, run)
+        try:
+            for stage in run.stages:
+                if not run.is_done(stage):
+                    PROGRAMS[stage](run)
+        except NonFiniteLoss as error:
+            return {**asdict(wanted), "failed": str(error), "curve": []}
+        return {**asdict(wanted), **measured(common, run)}
+
+
+def share_text(common: Common, run: Run) -> None:
+    """Let a run read the text that the comparison has prepared."""
+    place, text = run.recipe.run_dir / "data", common.output / "data"
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(text.absolute())
+
+
+def prepare(common: Common, wanted: Wanted) -> Fields:
+    """Prepare the text for all runs and measure the teacher.
+
+    Raises:
+        UserError: the teacher or its text cannot be used.
+    """
+    torch.set_num_threads(1)
+    path, settings = cut_recipe(common, wanted)
+    with at_work_on(path, [*settings, f"run_dir={common.output}"]) as run:
+        loss = evaluate(run.teacher, None, run.held_out()).loss
+        return {
+            "path": run.recipe.teacher.path,
+            "loss": loss,
+            "recall": recalled(run.teacher) if common.recall else None,
+        }
+
+
+def measured(common: Common, run: Run) -> Fields:
+    """A finished run as points over all its tokens, and its last one.
+
+    A point has tokens and CPU seconds of training so far, the stage, loss, kl and agreement, and at the end of a stage
+    recall, if the teacher has any.
+    """
+    curve, tokens, seconds = list[Fields](), 0, 0.0
+    for stage in run.stages:
+        if stage == CONVERT:
+            continue
+        rows = [json.loads(line) for line in (run.folder(stage) / "metrics.jsonl").open()]
+        for row in rows:
+            if row["kind"] == "train":
+                seconds += row["cpu_seconds"]
+            elif row["step"] or not curve:
+                numbers = {name: row.get(name) for name in ("loss", "kl", "agreement")}
+                curve.append({"stage": stage, "tokens": tokens + row["tokens"], "cpu_seconds": seconds, **numbers})
+        tokens += rows[-1]["tokens"]
+        if common.recall:
+            curve[-1]["recall"] = recalled(load_student(run.folder(stage)))
+    return {"curve": curve, **curve[-1]}
+
+
+def recalled(model: Any) -> float:
+    """The share of answers that a model writes, over the tasks that the recall teacher was trained on."""
+    vocabulary = model.config.get_text_config().vocab_size
+    shares = []
+    for task, items, length in RECALL:
+        examples = row_examples(task, items, length, samples=EXAMPLES, seed=0, vocabulary=vocabulary)
+        results = examine(model.eval(), examples, batch_size=EXAMPLES)
+        shares.append(sum(result.written for result in results) / len(results))
+    return sum(shares) / len(shares)
+
+
+def _tokens(recipe: Recipe, wanted: Wanted) -> dict[StageName, int]:
+    """What each stage gets of the budget."""
+    stages = recipe.stages.named()
+    nominal = sum(stage.tokens for stage in stages.values())
+    cut: dict[StageName, int] = {}
+    for name, stage in stages.items():
+        step = stage.batch_size * recipe.block_of(stage)
+        whole = _whole_steps(wanted, name, round(wanted.budget * stage.tokens / nominal), step)
+        cut[name] = (
+            whole if len(cut) < len(stages) - 1 else _whole_steps(wanted, name, wanted.budget - sum(cut.values()), step)
+        )
+    return cut
+
+
+def _whole_steps(wanted: Wanted, name: StageName, tokens: int, step: int) -> int:
+    if tokens < step:
+        raise UserError(
+            f"{wanted.recipe}: {tokens} tokens of {wanted.budget} are left for {name}, less than one step of {step};"
+            " give a larger --budget"
+        )
+    return tokens // step * step
+
+
+def _yaml(section: Any) -> str:
+    return json.dumps(section.model_dump(mode="json"))

@@ -1,0 +1,134 @@
+"""What a comparison came to: one row for each recipe and budget, and gaps over tokens and over time as a picture.
+
+A gap is the student's held-out loss less the teacher's, in nats a token. Of several seeds the median is given, and the
+lowest and highest behind it.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from distill.units import count
+
+Fields = dict[str, Any]
+
+
+def gap(result: Fields, teacher_loss: float) -> float:
+    """Nats a token behind the teacher; infinite where training failed."""
+    return math.inf if "failed" in result else result["loss"] - teacher_loss
+
+
+def table(found: Fields) -> str:
+    """Markdown: budgets from the smallest, and in each the smallest gap first."""
+    teacher, settings = found["teacher"], found["settings"]
+    recall = teacher["recall"] is not None
+    head = ["budget", "recipe", "gap, nats", "KL", "top-1", *["recall"] * recall, "CPU s", "lr ×", "seeds"]
+    lines = [
+        f"{teacher['name']}: the teacher's held-out loss is {teacher['loss']:.4f}"
+        + (f" and its recall {teacher['recall']:.1%}" if recall else "")
+        + f"; attention kept in {settings['keep_attention']}, {settings['evaluation_tokens']:,} held-out tokens.",
+        "",
+        f"| {' | '.join(head)} |",
+        f"|{'|'.join(['---'] * len(head))}|",
+    ]
+    for budget, recipe, results in _groups(found["results"]):
+        trained = [result for result in results if "failed" not in result]
+        seeds = str(len(results)) + (f", {len(results) - len(trained)} failed" if len(trained) < len(results) else "")
+        cells = [
+            count(budget),
+            recipe,
+            *_numbers(trained, teacher["loss"], recall),
+            _factor(results[0], settings),
+            seeds,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(found: Fields, path: Path) -> None:
+    """The gap of every recipe over tokens and over CPU seconds, the medians of its seeds; both axes logarithmic.
+
+    A line is a run on its way, its last point the end. Larger budgets have thicker lines.
+    """
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    groups = list(_groups(found["results"]))
+    recipes = list(dict.fromkeys(result["recipe"] for result in found["results"]))
+    budgets = sorted({budget for budget, _, _ in groups})
+    for budget, recipe, results in groups:
+        curve = _median_curve([result["curve"] for result in results], found["teacher"]["loss"])
+        for ax, x in zip(axes, ("tokens", "cpu_seconds"), strict=True):
+            points = [(point[x], point["gap"]) for point in curve if point[x] > 0 and point["gap"] > 0]
+            if points:
+                ax.plot(
+                    *zip(*points, strict=True),
+                    color=f"C{recipes.index(recipe)}",
+                    linewidth=1 + budgets.index(budget),
+                    marker="o",
+                    markevery=[-1],
+                    label=recipe if budget == budgets[-1] else None,
+                )
+    for ax, label in zip(axes, ("training tokens", "CPU seconds of training"), strict=True):
+        ax.set(xscale="log", yscale="log", xlabel=label)
+        ax.grid(True, which="both", alpha=0.2)
+    axes[0].set_ylabel("held-out loss behind the teacher, nats a token")
+    if axes[0].get_legend_handles_labels()[0]:
+        axes[0].legend(fontsize="small")
+    figure.suptitle(f"{found['teacher']['name']}, attention kept in {found['settings']['keep_attention']}")
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def _groups(results: Iterable[Fields]) -> list[tuple[int, str, list[Fields]]]:
+    """(budget, recipe, its seeds), the smallest budget and in it the smallest loss first."""
+    found: dict[tuple[int, str], list[Fields]] = {}
+    for result in results:
+        found.setdefault((result["budget"], result["recipe"]), []).append(result)
+
+    def place(item: tuple[tuple[int, str], list[Fields]]) -> tuple[int, float]:
+        (budget, _), of_seeds = item
+        return budget, median([gap(result, 0.0) for result in of_seeds])
+
+    return [(budget, recipe, of_seeds) for (budget, recipe), of_seeds in sorted(found.items(), key=place)]
+
+
+def _numbers(results: Sequence[Fields], teacher_loss: float, recall: bool) -> list[str]:
+    """Cells of what is measured."""
+    return [
+        _spread([gap(result, teacher_loss) for result in results], "{:.4f}".format),
+        _spread([result["kl"] for result in results], "{:.4f}".format),
+        _spread([result["agreement"] for result in results], "{:.1%}".format),
+        *([_spread([result["recall"] for result in results], "{:.1%}".format)] if recall else []),
+        _spread([result["cpu_seconds"] for result in results], "{:.0f}".format),
+    ]
+
+
+def _spread(values: Sequence[float], shown: Callable[[float], str]) -> str:
+    """The median, and the range where there are several."""
+    if not values:
+        return "failed"
+    middle = shown(median(values))
+    return middle if len(values) == 1 else f"{middle} ({shown(min(values))} to {shown(max(values))})"
+
+
+def _factor(result: Fields, settings: Fields) -> str:
+    """The factor on the learning rates; with a mark at the edge of the grid, beyond which a better one may lie."""
+    grid = settings["grid"]
+    edge = len(grid) > 1 and result["factor"] in (min(grid), max(grid))
+    return f"{result['factor']:g}{', edge' * edge}"
+
+
+def _median_curve(curves: Sequence[Sequence[Fields]], teacher_loss: float) -> list[Fields]:
+    """Point by point over seeds, which are all evaluated at the same tokens."""
+    whole = [curve for curve in curves if curve]
+    return [
+        {
+            "tokens": points[0]["tokens"],
+            "cpu_seconds": median([point["cpu_seconds"] for point in points]),
+            "gap": median([point["loss"] - teacher_loss for point in points]),
+        }
+        for points in zip(*whole, strict=True)
+    ]

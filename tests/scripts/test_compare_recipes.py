@@ -1,0 +1,157 @@
+"""scripts.compare_recipes: budgets, files and tables by hand, and one small comparison of real runs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from distill.recipe import load_recipe
+from scripts import compare_recipes
+from scripts.comparison_runs import Common, Wanted, cut_recipe, recipe_file, slug
+from scripts.comparison_table import table
+from tests.conftest import CHECKOUT
+from tests.stages.conftest import saved_teacher, text, write_recipe
+
+__all__ = ["saved_teacher", "text"]
+
+PUBLISHED = sorted(path.stem for path in (CHECKOUT / "recipes" / "published").glob("*.yaml"))
+
+
+@pytest.fixture
+def common(tmp_path, saved_teacher, text, monkeypatch) -> Common:
+    """A comparison on a tiny random teacher."""
+    monkeypatch.chdir(CHECKOUT)
+    teacher = write_recipe(tmp_path, saved_teacher, text)
+    return Common(teacher, ("data.block=64",), "[1]", 256, 2, False, tmp_path / "out")
+
+
+@pytest.mark.parametrize("recipe", ["ours", "mmmamba", *PUBLISHED])
+def test_every_recipe_fills_the_budget_on_common_ground(common, recipe):
+    budget = 1_002_000  # of which stages by themselves would leave more than a step
+    path, settings = cut_recipe(common, Wanted(recipe, budget, 3.0, 7))
+    own, cut = load_recipe(path), load_recipe(path, settings)
+    teacher = load_recipe(common.teacher, common.overrides)
+    assert (cut.teacher, cut.data, cut.seed) == (teacher.teacher, teacher.data, 7)
+    assert cut.student.keep_attention.layers == (1,)
+    assert cut.student.mixer == own.student.mixer
+    nominal = sum(stage.tokens for stage in own.stages.named().values())
+    steps = {name: stage.batch_size * cut.block_of(stage) for name, stage in cut.stages.named().items()}
+    spent = [stage.tokens for stage in cut.stages.named().values()]
+    assert budget - max(steps.values()) < sum(spent) <= budget
+    for name, stage in cut.stages.named().items():
+        before = own.stages.named()[name]
+        assert stage.tokens % steps[name] == 0
+        assert abs(stage.tokens - budget * before.tokens / nominal) <= sum(steps.values())
+        assert (stage.lr, stage.mixer_lr) == pytest.approx((3 * before.lr, 3 * before.mixer_lr))
+
+
+def test_a_recipe_by_name_by_file_and_with_settings(monkeypatch):
+    monkeypatch.chdir(CHECKOUT)
+    assert recipe_file("ours") == (Path("recipes/quickstart.yaml"), [])
+    assert recipe_file("scratch student.rope=keep seed=1")[1] == ["student.rope=keep", "seed=1"]
+    assert recipe_file("some/where.yaml") == (Path("some/where.yaml"), [])
+    assert slug("ours student.keep_attention=[0, 3]") == "ours_student.keep_attention=_0_3"
+
+
+RESULT = {"recipe": "a", "budget": 1000, "factor": 1.0, "seed": 0, "agreement": 0.5, "cpu_seconds": 2.0, "curve": []}
+
+
+def test_the_table_gives_medians_ranges_and_failures():
+    results = [
+        {**RESULT, "loss": loss, "kl": kl, "seed": seed}
+        for seed, (loss, kl) in enumerate([(2.5, 1), (2.1, 3), (2.2, 2)])
+    ]
+    results += [{**RESULT, "recipe": "b", "factor": 3.0, "loss": 2.15, "kl": 0.5}]
+    results += [{"recipe": "c", "budget": 1000, "factor": 0.3, "seed": 0, "curve": [], "failed": "not finite"}]
+    found = {
+        "teacher": {"name": "t", "loss": 2.0, "recall": None},
+        "settings": {"keep_attention": "[]", "evaluation_tokens": 4000, "grid": [0.3, 1.0, 3.0]},
+        "results": results,
+    }
+    rows = table(found).splitlines()[4:]
+    assert rows == [
+        "| 1K | b | 0.1500 | 0.5000 | 50.0% | 2 | 3, edge | 1 |",
+        "| 1K | a | 0.2000 (0.1000 to 0.5000) | 2.0000 (1.0000 to 3.0000) | 50.0% (50.0% to 50.0%) | 2 (2 to 2) "
+        "| 1 | 3 |",
+        "| 1K | c | failed | failed | failed | failed | 0.3, edge | 1, 1 failed |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--recipe", "none"], "there is no recipe 'none'; give a file, or one of ours, "),
+        (
+            ["--recipe", "mohawk", "--budget", "9K"],
+            "mohawk: 240 tokens of 9000 are left for mixing, less than one step",
+        ),
+        (["--recipe", "scratch", "--budget", "much"], "--budget much: give tokens such as 500000, 500K or 4M"),
+        (["--recipe", "kl_only", "--recipe", " kl_only"], "two would have the same folder"),
+        (
+            ["--recipe", "kl_only stages.logits.offline_teacher.top_k=8"],
+            "stages.logits.offline_teacher has no place",
+        ),
+        (["--recipe", "kl_only stages.logits.lrr=1"], "stages.logits.lrr: unknown key, did you mean 'lr'?"),
+        (["--recipe", "scratch stages.logits.ce_weight=0.5"], "student.from_scratch leaves nothing of the teacher"),
+    ],
+)
+def test_mistakes_end_with_two_before_anything_is_trained(common, capsys, arguments, said):
+    import typer
+    from typer.testing import CliRunner
+
+    app = typer.Typer()
+    app.command()(compare_recipes.main)
+    given = [*arguments, *([] if "--budget" in arguments else ["--budget", "1M"])]
+    ended = CliRunner().invoke(app, [*given, "--teacher", str(common.teacher), "--output", str(common.output)])
+    assert ended.exit_code == 2, ended.output
+    assert said in ended.stderr
+    assert not common.output.exists()
+
+
+def test_the_rates_with_the_smallest_gap_are_taken():
+    tried = [{**RESULT, "factor": factor, "loss": loss} for factor, loss in [(0.3, 2.4), (1.0, 2.3)]]
+    tried += [
+        {"recipe": "a", "factor": 3.0, "failed": "not finite"},
+        {**RESULT, "recipe": "b", "loss": 2.1, "factor": 3.0},
+    ]
+    assert compare_recipes._best(tried, "a", 2.0) == 1.0
+
+
+@pytest.mark.slow
+def test_a_comparison_and_its_continuation(common):
+    """Two recipes, one seed, two steps each; slow because its processes start anew."""
+    recipe = "kl_only stages.logits.batch_size=4"
+    arguments = {
+        "recipe": [recipe, "scratch stages.logits.batch_size=4"],
+        "budget": ["512"],
+        "teacher": str(common.teacher),
+        "output": common.output,
+        "evaluation_tokens": "256",
+        "points": 2,
+    }
+    compare_recipes.main(**arguments)
+    record = json.loads((common.output / "results.json").read_text())
+    assert record["tried"] == record["results"]
+    assert [one["recipe"] for one in record["results"]] == arguments["recipe"]
+    for result in record["results"]:
+        assert [point["tokens"] for point in result["curve"]] == [0, 256, 512]
+        assert result["cpu_seconds"] > 0
+    assert "| 512 | kl_only" in (common.output / "table.md").read_text()
+    height, width, _ = imread(common.output / "gap.png").shape
+    assert width > height > 200
+
+    # What is there is not trained again, and what is not there is.
+    runs = common.output / "runs"
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("model.safetensors")}
+    shutil.rmtree(runs / slug(recipe))
+    compare_recipes.main(**arguments)
+    again = json.loads((common.output / "results.json").read_text())
+    timeless = [
+        [{**one, "cpu_seconds": 0, "curve": len(one["curve"])} for one in r["results"]] for r in (record, again)
+    ]
+    assert timeless[0] == timeless[1]
+    after = {path: path.stat().st_mtime_ns for path in runs.rglob("model.safetensors")}
+    assert after.keys() == before.keys()
+    assert all(after[path] == time for path, time in before.items() if "scratch" in str(path))
