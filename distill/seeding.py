@@ -16,7 +16,7 @@ from distill.attention import AttentionView
 from distill.calibration import steady_direction
 from distill.capture import LayerTrace
 from distill.mixers import DiscreteMamba2Mixer, Mamba2Mixer, Mixer
-from distill.mixers.state_space import inverse_softplus
+from distill.mixers.parts import inverse_softplus
 from distill.objectives import attention_matrix
 from distill.projections import Projection
 
