@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distill.errors import UserError
 from distill.recipe import Keep, LayerwiseTraining, Recipe, StageName, Student
@@ -86,6 +86,9 @@ def check(recipe: Recipe, *, ranks: int = 1, planning: bool = False) -> RecipeFa
                 for key, wanted in (("bos", recipe.data.bos), ("eos", recipe.data.eos)):
                     with found.at(f"data.{key}"):
                         _check_special_token(tokenizer, key, wanted and recipe.data.images is None)
+        with found.at("stages.mixing"):
+            if recipe.stages.mixing is not None:
+                _check_mixing(recipe.student.mixer)
         with found.at("stages.logits.train"):
             check_trained(recipe)
         with found.at("data.images"):
@@ -285,6 +288,15 @@ def _check_mixers(n_mixers: int, recipe: Recipe) -> None:
         raise UserError(
             f"keep_attention leaves nothing for {' and '.join(idle)} to train; keep fewer layers, or drop what is idle"
         )
+
+
+def _check_mixing(mixer: str) -> None:
+    """Stage 1 streams the two matrices past each other, which it can where a mixer's has factors."""
+    from distill.mixers import MIXERS
+
+    made: Any = MIXERS[mixer]
+    if made.without_factors is not None:
+        raise UserError(f"not for {mixer}: {made.without_factors}; leave the stage out, and give its tokens to hidden")
 
 
 def _check_exportable(

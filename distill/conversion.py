@@ -86,7 +86,7 @@ def convert(
     rope: str = "drop",
     bidirectional: str = "refuse",
 ) -> PreTrainedModel:
-    """Turn a pretrained Transformer into a student with Mamba-2 layers.
+    """Turn a pretrained Transformer into a student with linear-time layers.
 
     Args:
         teacher: a Hugging Face folder (or hub id), or a loaded model, which is left untouched.
@@ -203,7 +203,14 @@ def plan(
         "out_bias": attention.o.bias is not None,
         "rope": rope,
     }
-    return student_config(teacher, layers, settings)
+    return student_config(teacher, layers, settings | _own_settings(mixer, attention))
+
+
+def _own_settings(mixer: str, attention: AttentionView) -> dict[str, Any]:
+    """What only this kind of mixer is built with."""
+    if mixer == "gated_deltanet":  # transformers' has no bias there, so only where the teacher's must go somewhere
+        return {"conv_bias": any(part.bias is not None for part in (attention.q, attention.k, attention.v))}
+    return {}
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:

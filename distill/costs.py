@@ -19,6 +19,8 @@ Floating-point operations a token, forward, multiplications and additions counte
     matrices    2 n                        n weights, each used once
     attention   4 T H P                    scores and weighted sum, the masked upper triangle included
     scan        H (2 Q (N + P) + 4 P N)    inside chunks (scores, sums); between chunks (written, read)
+    delta rule  H (Q (5 N + 3 P) + 6 P N)  instead, of gated_deltanet: two scores, sums, and a triangle solved for N + P
+                                           columns; taken back, written, read
     head        2 D V
 
 Backward costs twice the forward, and n weights that are frozen save 2 n of it. So a token of training costs::
@@ -50,7 +52,7 @@ from distill import activations
 from distill.data.batches import micro_batches
 from distill.decoder import attention_of, layers_of
 from distill.experts import idle_parameters
-from distill.layout import mixer_layers
+from distill.layout import ATTENTION, mixer_layers
 from distill.objectives import strips
 from distill.objectives.chunked import VOCABULARY_SLICE, chunk_rows
 from distill.recipe import HiddenStage, LogitsStage, MixingStage, Recipe, Stage
@@ -100,6 +102,7 @@ class Sizes:
     teacher: dict[str, int]
     student: dict[str, int]
     idle: int = 0
+    mixer: str = "mamba2"
 
     @property
     def n_changed(self) -> int:
@@ -125,6 +128,7 @@ def sizes_of(student: PreTrainedModel, block: int, teacher_roles: dict[str, int]
         teacher=teacher_roles,
         student=roles,
         idle=idle_parameters(student),
+        mixer=next((kind for kind in student.config.distill["layers"] if kind != ATTENTION), "mamba2"),
     )
 
 
@@ -163,8 +167,7 @@ def teacher_flops_per_token(sizes: Sizes, stage: Stage) -> float:
 def student_flops_per_token(sizes: Sizes, stage: Stage) -> float:
     """Forward and backward of what a stage runs of the student."""
     s, n = sizes, {**sizes.student, "mlp": sizes.student["mlp"] - sizes.idle}
-    chunk = min(CHUNK, s.block)
-    scan = s.heads * (2 * chunk * (s.state_dim + s.head_dim) + 4 * s.head_dim * s.state_dim)
+    scan = _scan(s)
     if isinstance(stage, MixingStage):
         return 3 * (2 * n["mixer"] + s.n_changed * (s.block + s.rows) * s.heads * s.state_dim)
     mixers = 2 * n["mixer"] + s.n_changed * scan
@@ -183,6 +186,13 @@ def student_flops_per_token(sizes: Sizes, stage: Stage) -> float:
         frozen_mixers = 0 if "mixer" in stage.train else 2 * n["mixer"]
         alone = 3 * (mixers + mlp) - frozen_mlp - frozen_mixers + (mixers + mlp if stage.gradient_checkpointing else 0)
     return 3 * (layers + _head(s)) - frozen + again + alone
+
+
+def _scan(sizes: Sizes) -> int:
+    s, chunk = sizes, min(CHUNK, sizes.block)
+    if s.mixer == "gated_deltanet":
+        return s.heads * (chunk * (5 * s.state_dim + 3 * s.head_dim) + 6 * s.head_dim * s.state_dim)
+    return s.heads * (2 * chunk * (s.state_dim + s.head_dim) + 4 * s.head_dim * s.state_dim)
 
 
 def _attention(sizes: Sizes) -> int:

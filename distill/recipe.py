@@ -111,8 +111,8 @@ class Keep(Section):
 class Student(Section):
     """What the teacher is turned into."""
 
-    mixer: Literal["mamba2", "discrete_mamba2"] = "mamba2"
-    """What stands where attention stood: the standard Mamba-2 layer, or MOHAWK's discrete one."""
+    mixer: Literal["mamba2", "discrete_mamba2", "gated_deltanet"] = "mamba2"
+    """What stands where attention stood: the standard Mamba-2 layer, MOHAWK's discrete one, or Gated DeltaNet."""
     keep_attention: Keep = Keep(layers=())
     """The layers that keep attention: a list of indices, {pattern: ..}, {ratio: ..} or {count: ..}."""
     seed_from_attention: Flag = True
@@ -126,7 +126,7 @@ class Student(Section):
     exportable: Literal["granite", "bamba", "gguf"] | None = None
     """A format that `distill export` must be able to write the student in, checked before the run; null for any."""
     rope: Literal["drop", "keep"] = "drop"
-    """keep: B and C carry the teacher's rotary positions, as its keys and queries do; drop: they do not."""
+    """keep: B and C (k and q) carry the teacher's rotary positions, as its keys and queries do; drop: they do not."""
 
 
 class Evaluation(Section):

@@ -26,7 +26,7 @@ from distill.vision import is_vision
 
 CARD = "README.md"
 UNKNOWN = "unknown: fill in"
-MIXER_NAMES = {"mamba2": "Mamba-2", "discrete_mamba2": "discrete Mamba-2"}
+MIXER_NAMES = {"mamba2": "Mamba-2", "discrete_mamba2": "discrete Mamba-2", "gated_deltanet": "Gated DeltaNet"}
 
 
 def write_card(folder: Path, account: Account, written: Written) -> Path:

@@ -18,7 +18,8 @@ def metadata(account: Account, written: Written) -> ModelCardData:
     datasets = [source.split(":")[1] for source in account.sources if source.startswith("dataset:")]
     results = _results(account)
     kinds = set(account.config.distill["layers"])
-    tags = ["mamba2", "state-space-model", "distillation", *(["hybrid"] if len(kinds) > 1 else [])]
+    of_mixers = ["gated-deltanet", "linear-attention"] if "gated_deltanet" in kinds else ["mamba2", "state-space-model"]
+    tags = [*of_mixers, "distillation", *(["hybrid"] if len(kinds) > 1 else [])]
     tags += [*TAGS[written.format], *(["torchao", "int8"] if written.quantised else [])]
     return ModelCardData(
         language=teacher.language,

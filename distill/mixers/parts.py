@@ -15,18 +15,19 @@ class ShortConvolution(nn.Conv1d):
     Args:
         channels: C.
         width: taps, the current position's included.
+        bias: add a number to every channel.
     """
 
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__(channels, channels, width, groups=channels, bias=True)
+    def __init__(self, channels: int, width: int, *, bias: bool = True) -> None:
+        super().__init__(channels, channels, width, groups=channels, bias=bias)
 
     @torch.no_grad()
     def open_(self) -> None:
         """Let only the current position pass, unchanged."""
-        assert self.bias is not None
         self.weight.zero_()
         self.weight[:, 0, -1] = 1.0
-        self.bias.zero_()
+        if self.bias is not None:
+            self.bias.zero_()
 
     def forward(
         self,
@@ -37,9 +38,9 @@ class ShortConvolution(nn.Conv1d):
         cache: MixerCacheLayer | None = None,
     ) -> Tensor:
         """Convolve (B, T, C), continuing from the inputs a cache remembers and stopping at document borders."""
-        assert self.bias is not None
         n_past = self.kernel_size[0] - 1
-        weight_CK, bias_C = self.weight.squeeze(1).to(x_BTC.dtype), self.bias.to(x_BTC.dtype)
+        weight_CK = self.weight.squeeze(1).to(x_BTC.dtype)
+        bias_C = None if self.bias is None else self.bias.to(x_BTC.dtype)
         if cache is not None and n_past and is_step(x_BTC, resets_BT, cache):
             return convolution_step(cache.slide_inputs(x_BTC, valid_BT), weight_CK, bias_C)
         past_BTC = None if cache is None else cache.exchange_inputs(x_BTC, n_past)

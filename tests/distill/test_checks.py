@@ -116,6 +116,10 @@ def test_a_public_teacher(run_check: Check) -> None:
         (["student.keep_attention={count: 5}"], "student.keep_attention.count is 5; the teacher has 4 layers"),
         (["student.keep_attention={ratio: 1.0}"], "student.keep_attention leaves nothing for hidden to train"),
         (["student.rope=keep", "student.state_dim=4"], "student.rope is keep and state_dim 4, but the teacher turns 8"),
+        (
+            ["student.mixer=gated_deltanet", "stages.mixing={tokens: 1024, batch_size: 2}"],
+            "stages.mixing: not for gated_deltanet: the delta",
+        ),
         (["data.block=65"], "data.block: 65 tokens are more than the 64 positions that the teacher knows"),
         (["stages.hidden.tokens=100"], "stages.hidden.tokens: 100 tokens are less than one step of 128"),
         (["data.source=none.txt"], "data.source 'none.txt': no such file or folder"),

@@ -1,4 +1,4 @@
-"""Both mixers: matrix = forward, cache = no cache, documents and padding apart, equal to other implementations."""
+"""Every mixer: matrix = forward, cache = no cache, documents and padding apart, equal to other implementations."""
 
 import pytest
 import torch
@@ -7,12 +7,16 @@ from torch.nn import functional as F
 from transformers import BambaConfig
 from transformers.cache_utils import DynamicCache
 from transformers.models.bamba.modeling_bamba import BambaMixer
+from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from distill.cache import adopt
 from distill.mixers import MIXERS, Mamba2Mixer
 from tests.distill.objectives.matrix_pairs import written_out
 
 HIDDEN, HEADS, HEAD, STATE = 24, 3, 5, 4
+FACTORED = sorted(name for name, made in MIXERS.items() if made.without_factors is None)
+"""The mixers whose matrix has factors."""
 
 
 @pytest.fixture(params=sorted(MIXERS))
@@ -51,8 +55,9 @@ def test_matrix_times_values_is_what_forward_mixes(mixer, resets):
 
 
 @pytest.mark.parametrize("resets", [None, borders(70, 9, 40)])
-def test_the_matrix_is_that_of_its_factors(mixer, resets):
-    u = hidden(70)
+@pytest.mark.parametrize("name", FACTORED)
+def test_the_matrix_is_that_of_its_factors(name, resets):
+    mixer, u = make(name), hidden(70)
     valid = torch.ones(2, 70, dtype=torch.bool)
     valid[1, 60:] = False
     matrix = mixer.mixing_matrix(u, valid_BT=valid, resets_BT=resets)
@@ -163,6 +168,37 @@ def test_mamba2_is_transformers_mamba2():
     expected = theirs(u)
     expected = expected[0] if isinstance(expected, tuple) else expected
     torch.testing.assert_close(ours(u)[0], expected, rtol=2e-5, atol=2e-6)  # theirs rounds its sums to fp32
+
+
+@pytest.mark.parametrize("length", [1, 70])
+def test_gated_deltanet_is_transformers_with_weights_written_from_ours(length):
+    ours = make("gated_deltanet")
+    config = Qwen3NextConfig(
+        hidden_size=HIDDEN,
+        linear_num_value_heads=HEADS,
+        linear_num_key_heads=HEADS,
+        linear_value_head_dim=HEAD,
+        linear_key_head_dim=STATE,
+        linear_conv_kernel_dim=4,
+        num_hidden_layers=1,
+        layer_types=["linear_attention"],
+        rms_norm_eps=1e-5,
+    )
+    theirs = Qwen3NextGatedDeltaNet(config, layer_idx=0).double()
+    rows = {part: ours.in_proj.weight[place] for part, place in ours.in_rows().items()}
+    by_head = {part: weight.unflatten(0, (HEADS, -1)) for part, weight in rows.items()}
+    written = {name: tensor for name, tensor in ours.state_dict().items() if name in theirs.state_dict()}
+    theirs.load_state_dict(
+        written
+        | {
+            "in_proj_qkvz.weight": torch.cat([by_head[part] for part in "qkvz"], dim=1).flatten(0, 1),
+            "in_proj_ba.weight": torch.cat([by_head[part] for part in "ba"], dim=1).flatten(0, 1),
+            "norm.weight": torch.ones(HEAD),
+            "out_proj.weight": ours.out_proj.weight * ours.norm.weight,
+        }
+    )
+    u = hidden(length)
+    torch.testing.assert_close(ours(u)[0], theirs(u), rtol=2e-5, atol=2e-6)  # theirs rounds its sums to fp32
 
 
 def test_discrete_mamba2_is_mohawks_equations():
