@@ -17,7 +17,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from distill.conversion import empty_model
 from distill.errors import UserError
-from distill.windowed import SINKS, Window, matching_window
+from distill.window import SINKS, Window
+from distill.windowed import matching_window
 
 KEYS = ("window", "sinks", "layers", "like")
 
