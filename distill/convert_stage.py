@@ -39,6 +39,8 @@ def _convert(run: Run, held_out: Iterator[Batch]) -> StageRecord:
         seed_from_attention=run.recipe.student.seed_from_attention,
         state_dim=run.recipe.student.state_dim,
         conv_width=run.recipe.student.conv_width,
+        window=run.recipe.student.window,
+        sinks=run.recipe.student.sinks,
         rope=run.recipe.student.rope,
         bidirectional=run.recipe.student.bidirectional,
     )

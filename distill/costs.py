@@ -190,6 +190,8 @@ def student_flops_per_token(sizes: Sizes, stage: Stage) -> float:
 
 def _scan(sizes: Sizes) -> int:
     s, chunk = sizes, min(CHUNK, sizes.block)
+    if s.mixer == "sliding_window":  # what the window hides is computed, and masked
+        return _attention(s)
     if s.mixer == "gated_deltanet":
         return s.heads * (chunk * (5 * s.state_dim + 3 * s.head_dim) + 6 * s.head_dim * s.state_dim)
     return s.heads * (2 * chunk * (s.state_dim + s.head_dim) + 4 * s.head_dim * s.state_dim)

@@ -111,8 +111,8 @@ class Keep(Section):
 class Student(Section):
     """What the teacher is turned into."""
 
-    mixer: Literal["mamba2", "discrete_mamba2", "gated_deltanet"] = "mamba2"
-    """What stands where attention stood: the standard Mamba-2 layer, MOHAWK's discrete one, or Gated DeltaNet."""
+    mixer: Literal["mamba2", "discrete_mamba2", "gated_deltanet", "sliding_window"] = "mamba2"
+    """What stands where attention stood: Mamba-2, MOHAWK's discrete one, Gated DeltaNet, or attention with a window."""
     keep_attention: Keep = Keep(layers=())
     """The layers that keep attention: a list of indices, {pattern: ..}, {ratio: ..} or {count: ..}."""
     seed_from_attention: Flag = True
@@ -125,6 +125,10 @@ class Student(Section):
     """For teachers that read images in both directions (PaliGemma, Gemma 3): causal lets mixers read them one way."""
     exportable: Literal["granite", "bamba", "gguf"] | None = None
     """A format that `distill export` must be able to write the student in, checked before the run; null for any."""
+    window: Count | None = None
+    """For sliding_window: the latest tokens that a layer sees, and remembers; null for 64."""
+    sinks: Annotated[Integer, Field(ge=0)] | None = None
+    """For sliding_window: the first tokens of a document that it sees besides; null for 4."""
     rope: Literal["drop", "keep"] = "drop"
     """keep: B and C (k and q) carry the teacher's rotary positions, as its keys and queries do; drop: they do not."""
 
@@ -198,6 +202,9 @@ class Recipe(Section):
             content.pop(key)
         content["data"].pop("workers")
         content["student"].pop("exportable")
+        if self.student.mixer != "sliding_window":  # then they are null; runs from before there were any go on
+            content["student"].pop("window")
+            content["student"].pop("sinks")
         content["stages"] = {
             name: {key: value for key, value in stage.items() if key not in (*_CUT, *_CADENCE)}
             for name, stage in content["stages"].items()

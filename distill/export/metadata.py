@@ -8,6 +8,12 @@ from huggingface_hub import EvalResult, ModelCardData
 from distill.export.account import Account
 from distill.export.usage import TAGS
 from distill.export.written import Written
+from distill.layout import ATTENTION
+
+_TAGS = {
+    "gated_deltanet": ["gated-deltanet", "linear-attention"],
+    "sliding_window": ["sliding-window-attention"],
+}
 
 
 def metadata(account: Account, written: Written) -> ModelCardData:
@@ -18,7 +24,8 @@ def metadata(account: Account, written: Written) -> ModelCardData:
     datasets = [source.split(":")[1] for source in account.sources if source.startswith("dataset:")]
     results = _results(account)
     kinds = set(account.config.distill["layers"])
-    of_mixers = ["gated-deltanet", "linear-attention"] if "gated_deltanet" in kinds else ["mamba2", "state-space-model"]
+    mixer = next(iter(kinds - {ATTENTION}), "mamba2")
+    of_mixers = _TAGS.get(mixer, ["mamba2", "state-space-model"])
     tags = [*of_mixers, "distillation", *(["hybrid"] if len(kinds) > 1 else [])]
     tags += [*TAGS[written.format], *(["torchao", "int8"] if written.quantised else [])]
     return ModelCardData(

@@ -72,6 +72,7 @@ class DiscreteMamba2Mixer(nn.Module):
     """
 
     projections_frozen = False
+    of_attention = False
     without_factors = None
 
     forward = mix_over_time

@@ -144,6 +144,7 @@ class GatedDeltaNetMixer(nn.Module):
     """
 
     projections_frozen = False
+    of_attention = False
     without_factors = "the delta rule's matrix holds an inverse that couples all positions, and has no factors"
 
     forward = mix_over_time

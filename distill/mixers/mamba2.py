@@ -90,6 +90,7 @@ class Mamba2Mixer(nn.Module):
     """
 
     projections_frozen = False
+    of_attention = False
     without_factors = None
 
     forward = mix_over_time

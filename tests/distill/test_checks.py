@@ -120,6 +120,11 @@ def test_a_public_teacher(run_check: Check) -> None:
             ["student.mixer=gated_deltanet", "stages.mixing={tokens: 1024, batch_size: 2}"],
             "stages.mixing: not for gated_deltanet: the delta",
         ),
+        (
+            ["student.mixer=sliding_window", "stages.hidden.target=heads"],
+            "stages.hidden: target: heads is not for sliding_window",
+        ),
+        (["student.window=8"], "student.window and sinks are for student.mixer: sliding_window, not mamba2"),
         (["data.block=65"], "data.block: 65 tokens are more than the 64 positions that the teacher knows"),
         (["stages.hidden.tokens=100"], "stages.hidden.tokens: 100 tokens are less than one step of 128"),
         (["data.source=none.txt"], "data.source 'none.txt': no such file or folder"),

@@ -216,7 +216,7 @@ def test_roles_cover_every_parameter_once(family):
 @pytest.mark.parametrize(
     ("wanted", "says"),
     [
-        ({"mixer": "mamba3"}, "mixer is 'mamba3'; allowed are discrete_mamba2, gated_deltanet, mamba2"),
+        ({"mixer": "mamba3"}, "mixer is 'mamba3'; allowed are discrete_mamba2, gated_deltanet, mamba2, sliding_window"),
         ({"keep_attention": [3]}, "numbered 0 to 2"),
         ({"state_dim": 0}, "at least 1"),
     ],

@@ -14,7 +14,7 @@ from distill.costs import Sizes, flops_per_token, kept_for_backward, sizes_of
 from distill.layout import mixer_layers
 from distill.machine import measure
 from distill.memory import memory, numbers
-from distill.mixers import MIXERS
+from distill.mixers import KINDS, MIXERS
 from distill.objectives import streamed_mixing_distance, strips
 from distill.recipe import HiddenStage, LogitsStage, MixingStage, Recipe
 from distill.units import count, duration, read_count, read_size, size
@@ -58,7 +58,7 @@ def counted(*calls: object) -> float:
     return counter.get_total_flops() / (BATCH * BLOCK)
 
 
-@pytest.mark.parametrize("mixer", sorted(MIXERS))
+@pytest.mark.parametrize("mixer", sorted(KINDS))
 @pytest.mark.parametrize("kept", [(), (1,)])
 def test_operations_of_the_logits_stage(mixer: str, kept: tuple[int, ...]) -> None:
     teacher, student, sizes = models(mixer, kept)

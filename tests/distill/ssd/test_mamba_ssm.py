@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache
 from distill import doctor
 from distill.cache import adopt
 from distill.errors import UserError
-from distill.mixers import MIXERS
+from distill.mixers import KINDS, MIXERS
 from distill.ssd import backends, scan_reference
 from distill.ssd.kernels import MAMBA_SSM_CHUNK, mamba_ssm_scan
 from tests.distill.ssd.test_kernels import CPU, CUDA, borders, close
@@ -252,7 +252,7 @@ def test_compiled_code_is_not_given_what_cannot_be_traced(monkeypatch, installed
 
 def test_doctor_knows_whom_each_mixer_is_served_by(monkeypatch, installed):
     gpu = {"gpus": [{"bfloat16": True}]}
-    assert {*doctor._STEPPED, *doctor._UNSCANNED} == MIXERS.keys()
+    assert {*doctor._STEPPED, *doctor._UNSCANNED} == KINDS.keys()
     told = doctor._scan_backends(gpu)
     assert told["mamba_ssm"] == {"used": False, "why": "not used: not installed"}
 
