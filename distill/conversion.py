@@ -39,6 +39,7 @@ from distill.vision import refuse_both_ways
 from distill.window import SINKS
 
 WINDOW = 64
+TAYLOR_DIM = 16
 CONTEXTS = (1024, 4096, 32768, 131072)
 
 
@@ -99,7 +100,7 @@ def convert(
             teacher bit for bit.
         seed: for the tokens the seeding looks at and for mixers that start at random; the same seed, the same student.
         seed_from_attention: copy the attention weights into the mixers; False starts the mixers at random.
-        state_dim: state size of a head; None means the teacher's head size.
+        state_dim: state size of a head; None means the teacher's head size (``based``: queries' and keys', at most 16).
         conv_width: taps of the mixers' short convolution.
         rope: ``keep`` gives the mixers the teacher's rotary positions (``distill.mixers.rotary``), ``drop`` does not.
         bidirectional: for a teacher that reads images in both directions; ``"causal"`` lets mixers read them one way.
@@ -204,7 +205,8 @@ def plan(
     attention, *others = views(empty, changed or [0]).values()
     if any((other.n_heads, other.head_dim) != (attention.n_heads, attention.head_dim) for other in others):
         raise UserError(f"the layers of this {family_name(teacher)} have different heads; mixers are all of one shape")
-    state_dim = state_dim or attention.head_dim
+    if state_dim is None:  # a Taylor series has a feature for every two of its numbers
+        state_dim = min(attention.head_dim, TAYLOR_DIM) if mixer == "based" else attention.head_dim
     if rope == "keep" and mixer != "sliding_window":  # whose attention does with positions what it always did
         require_rotation(empty, changed, state_dim)
     settings = {

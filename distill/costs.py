@@ -53,6 +53,7 @@ from distill.data.batches import micro_batches
 from distill.decoder import attention_of, layers_of
 from distill.experts import idle_parameters
 from distill.layout import ATTENTION, mixer_layers
+from distill.mixers.based import n_features
 from distill.objectives import strips
 from distill.objectives.chunked import VOCABULARY_SLICE, chunk_rows
 from distill.recipe import HiddenStage, LogitsStage, MixingStage, Recipe, Stage
@@ -116,6 +117,7 @@ class Sizes:
 def sizes_of(student: PreTrainedModel, block: int, teacher_roles: dict[str, int], roles: dict[str, int]) -> Sizes:
     """The sizes of a student, with the parameters by role of its teacher and its own."""
     text, mixer = student.config.get_text_config(), student.config.distill["mixer"]
+    kind = next((kind for kind in student.config.distill["layers"] if kind != ATTENTION), "mamba2")
     return Sizes(
         n_layers=text.num_hidden_layers,
         n_kept=text.num_hidden_layers - len(mixer_layers(student.config)),
@@ -123,12 +125,12 @@ def sizes_of(student: PreTrainedModel, block: int, teacher_roles: dict[str, int]
         vocabulary=text.vocab_size,
         heads=mixer["n_heads"],
         head_dim=mixer["head_dim"],
-        state_dim=mixer["state_dim"],
+        state_dim=n_features(mixer["state_dim"]) if kind == "based" else mixer["state_dim"],
         block=block,
         teacher=teacher_roles,
         student=roles,
         idle=idle_parameters(student),
-        mixer=next((kind for kind in student.config.distill["layers"] if kind != ATTENTION), "mamba2"),
+        mixer=kind,
     )
 
 

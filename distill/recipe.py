@@ -111,14 +111,14 @@ class Keep(Section):
 class Student(Section):
     """What the teacher is turned into."""
 
-    mixer: Literal["mamba2", "discrete_mamba2", "gated_deltanet", "sliding_window"] = "mamba2"
-    """What stands where attention stood: Mamba-2, MOHAWK's discrete one, Gated DeltaNet, or attention with a window."""
+    mixer: Literal["mamba2", "discrete_mamba2", "gated_deltanet", "based", "sliding_window"] = "mamba2"
+    """What stands where attention stood: Mamba-2, MOHAWK's, Gated DeltaNet, BASED's, or attention with a window."""
     keep_attention: Keep = Keep(layers=())
     """The layers that keep attention: a list of indices, {pattern: ..}, {ratio: ..} or {count: ..}."""
     seed_from_attention: Flag = True
     """Start the mixers from the teacher's attention weights instead of at random."""
     state_dim: Count | None = None
-    """Numbers of state for each channel of a head; null for the size of the teacher's heads."""
+    """Numbers of state for each channel of a head (based: of a query); null for the teacher's heads' (at most 16)."""
     conv_width: Count = 4
     """Positions the mixers' short convolution looks at."""
     bidirectional: Literal["refuse", "causal"] = "refuse"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from distill.attention import AttentionView
 from distill.calibration import steady_direction
 from distill.capture import LayerTrace
-from distill.mixers import DiscreteMamba2Mixer, GatedDeltaNetMixer, Mamba2Mixer, Mixer
+from distill.mixers import BasedMixer, DiscreteMamba2Mixer, GatedDeltaNetMixer, Mamba2Mixer, Mixer
 from distill.mixers.parts import inverse_softplus
 from distill.objectives import attention_matrix
 from distill.projections import Projection
@@ -64,11 +64,12 @@ class Rows:
 
 
 _STATE_SPACE = Rows("x", "B", "C", unused="C")
+_TAYLOR = Rows("v", "k", "q", unused="q")
 _DELTA = Rows("v", "k", "q", unused="k")
 
 
 def _copy_projections(
-    mixer: Mamba2Mixer | DiscreteMamba2Mixer | GatedDeltaNetMixer,
+    mixer: Mamba2Mixer | DiscreteMamba2Mixer | GatedDeltaNetMixer | BasedMixer,
     attention: AttentionView,
     trace: LayerTrace,
     named: Rows = _STATE_SPACE,
@@ -88,8 +89,8 @@ def _copy_projections(
         named.q: _norm_gain(attention, attention.q, attention.q_norm, trace),
     }
     for name, (projection, scale) in sources.items():
-        width = mixer.head_dim if name == named.v else mixer.state_dim
         place = rows[name]
+        width = (place.stop - place.start) // mixer.n_heads
         made = mixer.in_proj.weight[place]
         # Columns of a state wider than the head: one of keys and queries starts at zero there, so that they have no
         # influence, but the other at random, since the gradient of each is a multiple of the other.
@@ -223,8 +224,46 @@ def _seed_gated_deltanet(mixer: Mixer, attention: AttentionView, trace: LayerTra
     ]
 
 
+def _seed_based(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> list[Seeded]:
+    assert isinstance(mixer, BasedMixer)
+    seeded = _copy_projections(mixer, attention, trace, _TAYLOR)
+    if mixer.score_dim >= attention.head_dim:
+        return seeded
+    _narrow_scores_(mixer, attention, trace)
+    return [*seeded, Seeded("in_proj q, k", f"the nearest scores of rank {mixer.score_dim}, head by head")]
+
+
+def _narrow_scores_(mixer: BasedMixer, attention: AttentionView, trace: LayerTrace) -> None:
+    """Queries and keys of d numbers whose scores u_t W u_s are as near to attention's, before rotation, as d allow.
+
+    W = scaling · W_qᵀ W_k of a head, (D, D), and the nearest matrix of rank d is cut from its singular values
+    (Eckart and Young), the square root of each given to both sides. Inputs count as if all directions were equally
+    long, which behind a norm they nearly are. Biases, which have no place in W, are dropped.
+    """
+    rows, d = mixer.in_rows(), mixer.score_dim
+    q_HDP = _columns(attention, attention.q, attention.q_norm, trace)
+    k_HDP = attention.per_query_head(_columns(attention, attention.k, attention.k_norm, trace), dim=0)
+    # The singular values of W = Q_q (R_q R_kᵀ) Q_kᵀ are those of what stands in the middle, (P, P).
+    (q_basis_HDP, q_HPP), (k_basis_HDP, k_HPP) = torch.linalg.qr(q_HDP), torch.linalg.qr(k_HDP)
+    left_HPP, size_HP, right_HPP = torch.linalg.svd(attention.scaling * q_HPP @ k_HPP.mT)
+    left_HDP, right_HPD = q_basis_HDP @ left_HPP, right_HPP @ k_basis_HDP.mT
+    root_H1d = size_HP[:, None, :d].sqrt()
+    mixer.in_proj.weight[rows["q"]] = (left_HDP[:, :, :d] * root_H1d).mT.flatten(0, 1).to(mixer.in_proj.weight.dtype)
+    mixer.in_proj.weight[rows["k"]] = (right_HPD[:, :d] * root_H1d.mT).flatten(0, 1).to(mixer.in_proj.weight.dtype)
+    assert mixer.conv1d.bias is not None
+    mixer.conv1d.bias[: 2 * mixer.wide].zero_()
+
+
+def _columns(attention: AttentionView, projection: Projection, norm: Any, trace: LayerTrace) -> Tensor:
+    """(heads, D, P), fp32: a projection's weights, head by head, times what its norm makes of each channel."""
+    weight_ID, gain_I = projection.weight.float(), _norm_gain(attention, projection, norm, trace)
+    scaled_ID = weight_ID if gain_I is None else gain_I[:, None] * weight_ID
+    return scaled_ID.unflatten(0, (-1, attention.head_dim)).mT
+
+
 SEEDS: dict[type, Callable[[Mixer, AttentionView, LayerTrace], list[Seeded]]] = {
     Mamba2Mixer: _seed_mamba2,
     DiscreteMamba2Mixer: _seed_discrete_mamba2,
     GatedDeltaNetMixer: _seed_gated_deltanet,
+    BasedMixer: _seed_based,
 }

@@ -30,6 +30,7 @@ MIXER_NAMES = {
     "mamba2": "Mamba-2",
     "discrete_mamba2": "discrete Mamba-2",
     "gated_deltanet": "Gated DeltaNet",
+    "based": "BASED",
     "sliding_window": "sliding-window attention",
 }
 

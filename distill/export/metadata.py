@@ -12,6 +12,7 @@ from distill.layout import ATTENTION
 
 _TAGS = {
     "gated_deltanet": ["gated-deltanet", "linear-attention"],
+    "based": ["based", "linear-attention"],
     "sliding_window": ["sliding-window-attention"],
 }
 

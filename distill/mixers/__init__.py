@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from distill.mixers.based import BasedMixer
 from distill.mixers.discrete_mamba2 import DiscreteMamba2Mixer
 from distill.mixers.gated_deltanet import GatedDeltaNetMixer
 from distill.mixers.mamba2 import Mamba2Mixer
@@ -95,10 +96,20 @@ MIXERS: dict[str, type[nn.Module]] = {
     "mamba2": Mamba2Mixer,
     "discrete_mamba2": DiscreteMamba2Mixer,
     "gated_deltanet": GatedDeltaNetMixer,
+    "based": BasedMixer,
 }
 """Those with a state of constant size, which are built from sizes."""
 
 KINDS: dict[str, type[nn.Module]] = {**MIXERS, "sliding_window": SlidingWindowMixer}
 """All; where ``of_attention`` is set a mixer is built from the attention that it replaces."""
 
-__all__ = ["KINDS", "MIXERS", "DiscreteMamba2Mixer", "GatedDeltaNetMixer", "Mamba2Mixer", "Mixer", "SlidingWindowMixer"]
+__all__ = [
+    "KINDS",
+    "MIXERS",
+    "BasedMixer",
+    "DiscreteMamba2Mixer",
+    "GatedDeltaNetMixer",
+    "Mamba2Mixer",
+    "Mixer",
+    "SlidingWindowMixer",
+]

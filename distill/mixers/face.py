@@ -129,7 +129,7 @@ def factors_of(
 ) -> MatrixFactors:
     """What :func:`matrix_of` is made of, which grows with T and not with T²; of terms that have such factors."""
     terms, _ = mixer._terms(hidden_BTD, valid_BT, resets_BT, None, position_embeddings)
-    return terms.factors()
+    return terms.factors(resets_BT=resets_BT)
 
 
 def remembered_numel(mixer: OfTerms) -> int:

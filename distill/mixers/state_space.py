@@ -67,8 +67,8 @@ class ScanTerms:
                 matrix_BHTT = matrix_BHTT * widen(self.step_BTH).mT[:, :, None, :]
             return matrix_BHTT + torch.diag_embed(widen(self.skip_H)[:, None].expand(-1, matrix_BHTT.shape[-1]))
 
-    def factors(self) -> MatrixFactors:
-        """What :meth:`matrix` is made of, documents apart."""
+    def factors(self, *, resets_BT: Tensor | None) -> MatrixFactors:
+        """What :meth:`matrix` is made of, documents apart, which have no say in it."""
         return MatrixFactors(self.log_decay_BTH, self.B_BTHN, self.C_BTHN, self.step_BTH, self.skip_H)
 
 

@@ -242,10 +242,13 @@ def shaping(mixer: nn.Module) -> dict[str, Tensor]:
     said = {name: torch.ones_like(parameter, dtype=torch.bool) for name, parameter in mixer.named_parameters()}
     for name in said.keys() & {"z_bias", "norm.weight", "out_proj.weight"}:
         said[name][:] = False
-    for part in ("x", "z"):
-        said["in_proj.weight"][mixer.in_rows()[part]] = False
+    rows = mixer.in_rows()
+    for part in rows.keys() & {"x", "v", "z"}:
+        said["in_proj.weight"][rows[part]] = False
+    values = rows["x" if "x" in rows else "v"]
+    convolved = min(rows[part].start for part in rows.keys() & {"x", "q"})  # the first rows that have channels there
     for name in ("conv1d.weight", "conv1d.bias"):
-        said[name][: mixer.inner] = False  # the channels of x stand first
+        said[name][values.start - convolved : values.stop - convolved] = False
     return said
 
 

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from transformers import BambaConfig
 from transformers.cache_utils import DynamicCache
 from transformers.models.bamba.modeling_bamba import BambaMixer
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
@@ -66,9 +67,10 @@ def test_the_matrix_is_that_of_its_factors(name, resets):
     torch.testing.assert_close(written_out(factors, documents), matrix, rtol=1e-12, atol=1e-12)
 
 
-def test_what_mix_returns_is_what_forward_uses(mixer):
+@pytest.mark.parametrize("name", sorted(set(MIXERS) - {"based"}))  # which has no gate
+def test_what_mix_returns_is_what_forward_uses(name):
     """Change the gate alone: forward must follow it, and mix, which ends before it, must not."""
-    u = hidden(12)
+    mixer, u = make(name), hidden(12)
     before, (mixed, _) = mixer(u)[0], mixer.mix(u)
     with torch.no_grad():
         mixer.in_proj.weight[mixer.in_rows()["z"]] *= -1.5
@@ -218,6 +220,26 @@ def test_discrete_mamba2_is_mohawks_equations():
         y = torch.stack(rows, dim=1).flatten(2)
         expected = mixer.out_proj(y * F.silu(z + mixer.z_bias))
     torch.testing.assert_close(mixer(u)[0], expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("rope", ["drop", "keep"])
+def test_based_is_softmax_attention_with_a_taylor_series_for_the_exponential(rope):
+    mixer, u = make("based", rope=rope), hidden(15)
+    mixer.conv1d.open_()
+    angle = torch.arange(15.0, dtype=torch.float64)[None, :, None] * torch.tensor([1.0, 0.3, 1.0, 0.3])
+    rotation = angle.cos(), angle.sin()
+    with torch.no_grad():
+        parts = mixer.in_proj(u).split([mixer.wide, mixer.wide, mixer.inner], dim=-1)
+        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in parts)
+        if rope == "keep":
+            q, k = apply_rotary_pos_emb(q, k, *rotation)
+        scores = q @ k.mT
+        weights = (1 + scores + scores.square() / 2).tril()
+        weights = weights / weights.sum(-1, keepdim=True)
+        expected = mixer.out_proj((weights @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(mixer(u, position_embeddings=rotation)[0], expected, rtol=1e-10, atol=1e-10)
+    matrix = mixer.mixing_matrix(u, position_embeddings=rotation)
+    torch.testing.assert_close(matrix, weights, rtol=1e-10, atol=1e-10)
 
 
 def test_the_open_gate_of_discrete_mamba2_is_one():
