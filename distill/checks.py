@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distill.errors import UserError
 from distill.recipe import Keep, LayerwiseTraining, Recipe, StageName, Student
@@ -88,6 +88,13 @@ def check(recipe: Recipe, *, ranks: int = 1, planning: bool = False) -> RecipeFa
                 for key, wanted in (("bos", recipe.data.bos), ("eos", recipe.data.eos)):
                     with found.at(f"data.{key}"):
                         _check_special_token(tokenizer, key, wanted and recipe.data.images is None)
+        with found.at("stages.mixing"):
+            if recipe.stages.mixing is not None:
+                _check_mixing(recipe.student.mixer)
+        with found.at("stages.hidden"):
+            _check_heads(recipe)
+        with found.at("student.window"):
+            _check_window(recipe.student)
         with found.at("stages.logits.train"):
             check_trained(recipe)
         with found.at("stages.logits.stepwise"):
@@ -289,6 +296,30 @@ def _check_mixers(n_mixers: int, recipe: Recipe) -> None:
         raise UserError(
             f"keep_attention leaves nothing for {' and '.join(idle)} to train; keep fewer layers, or drop what is idle"
         )
+
+
+def _check_mixing(mixer: str) -> None:
+    """Stage 1 streams the two matrices past each other, which it can where a mixer's has factors."""
+    from distill.mixers import KINDS
+
+    made: Any = KINDS[mixer]
+    if made.without_factors is not None:
+        raise UserError(f"not for {mixer}: {made.without_factors}; leave the stage out, and give its tokens to hidden")
+
+
+def _check_heads(recipe: Recipe) -> None:
+    """What is told apart inside of a mixer must be there."""
+    hidden = recipe.stages.hidden
+    if recipe.student.mixer == "sliding_window" and hidden is not None:
+        if hidden.target == "heads":
+            raise UserError("target: heads is not for sliding_window, whose heads are not told apart; use mixer")
+        if hidden.projections_frozen:
+            raise UserError("projections_frozen is not for sliding_window, which has no seed to keep; leave it out")
+
+
+def _check_window(student: Student) -> None:
+    if student.mixer != "sliding_window" and (student.window, student.sinks) != (None, None):
+        raise UserError(f"window and sinks are for student.mixer: sliding_window, not {student.mixer}; leave them out")
 
 
 def _check_exportable(

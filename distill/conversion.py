@@ -17,11 +17,11 @@ from transformers.initialization import no_init_weights
 
 from distill.attention import AttentionView, views
 from distill.calibration import calibrate
-from distill.decoder import norm_eps
+from distill.decoder import attention_of, layers_of, norm_eps
 from distill.errors import UserError
 from distill.families import FAMILIES, family_name
 from distill.layout import layer_kinds, mixer_layers, resolve
-from distill.mixers import MIXERS
+from distill.mixers import KINDS
 from distill.mixers.rotary import Rope
 from distill.roles import ROLES, roles
 from distill.rotation import require_rotation
@@ -36,7 +36,10 @@ from distill.student import (
 )
 from distill.verification import verify, verify_delivery
 from distill.vision import refuse_both_ways
+from distill.window import SINKS
 
+WINDOW = 64
+TAYLOR_DIM = 16
 CONTEXTS = (1024, 4096, 32768, 131072)
 
 
@@ -86,21 +89,24 @@ def convert(
     conv_width: int = 4,
     rope: str = "drop",
     bidirectional: str = "refuse",
+    window: int | None = None,
+    sinks: int | None = None,
 ) -> PreTrainedModel:
-    """Turn a pretrained Transformer into a student with Mamba-2 layers.
+    """Turn a pretrained Transformer into a student with linear-time layers.
 
     Args:
         teacher: a Hugging Face folder (or hub id), or a loaded model, which is left untouched.
-        mixer: what takes attention's place, a key of ``distill.mixers.MIXERS``.
+        mixer: what takes attention's place, a key of ``distill.mixers.KINDS``.
         keep_attention: 0-based indices of the layers that keep attention; with all of them the student equals the
             teacher bit for bit.
         seed: for the tokens the seeding looks at and for mixers that start at random; the same seed, the same student.
         seed_from_attention: copy the attention weights into the mixers; False starts the mixers at random.
         from_scratch: take nothing from the teacher but its shape: all weights start as its class starts them.
-        state_dim: state size of a head; None means the teacher's head size.
+        state_dim: state size of a head; None means the teacher's head size (``based``: queries' and keys', at most 16).
         conv_width: taps of the mixers' short convolution.
         rope: ``keep`` gives the mixers the teacher's rotary positions (``distill.mixers.rotary``), ``drop`` does not.
         bidirectional: for a teacher that reads images in both directions; ``"causal"`` lets mixers read them one way.
+        window, sinks: of ``sliding_window``, the tokens that its layers see (``distill.window``); 64 and 4 if None.
 
     Returns:
         A ``PreTrainedModel`` in eval mode: in fp32 if ``teacher`` is a folder, in a loaded teacher's dtype and on its
@@ -122,6 +128,8 @@ def convert(
         conv_width=conv_width,
         rope=rope,
         bidirectional=bidirectional,
+        window=window,
+        sinks=sinks,
     )
     return student
 
@@ -138,6 +146,8 @@ def convert_with_report(
     conv_width: int = 4,
     rope: str = "drop",
     bidirectional: str = "refuse",
+    window: int | None = None,
+    sinks: int | None = None,
 ) -> tuple[PreTrainedModel, Report]:
     """:func:`convert`, with the account of what was done."""
     config = plan(
@@ -148,6 +158,8 @@ def convert_with_report(
         conv_width=conv_width,
         rope=rope,
         bidirectional=bidirectional,
+        window=window,
+        sinks=sinks,
     )
     replaced = views(teacher, mixer_layers(config))
     errors = verify(teacher, replaced)
@@ -172,6 +184,8 @@ def plan(
     conv_width: int = 4,
     rope: str = "drop",
     bidirectional: str = "refuse",
+    window: int | None = None,
+    sinks: int | None = None,
 ) -> PreTrainedConfig:
     """The student's config, everything checked, without a weight in memory.
 
@@ -180,8 +194,8 @@ def plan(
     """
     if getattr(teacher, "distill", None) is not None:
         raise UserError("the teacher is already a student of this project; convert the Transformer it came from")
-    if mixer not in MIXERS:
-        raise UserError(f"mixer is {mixer!r}; allowed are {', '.join(sorted(MIXERS))}")
+    if mixer not in KINDS:
+        raise UserError(f"mixer is {mixer!r}; allowed are {', '.join(sorted(KINDS))}")
     text = teacher.get_text_config()
     kept = resolve(text.num_hidden_layers, layers=list(keep_attention))
     if (state_dim is not None and state_dim < 1) or conv_width < 1:
@@ -196,8 +210,9 @@ def plan(
     attention, *others = views(empty, changed or [0]).values()
     if any((other.n_heads, other.head_dim) != (attention.n_heads, attention.head_dim) for other in others):
         raise UserError(f"the layers of this {family_name(teacher)} have different heads; mixers are all of one shape")
-    state_dim = state_dim or attention.head_dim
-    if rope == "keep":
+    if state_dim is None:  # a Taylor series has a feature for every two of its numbers
+        state_dim = min(attention.head_dim, TAYLOR_DIM) if mixer == "based" else attention.head_dim
+    if rope == "keep" and mixer != "sliding_window":  # whose attention does with positions what it always did
         require_rotation(empty, changed, state_dim)
     settings = {
         "n_heads": attention.n_heads,
@@ -208,7 +223,26 @@ def plan(
         "out_bias": attention.o.bias is not None,
         "rope": rope,
     }
-    return student_config(teacher, layers, settings)
+    own = _own_settings(mixer, [attention, *others], window, sinks)
+    return student_config(teacher, layers, settings | own)
+
+
+def _own_settings(mixer: str, replaced: list[AttentionView], window: int | None, sinks: int | None) -> dict[str, Any]:
+    """What only this kind of mixer is built with."""
+    attention = replaced[0]
+    if mixer != "sliding_window" and (window, sinks) != (None, None):
+        raise UserError(f"window and sinks are for sliding_window, not for {mixer}; leave them out")
+    if mixer == "sliding_window":
+        window, sinks = WINDOW if window is None else window, SINKS if sinks is None else sinks
+        if window < 1 or sinks < 0:
+            raise UserError(f"window is {window} and sinks {sinks}; they are at least 1 and 0 tokens")
+        if len({view.sliding_window for view in replaced}) > 1:
+            raise UserError("the layers to replace have different windows of their own; keep attention in one kind")
+        own = {"own_window": attention.sliding_window, "n_kv_heads": attention.n_kv_heads}
+        return {"window": window, "sinks": sinks, **own}
+    if mixer == "gated_deltanet":  # transformers' has no bias there, so only where the teacher's must go somewhere
+        return {"conv_bias": any(part.bias is not None for part in (attention.q, attention.k, attention.v))}
+    return {}
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -301,7 +335,13 @@ def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
 def _seed(
     student: PreTrainedModel, teacher: PreTrainedModel, replaced: dict[int, AttentionView], seed: int
 ) -> dict[int, list[Seeded]]:
-    mixers, traces = mixers_of(student), calibrate(teacher, replaced, seed)
+    mixers: dict[int, Any] = mixers_of(student)
+    if any(mixer.of_attention for mixer in mixers.values()):
+        theirs = layers_of(teacher)
+        for index, mixer in mixers.items():
+            mixer.attention.load_state_dict(attention_of(theirs[index]).state_dict())
+        return {index: [Seeded("attention", "the teacher's own, all of it")] for index in mixers}
+    traces = calibrate(teacher, replaced, seed)
     return {index: seed_mixer(mixers[index], replaced[index], trace) for index, trace in traces}
 
 

@@ -40,6 +40,8 @@ def _convert(run: Run, held_out: Iterator[Batch]) -> StageRecord:
         from_scratch=run.recipe.student.from_scratch,
         state_dim=run.recipe.student.state_dim,
         conv_width=run.recipe.student.conv_width,
+        window=run.recipe.student.window,
+        sinks=run.recipe.student.sinks,
         rope=run.recipe.student.rope,
         bidirectional=run.recipe.student.bidirectional,
     )

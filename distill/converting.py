@@ -30,7 +30,7 @@ def convert_folder(
     Args:
         teacher: a Hugging Face folder or a Hub id.
         out: a new or empty folder; with `overwrite` also one that holds a model, which is replaced.
-        mixer: a key of ``distill.mixers.MIXERS``.
+        mixer: a key of ``distill.mixers.KINDS``.
         keep: layers that keep attention, ``"2,5"`` or a pattern such as ``"mmma"``; ``""`` for none.
         seed: of what does not come from the teacher.
         overwrite: whether a model at `out` may be replaced.

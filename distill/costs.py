@@ -19,6 +19,8 @@ Floating-point operations a token, forward, multiplications and additions counte
     matrices    2 n                        n weights, each used once
     attention   4 T H P                    scores and weighted sum, the masked upper triangle included
     scan        H (2 Q (N + P) + 4 P N)    inside chunks (scores, sums); between chunks (written, read)
+    delta rule  H (Q (5 N + 3 P) + 6 P N)  instead, of gated_deltanet: two scores, sums, and a triangle solved for N + P
+                                           columns; taken back, written, read
     head        2 D V
 
 Backward costs twice the forward, and n weights that are frozen save 2 n of it. So a token of training costs::
@@ -50,7 +52,8 @@ from distill import activations
 from distill.data.batches import micro_batches
 from distill.decoder import attention_of, layers_of
 from distill.experts import idle_parameters
-from distill.layout import mixer_layers
+from distill.layout import ATTENTION, mixer_layers
+from distill.mixers.based import n_features
 from distill.objectives import strips
 from distill.objectives.chunked import VOCABULARY_SLICE, chunk_rows
 from distill.recipe import HiddenStage, LogitsStage, MixingStage, Recipe, Stage
@@ -100,6 +103,7 @@ class Sizes:
     teacher: dict[str, int]
     student: dict[str, int]
     idle: int = 0
+    mixer: str = "mamba2"
 
     @property
     def n_changed(self) -> int:
@@ -113,6 +117,7 @@ class Sizes:
 def sizes_of(student: PreTrainedModel, block: int, teacher_roles: dict[str, int], roles: dict[str, int]) -> Sizes:
     """The sizes of a student, with the parameters by role of its teacher and its own."""
     text, mixer = student.config.get_text_config(), student.config.distill["mixer"]
+    kind = next((kind for kind in student.config.distill["layers"] if kind != ATTENTION), "mamba2")
     return Sizes(
         n_layers=text.num_hidden_layers,
         n_kept=text.num_hidden_layers - len(mixer_layers(student.config)),
@@ -120,11 +125,12 @@ def sizes_of(student: PreTrainedModel, block: int, teacher_roles: dict[str, int]
         vocabulary=text.vocab_size,
         heads=mixer["n_heads"],
         head_dim=mixer["head_dim"],
-        state_dim=mixer["state_dim"],
+        state_dim=n_features(mixer["state_dim"]) if kind == "based" else mixer["state_dim"],
         block=block,
         teacher=teacher_roles,
         student=roles,
         idle=idle_parameters(student),
+        mixer=kind,
     )
 
 
@@ -163,8 +169,7 @@ def teacher_flops_per_token(sizes: Sizes, stage: Stage) -> float:
 def student_flops_per_token(sizes: Sizes, stage: Stage) -> float:
     """Forward and backward of what a stage runs of the student."""
     s, n = sizes, {**sizes.student, "mlp": sizes.student["mlp"] - sizes.idle}
-    chunk = min(CHUNK, s.block)
-    scan = s.heads * (2 * chunk * (s.state_dim + s.head_dim) + 4 * s.head_dim * s.state_dim)
+    scan = _scan(s)
     if isinstance(stage, MixingStage):
         return 3 * (2 * n["mixer"] + s.n_changed * (s.block + s.rows) * s.heads * s.state_dim)
     mixers = 2 * n["mixer"] + s.n_changed * scan
@@ -183,6 +188,15 @@ def student_flops_per_token(sizes: Sizes, stage: Stage) -> float:
         frozen_mixers = 0 if "mixer" in stage.train else 2 * n["mixer"]
         alone = 3 * (mixers + mlp) - frozen_mlp - frozen_mixers + (mixers + mlp if stage.gradient_checkpointing else 0)
     return 3 * (layers + _head(s)) - frozen + again + alone
+
+
+def _scan(sizes: Sizes) -> int:
+    s, chunk = sizes, min(CHUNK, sizes.block)
+    if s.mixer == "sliding_window":  # what the window hides is computed, and masked
+        return _attention(s)
+    if s.mixer == "gated_deltanet":
+        return s.heads * (chunk * (5 * s.state_dim + 3 * s.head_dim) + 6 * s.head_dim * s.state_dim)
+    return s.heads * (2 * chunk * (s.state_dim + s.head_dim) + 4 * s.head_dim * s.state_dim)
 
 
 def _attention(sizes: Sizes) -> int:

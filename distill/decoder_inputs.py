@@ -63,7 +63,7 @@ class Reader:
 
     Attributes:
         decoder: the student's.
-        mixers: the layers that have one, ascending.
+        mixers: the layers that have one with a state of constant size, ascending.
         noted: what was read in front of a trunk that is running, for its decoder; None at all other times.
     """
 
@@ -79,7 +79,9 @@ def prepare_inputs_of(model: Any, mixers: Mapping[int, nn.Module]) -> None:
     """
     decoder, trunk = model.get_decoder(), trunk_of(model)
     passes_on = all(_passes_keywords_on(type(module).forward) for module in (decoder, *layers_of(model)))
-    reader = Reader(decoder, sorted(mixers))
+    reader = Reader(
+        decoder, sorted(index for index, mixer in mixers.items() if not getattr(mixer, "of_attention", False))
+    )
     prepare = functools.partial(prepare_sequence, reader=reader, names=_arguments(decoder), passes_on=passes_on)
     decoder.register_forward_pre_hook(prepare, with_kwargs=True)
     if trunk is not decoder:

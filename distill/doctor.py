@@ -41,8 +41,12 @@ _OPTIONAL = {
     "trl": ("trl", "fine-tuning and preference training"),
     "lm_eval": ("lm-eval", "the standard benchmarks"),
 }
-# The mixers, and whether they have the step and the rate that one of the scan's backends wants.
-_STEPPED = {"mamba2": True, "discrete_mamba2": False}
+# The mixers that scan, and whether they have the step and the rate that one of the scan's backends wants.
+_STEPPED = {"mamba2": True, "discrete_mamba2": False, "based": False}
+_UNSCANNED = {
+    "gated_deltanet": "the delta rule instead of a scan: chunked matmuls in plain PyTorch, on every device",
+    "sliding_window": "the teacher's attention behind a mask, with every cache that is a DynamicCache",
+}
 
 
 def diagnose() -> dict[str, Any]:
@@ -55,6 +59,7 @@ def diagnose() -> dict[str, Any]:
         "cpu": {"cores": cores(), "memory_bytes": _memory_bytes()},
         "torch": devices,
         "scan": _scan_backends(devices),
+        "without_scan": _UNSCANNED,
         "optional": {
             module: {"installed": _installed(module), "adds": adds, "install": f"pip install {package}"}
             for module, (package, adds) in _OPTIONAL.items()
@@ -73,6 +78,7 @@ def render(facts: dict[str, Any]) -> RenderableType:
         "cpu": [f"{cpu['cores']} cores, {memory} memory, torch threads: {torch['threads']}"],
         "gpu": [_gpu_line(gpu) for gpu in torch["gpus"]] or [torch["problem"]],
         "scan": [f"{_dot(backend['used'])} {name}: {backend['why']}" for name, backend in facts["scan"].items()],
+        "no scan": [f"{_dot(True)} {mixer}: {how}" for mixer, how in facts["without_scan"].items()],
         "optional": [_extra_line(module, extra) for module, extra in facts["optional"].items()],
         "disk": [f"{gibibytes(free)} free at {path}" for path, free in facts["disk"].items()],
     }
@@ -167,7 +173,9 @@ def _scan_backends(devices: dict[str, Any]) -> dict[str, dict[str, Any]]:
         return {"none": {"used": False, "why": next(iter(refused.values()))}}
     asked = os.environ.get(backends.CHOICE)
     passed_over = (
-        f"{backends.CHOICE}={asked} asks for another" if asked else f"{next(iter(served))} comes first, for both mixers"
+        f"{backends.CHOICE}={asked} asks for another"
+        if asked
+        else f"{next(iter(served))} comes first, for every mixer that scans"
     )
     told: dict[str, dict[str, Any]] = {}
     for name, what in backends.BACKENDS.items():

@@ -190,6 +190,8 @@ def make_plan(
             keep_attention=facts.kept,
             state_dim=recipe.student.state_dim,
             conv_width=recipe.student.conv_width,
+            window=recipe.student.window,
+            sinks=recipe.student.sinks,
             rope=recipe.student.rope,
             bidirectional=recipe.student.bidirectional,
         )

@@ -128,8 +128,8 @@ class Keep(Section):
 class Student(Section):
     """What the teacher is turned into."""
 
-    mixer: Literal["mamba2", "discrete_mamba2"] = "mamba2"
-    """What stands where attention stood: the standard Mamba-2 layer, or MOHAWK's discrete one."""
+    mixer: Literal["mamba2", "discrete_mamba2", "gated_deltanet", "based", "sliding_window"] = "mamba2"
+    """What stands where attention stood: Mamba-2, MOHAWK's, Gated DeltaNet, BASED's, or attention with a window."""
     keep_attention: Keep = Keep(layers=())
     """The layers that keep attention: a list of indices, {pattern: ..}, {ratio: ..} or {count: ..}."""
     seed_from_attention: Flag = True
@@ -137,15 +137,19 @@ class Student(Section):
     from_scratch: Flag = False
     """Start the whole student at random, mixers or not: a baseline that learns from the text alone."""
     state_dim: Count | None = None
-    """Numbers of state for each channel of a head; null for the size of the teacher's heads."""
+    """Numbers of state for each channel of a head (based: of a query); null for the teacher's heads' (at most 16)."""
     conv_width: Count = 4
     """Positions the mixers' short convolution looks at."""
     bidirectional: Literal["refuse", "causal"] = "refuse"
     """For teachers that read images in both directions (PaliGemma, Gemma 3): causal lets mixers read them one way."""
     exportable: Literal["granite", "bamba", "gguf"] | None = None
     """A format that `distill export` must be able to write the student in, checked before the run; null for any."""
+    window: Count | None = None
+    """For sliding_window: the latest tokens that a layer sees, and remembers; null for 64."""
+    sinks: Annotated[Integer, Field(ge=0)] | None = None
+    """For sliding_window: the first tokens of a document that it sees besides; null for 4."""
     rope: Literal["drop", "keep"] = "drop"
-    """keep: B and C carry the teacher's rotary positions, as its keys and queries do; drop: they do not."""
+    """keep: B and C (k and q) carry the teacher's rotary positions, as its keys and queries do; drop: they do not."""
 
 
 class Recipe(Section):
@@ -270,6 +274,9 @@ class Recipe(Section):
         content["student"].pop("exportable")
         if not content["evaluation"]["tasks"]:
             content["evaluation"].pop("tasks")
+        if self.student.mixer != "sliding_window":  # then they are null; runs from before there were any go on
+            content["student"].pop("window")
+            content["student"].pop("sinks")
         content["stages"] = {
             name: {key: value for key, value in stage.items() if key not in (*_CUT, *_CADENCE, *_DECIDING)}
             | self._decided(name)

@@ -1,10 +1,11 @@
-"""Attention weights become mixer weights: x ← V, B ← K, C ← Q, out ← O.
+"""Attention weights become mixer weights: x ← V, B ← K, C ← Q (v, k and q where a mixer calls them so), out ← O.
 
 Linear attention computes Σ_s (q_t · k_s) v_s; a state-space layer computes Σ_s (C_t · B_s) decay x_s. So the teacher's
 projections have a place, head by head (MambaInLlama, arXiv 2408.15237); what attention does not have, decay, gate, skip
 and convolution, starts where it disturbs least. Keys and values that query heads share are repeated to the query heads.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 from distill.attention import AttentionView
 from distill.calibration import steady_direction
 from distill.capture import LayerTrace
-from distill.mixers import DiscreteMamba2Mixer, Mamba2Mixer, Mixer
-from distill.mixers.state_space import inverse_softplus
+from distill.mixers import BasedMixer, DiscreteMamba2Mixer, GatedDeltaNetMixer, Mamba2Mixer, Mixer
+from distill.mixers.parts import inverse_softplus
 from distill.objectives import attention_matrix
 from distill.projections import Projection
 
 GATE_INPUT = 2.0  # SiLU is past its bend here, and not yet so far that the gate could not close
 LARGEST_RATIO = 1e3
+BETA = 0.1  # the least disturbing that still learns: attention exchanges nothing that it read (docs/experiments.md)
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,30 @@ def seed_mixer(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> lis
     return SEEDS[type(mixer)](mixer, attention, trace)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What a mixer calls the rows of ``in_proj`` that take values, keys and queries, and how a wider state starts.
+
+    Attributes:
+        unused: which of keys and queries is zero in the columns that a state has more than a head.
+    """
+
+    v: str
+    k: str
+    q: str
+    unused: str
+
+
+_STATE_SPACE = Rows("x", "B", "C", unused="C")
+_TAYLOR = Rows("v", "k", "q", unused="q")
+_DELTA = Rows("v", "k", "q", unused="k")
+
+
 def _copy_projections(
-    mixer: Mamba2Mixer | DiscreteMamba2Mixer, attention: AttentionView, trace: LayerTrace
+    mixer: Mamba2Mixer | DiscreteMamba2Mixer | GatedDeltaNetMixer | BasedMixer,
+    attention: AttentionView,
+    trace: LayerTrace,
+    named: Rows = _STATE_SPACE,
 ) -> list[Seeded]:
     """The four projections and, where the teacher has them, their biases.
 
@@ -57,20 +81,20 @@ def _copy_projections(
     W u + b is what the projection would have been.
     """
     half = attention.scaling**0.5
-    sources = {"x": (attention.v, 1.0), "B": (attention.k, half), "C": (attention.q, half)}
+    sources = {named.v: (attention.v, 1.0), named.k: (attention.k, half), named.q: (attention.q, half)}
     rows = mixer.in_rows()
     first = min(rows[name].start for name in sources)
     gains = {
-        "B": _norm_gain(attention, attention.k, attention.k_norm, trace),
-        "C": _norm_gain(attention, attention.q, attention.q_norm, trace),
+        named.k: _norm_gain(attention, attention.k, attention.k_norm, trace),
+        named.q: _norm_gain(attention, attention.q, attention.q_norm, trace),
     }
     for name, (projection, scale) in sources.items():
-        width = mixer.head_dim if name == "x" else mixer.state_dim
         place = rows[name]
+        width = (place.stop - place.start) // mixer.n_heads
         made = mixer.in_proj.weight[place]
-        # Columns of a state wider than the head: C starts at zero, so that they have no influence, but B at random,
-        # since the gradient of each is a multiple of the other.
-        beyond = torch.zeros_like(made) if name == "C" else made
+        # Columns of a state wider than the head: one of keys and queries starts at zero there, so that they have no
+        # influence, but the other at random, since the gradient of each is a multiple of the other.
+        beyond = torch.zeros_like(made) if name == named.unused else made
         weight_ID, bias = projection.weight, projection.bias
         if (gain_I := gains.get(name)) is not None:
             weight_ID = gain_I[:, None] * weight_ID
@@ -90,9 +114,9 @@ def _copy_projections(
         else f", each repeated {attention.n_heads // attention.n_kv_heads}×"
     )
     return [
-        Seeded("in_proj x", f"v{shared}"),
-        Seeded("in_proj B", f"k{shared}, × √scaling{_NORMED if attention.k_norm is not None else ''}"),
-        Seeded("in_proj C", f"q, × √scaling{_NORMED if attention.q_norm is not None else ''}"),
+        Seeded(f"in_proj {named.v}", f"v{shared}"),
+        Seeded(f"in_proj {named.k}", f"k{shared}, × √scaling{_NORMED if attention.k_norm is not None else ''}"),
+        Seeded(f"in_proj {named.q}", f"q, × √scaling{_NORMED if attention.q_norm is not None else ''}"),
         Seeded("out_proj", "o"),
         Seeded("conv1d", "identity" + (", bias from q, k, v" if attention.q.bias is not None else "")),
     ]
@@ -179,7 +203,67 @@ def _seed_discrete_mamba2(mixer: Mixer, attention: AttentionView, trace: LayerTr
     ]
 
 
+def _seed_gated_deltanet(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> list[Seeded]:
+    assert isinstance(mixer, GatedDeltaNetMixer)
+    # Keys that are zero in new columns are as long as before and find what they found; a query's length is normed out.
+    seeded = _copy_projections(mixer, attention, trace, _DELTA)
+    steady_D = steady_direction(trace.attention_input)
+    mixer.in_proj.weight[mixer.in_rows()["z"]] = GATE_INPUT * steady_D
+    mixer.in_proj.weight[mixer.in_rows()["b"]] = math.log(BETA / (1 - BETA)) * steady_D
+    # The norm makes every head's output unit size, and the open gate makes it SiLU(GATE_INPUT).
+    value_size_H = attention.values(trace.attention_input).square().mean(dim=(0, 1, 3)).sqrt()
+    opened = GATE_INPUT / (1 + math.exp(-GATE_INPUT))
+    mixer.norm.weight.copy_(value_size_H.repeat_interleave(mixer.head_dim) / opened)
+    return [
+        *seeded,
+        Seeded("in_proj z", "open: the direction in which the layer's inputs are steady"),
+        Seeded("norm", "size of v, head by head"),
+        Seeded("in_proj b", f"β = {BETA:g}, along that direction"),
+        Seeded("in_proj a", "0"),
+        Seeded("A_log", "memories of 4 to 256 positions over the heads"),
+    ]
+
+
+def _seed_based(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> list[Seeded]:
+    assert isinstance(mixer, BasedMixer)
+    seeded = _copy_projections(mixer, attention, trace, _TAYLOR)
+    if mixer.score_dim >= attention.head_dim:
+        return seeded
+    _narrow_scores_(mixer, attention, trace)
+    return [*seeded, Seeded("in_proj q, k", f"the nearest scores of rank {mixer.score_dim}, head by head")]
+
+
+def _narrow_scores_(mixer: BasedMixer, attention: AttentionView, trace: LayerTrace) -> None:
+    """Queries and keys of d numbers whose scores u_t W u_s are as near to attention's, before rotation, as d allow.
+
+    W = scaling · W_qᵀ W_k of a head, (D, D), and the nearest matrix of rank d is cut from its singular values
+    (Eckart and Young), the square root of each given to both sides. Inputs count as if all directions were equally
+    long, which behind a norm they nearly are. Biases, which have no place in W, are dropped.
+    """
+    rows, d = mixer.in_rows(), mixer.score_dim
+    q_HDP = _columns(attention, attention.q, attention.q_norm, trace)
+    k_HDP = attention.per_query_head(_columns(attention, attention.k, attention.k_norm, trace), dim=0)
+    # The singular values of W = Q_q (R_q R_kᵀ) Q_kᵀ are those of what stands in the middle, (P, P).
+    (q_basis_HDP, q_HPP), (k_basis_HDP, k_HPP) = torch.linalg.qr(q_HDP), torch.linalg.qr(k_HDP)
+    left_HPP, size_HP, right_HPP = torch.linalg.svd(attention.scaling * q_HPP @ k_HPP.mT)
+    left_HDP, right_HPD = q_basis_HDP @ left_HPP, right_HPP @ k_basis_HDP.mT
+    root_H1d = size_HP[:, None, :d].sqrt()
+    mixer.in_proj.weight[rows["q"]] = (left_HDP[:, :, :d] * root_H1d).mT.flatten(0, 1).to(mixer.in_proj.weight.dtype)
+    mixer.in_proj.weight[rows["k"]] = (right_HPD[:, :d] * root_H1d.mT).flatten(0, 1).to(mixer.in_proj.weight.dtype)
+    assert mixer.conv1d.bias is not None
+    mixer.conv1d.bias[: 2 * mixer.wide].zero_()
+
+
+def _columns(attention: AttentionView, projection: Projection, norm: Any, trace: LayerTrace) -> Tensor:
+    """(heads, D, P), fp32: a projection's weights, head by head, times what its norm makes of each channel."""
+    weight_ID, gain_I = projection.weight.float(), _norm_gain(attention, projection, norm, trace)
+    scaled_ID = weight_ID if gain_I is None else gain_I[:, None] * weight_ID
+    return scaled_ID.unflatten(0, (-1, attention.head_dim)).mT
+
+
 SEEDS: dict[type, Callable[[Mixer, AttentionView, LayerTrace], list[Seeded]]] = {
     Mamba2Mixer: _seed_mamba2,
     DiscreteMamba2Mixer: _seed_discrete_mamba2,
+    GatedDeltaNetMixer: _seed_gated_deltanet,
+    BasedMixer: _seed_based,
 }

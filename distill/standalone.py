@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from distill.auto_classes import auto_classes
 from distill.intact_code import fingerprint
 from distill.layout import ATTENTION
-from distill.mixers import MIXERS
+from distill.mixers import KINDS
 
 PACKAGE = "distill-ssm"
 BASE, TABLE, GUARD = "distill.student_base", "distill.mixers", "distill.intact_code"
@@ -62,7 +62,7 @@ _TABLE = '''\
 """The mixers this student has."""
 
 {imports}
-MIXERS = {{{entries}}}
+KINDS = {{{entries}}}
 '''
 
 
@@ -103,7 +103,7 @@ def package_version() -> str:
 
 def _needed(kinds: Iterable[str]) -> list[str]:
     """The modules to copy: the student's base, its mixers, and what these import, directly or through others."""
-    queue = [BASE, GUARD, *(MIXERS[kind].__module__ for kind in kinds)]
+    queue = [BASE, GUARD, *(KINDS[kind].__module__ for kind in kinds)]
     found = {TABLE}  # written, not copied: it would bring every mixer
     while queue:
         module = queue.pop()
@@ -130,7 +130,7 @@ def _class(student: type[PreTrainedModel], sources: dict[str, str]) -> str:
 
 
 def _table(kinds: list[str]) -> str:
-    classes = {kind: MIXERS[kind] for kind in kinds}
+    classes = {kind: KINDS[kind] for kind in kinds}
     return _TABLE.format(
         imports="".join(f"from .{_flat(made.__module__)} import {made.__name__}\n" for made in classes.values()),
         entries=", ".join(f'"{kind}": {made.__name__}' for kind, made in classes.items()),

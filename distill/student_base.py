@@ -12,7 +12,7 @@ from distill.decoder import attention_of, layers_of, replace_attention
 from distill.decoder_inputs import mask_for_generate, prepare_inputs_of
 from distill.errors import UserError
 from distill.layout import mixer_layers
-from distill.mixers import MIXERS
+from distill.mixers import KINDS
 
 
 class Student:
@@ -42,16 +42,19 @@ def install_mixers(model: PreTrainedModel, layout: dict[str, Any]) -> None:
         UserError: the layout names a mixer that there is none of, in a folder's own code: one it was not written for.
     """
     layers, places = layers_of(model), mixer_layers(model.config)
-    unknown = {layout["layers"][index] for index in places} - MIXERS.keys()
+    unknown = {layout["layers"][index] for index in places} - KINDS.keys()
     if unknown:
         raise UserError(
             f"config.json has layers of the kind {', '.join(sorted(unknown))}, and this code has"
-            f" {', '.join(sorted(MIXERS)) or 'no mixers'}: they are not of one student; export it again"
+            f" {', '.join(sorted(KINDS)) or 'no mixers'}: they are not of one student; export it again"
         )
     for index in places:
-        mixer = MIXERS[layout["layers"][index]](
-            hidden_size=model.config.get_text_config().hidden_size, layer_idx=index, **layout["mixer"]
-        )
+        made: Any = KINDS[layout["layers"][index]]
+        if made.of_attention:
+            mixer = made(attention_of(layers[index]), layer_idx=index, **layout["mixer"])
+        else:
+            hidden_size = model.config.get_text_config().hidden_size
+            mixer = made(hidden_size=hidden_size, layer_idx=index, **layout["mixer"])
         replace_attention(layers[index], mixer.to(dtype=model.dtype))
     # Also where all attention is kept: whether packed documents stay apart must not depend on the layout.
     prepare_inputs_of(model, {index: attention_of(layers[index]) for index in places})

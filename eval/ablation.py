@@ -25,7 +25,7 @@ from distill.recall import TASKS
 from distill.recall.sweep import Draw, Surface, drawing, sweep
 from distill.recall.tasks import task_named
 from distill.student import is_student
-from distill.windowed import SINKS
+from distill.window import SINKS
 from eval import options, words
 from eval.findings import Fields, Findings, names_of, require_folder, write_findings
 from eval.loading import Text, load_model, load_tokenizer, read_batches

@@ -82,9 +82,9 @@ def matrix_pairs(run: Run, student: PreTrainedModel) -> list[MatrixPair]:
     """Teacher's and student's mixing matrices of a few heads over the first held-out tokens.
 
     Both read the teacher's hidden state, as in stage 1, so that a pair shows one layer's difference and not the sum of
-    all layers' before it.
+    all layers' before it. Attention with a window is left out: what it does not see it does not see.
     """
-    mixers = mixers_of(student)
+    mixers = {index: mixer for index, mixer in mixers_of(student).items() if not mixer.of_attention}
     shown = list(mixers)[:: -(-len(mixers) // LAYERS_SHOWN)] if mixers else []
     batch = {name: tensor.to(run.device) for name, tensor in _first_tokens(run).items()}
     layers, attentions = layers_of(run.teacher), views(run.teacher, shown)

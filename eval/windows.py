@@ -18,7 +18,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from distill import handover
 from distill.conversion import empty_model
 from distill.errors import UserError
-from distill.windowed import SINKS, Window, matching_window
+from distill.window import SINKS, Window
+from distill.windowed import matching_window
 from eval import words
 
 KEYS = ("window", "sinks", "layers", "like")

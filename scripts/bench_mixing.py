@@ -71,7 +71,7 @@ def streamed(length: int, keys: int, device: str, dtype: str) -> Callable[[], ob
 
 
 def written_out(length: int, keys: int, device: str, dtype: str) -> Callable[[], object]:
-    """The same by `mixing_distance` of both matrices, as `distill.mixers.state_space.matrix` makes the student's."""
+    """The same by `mixing_distance` of both matrices, as `state_space.ScanTerms.matrix` makes the student's."""
     factors, q_BHTD, k_BKTD = _inputs(length, keys, device, dtype)
 
     def call() -> object:

@@ -26,7 +26,13 @@ from distill.vision import is_vision
 
 CARD = "README.md"
 UNKNOWN = "unknown: fill in"
-MIXER_NAMES = {"mamba2": "Mamba-2", "discrete_mamba2": "discrete Mamba-2"}
+MIXER_NAMES = {
+    "mamba2": "Mamba-2",
+    "discrete_mamba2": "discrete Mamba-2",
+    "gated_deltanet": "Gated DeltaNet",
+    "based": "BASED",
+    "sliding_window": "sliding-window attention",
+}
 
 
 def write_card(folder: Path, account: Account, written: Written) -> Path:
@@ -99,10 +105,16 @@ def _architecture(account: Account, written: Written, footprint: Footprint) -> s
         "stored as": f"{written.format}, {dtype}{_dtype(config)}, {size(written.n_bytes)}",
         "layers": ", ".join(f"{kind} × {len(list(run))}" for kind, run in groupby(config.distill["layers"])),
         "width; vocabulary": f"{text.hidden_size}; {text.vocab_size:,}",
-        "a mixer": f"{mixer['n_heads']} heads of {mixer['head_dim']} channels × {mixer['state_dim']} states",
+        "a mixer": f"{mixer['n_heads']} heads of {mixer['head_dim']} channels × {_remembered(mixer)}",
         "context": f"{_trained_on(account)}; the configuration allows {text.max_position_embeddings:,} tokens",
     }
     return table(["", ""], rows.items())
+
+
+def _remembered(mixer: dict[str, Any]) -> str:
+    if "window" in mixer:
+        return f"the first {mixer['sinks']} and the last {mixer['window']} tokens"
+    return f"{mixer['state_dim']} states"
 
 
 def _dtype(config: Any) -> str:

@@ -25,7 +25,8 @@ from transformers import PreTrainedConfig
 from distill.attention import AttentionView, views
 from distill.conversion import empty_model
 from distill.layout import ATTENTION
-from distill.student import mixers_of, state_bytes, teacher_class
+from distill.mixers.based import n_features
+from distill.student import state_bytes, teacher_class
 
 CONTEXTS = (1024, 4096, 32768, 131072)
 
@@ -82,16 +83,24 @@ def footprint_of(config: PreTrainedConfig) -> Footprint:
     """From a student's config alone; no weight is in memory."""
     student, kinds = empty_model(config), config.distill["layers"]
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    mixer = config.distill["mixer"]
-    scan = 4 * mixer["n_heads"] * mixer["head_dim"] * mixer["state_dim"]
     attention = views(empty_model(teacher_config(config)), range(len(kinds)))
     return Footprint(
         parameters=sum(parameter.numel() for parameter in student.parameters()),
         state_bytes=state_bytes(student),
-        scan_operations=scan * len(mixers_of(student)),
+        scan_operations=sum(_mixing(kind, config.distill["mixer"]) for kind in kinds if kind != ATTENTION),
         layers=tuple(_cost(attention[index], dtype) for index in range(len(kinds))),
         kept=tuple(index for index, kind in enumerate(kinds) if kind == ATTENTION),
     )
+
+
+def _mixing(kind: str, mixer: dict[str, Any]) -> int:
+    """Operations a token: a state written and read, and with the delta rule what a key finds taken back."""
+    channels = mixer["n_heads"] * mixer["head_dim"]
+    if kind == "sliding_window":
+        return 4 * channels * (mixer["window"] + mixer["sinks"])
+    if kind == "based":
+        return 4 * (channels + mixer["n_heads"]) * n_features(mixer["state_dim"])
+    return (6 if kind == "gated_deltanet" else 4) * channels * mixer["state_dim"]
 
 
 def teacher_config(student: PreTrainedConfig) -> PreTrainedConfig:

@@ -8,6 +8,13 @@ from huggingface_hub import EvalResult, ModelCardData
 from distill.export.account import Account
 from distill.export.usage import TAGS
 from distill.export.written import Written
+from distill.layout import ATTENTION
+
+_TAGS = {
+    "gated_deltanet": ["gated-deltanet", "linear-attention"],
+    "based": ["based", "linear-attention"],
+    "sliding_window": ["sliding-window-attention"],
+}
 
 
 def metadata(account: Account, written: Written) -> ModelCardData:
@@ -18,7 +25,9 @@ def metadata(account: Account, written: Written) -> ModelCardData:
     datasets = [source.split(":")[1] for source in account.sources if source.startswith("dataset:")]
     results = _results(account)
     kinds = set(account.config.distill["layers"])
-    tags = ["mamba2", "state-space-model", "distillation", *(["hybrid"] if len(kinds) > 1 else [])]
+    mixer = next(iter(kinds - {ATTENTION}), "mamba2")
+    of_mixers = _TAGS.get(mixer, ["mamba2", "state-space-model"])
+    tags = [*of_mixers, "distillation", *(["hybrid"] if len(kinds) > 1 else [])]
     tags += [*TAGS[written.format], *(["torchao", "int8"] if written.quantised else [])]
     return ModelCardData(
         language=teacher.language,

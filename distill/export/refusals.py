@@ -92,10 +92,17 @@ def _remedy(refusal: Refusal, keepable: Sequence[int]) -> str:
     return f"leave {_layers(refusal.layers)} out of student.keep_attention"
 
 
+_NO_CLASS = {
+    "gated_deltanet": " (Qwen3-Next has such, with norms, gated attention and experts of its own around them)",
+    "sliding_window": " (attention that also sees the first tokens, which it has no place for)",
+}
+"""What is known of the classes that might have had one."""
+
+
 def _layout(facts: StudentFacts, limits: Limits) -> Iterator[Refusal]:
     for kind in sorted({facts.kinds[index] for index in facts.mixers} - {"mamba2"}):
         layers = tuple(index for index in facts.mixers if facts.kinds[index] == kind)
-        yield Refusal(layers, f"{kind} mixers", "set student.mixer: mamba2")
+        yield Refusal(layers, f"{kind} mixers{_NO_CLASS.get(kind, '')}", "set student.mixer: mamba2")
     if limits.needs_attention and not facts.kept:
         reason = f"no layer keeps attention, which {limits.program} does not run without"
         yield Refusal((), reason, KEEP_ONE)

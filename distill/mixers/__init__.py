@@ -8,9 +8,12 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from distill.mixers.based import BasedMixer
 from distill.mixers.discrete_mamba2 import DiscreteMamba2Mixer
+from distill.mixers.gated_deltanet import GatedDeltaNetMixer
 from distill.mixers.mamba2 import Mamba2Mixer
 from distill.mixers.rotary import Rotation
+from distill.mixers.sliding_window import SlidingWindowMixer
 from distill.ssd.factors import MatrixFactors
 
 
@@ -19,12 +22,18 @@ class Mixer(Protocol):
 
     ``valid_BT`` is False at padding, ``resets_BT`` True where a packed document begins, and ``position_embeddings``
     is the (cos, sin) that the decoder hands to its layers, which a mixer with ``rope: keep`` reads.
-    Where ``projections_frozen`` is set, the rows of ``in_proj`` that make x, B and C get no gradient.
+    Where ``projections_frozen`` is set, the rows of ``in_proj`` that make x, B and C (v, k and q) get no gradient.
+    ``of_attention`` is set where a mixer is built from the attention it replaces: it has a cache like attention's, no
+    ``in_proj``, and of what stands below only its call and ``state_numel``.
+    ``without_factors`` says why a matrix has no factors; such a mixer has neither ``matrix_factors`` nor
+    ``matrix_parameters``, and MOHAWK's first stage is refused for it.
     """
 
     in_proj: nn.Linear
     out_proj: nn.Linear
     projections_frozen: bool
+    of_attention: bool
+    without_factors: str | None
 
     def __call__(self, hidden_states: Tensor, **attention_arguments: Any) -> tuple[Tensor, None]:
         """(B, T, D) to (B, T, D), continuing from ``cache`` where given; None for attention weights."""
@@ -83,6 +92,24 @@ class Mixer(Protocol):
         ...
 
 
-MIXERS: dict[str, type[nn.Module]] = {"mamba2": Mamba2Mixer, "discrete_mamba2": DiscreteMamba2Mixer}
+MIXERS: dict[str, type[nn.Module]] = {
+    "mamba2": Mamba2Mixer,
+    "discrete_mamba2": DiscreteMamba2Mixer,
+    "gated_deltanet": GatedDeltaNetMixer,
+    "based": BasedMixer,
+}
+"""Those with a state of constant size, which are built from sizes."""
 
-__all__ = ["MIXERS", "DiscreteMamba2Mixer", "Mamba2Mixer", "Mixer"]
+KINDS: dict[str, type[nn.Module]] = {**MIXERS, "sliding_window": SlidingWindowMixer}
+"""All; where ``of_attention`` is set a mixer is built from the attention that it replaces."""
+
+__all__ = [
+    "KINDS",
+    "MIXERS",
+    "BasedMixer",
+    "DiscreteMamba2Mixer",
+    "GatedDeltaNetMixer",
+    "Mamba2Mixer",
+    "Mixer",
+    "SlidingWindowMixer",
+]

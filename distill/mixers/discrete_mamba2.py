@@ -31,21 +31,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.mixers.rotary import Rope, Rotation, rotate
-from distill.mixers.state_space import (
-    ScanTerms,
+from distill.mixers.face import (
+    factors_of,
+    head_outputs_of,
+    matrix_of,
+    mix_over_time,
+    mixed_and_values,
+    remembered_numel,
+)
+from distill.mixers.parts import (
     ShortConvolution,
-    cache_layer,
     consecutive,
-    factors,
     inverse_softplus,
     mask_positions,
-    matrix,
-    run,
     split_heads,
     widen,
 )
-from distill.ssd.factors import MatrixFactors
+from distill.mixers.rotary import Rope, Rotation, rotate
+from distill.mixers.state_space import ScanTerms
 
 OPEN_GATE = 1.278464542761074  # SiLU(OPEN_GATE) = 1
 
@@ -69,6 +72,15 @@ class DiscreteMamba2Mixer(nn.Module):
     """
 
     projections_frozen = False
+    of_attention = False
+    without_factors = None
+
+    forward = mix_over_time
+    head_outputs = head_outputs_of
+    mix = mixed_and_values
+    mixing_matrix = matrix_of
+    matrix_factors = factors_of
+    state_numel = remembered_numel
 
     def __init__(
         self,
@@ -124,82 +136,9 @@ class DiscreteMamba2Mixer(nn.Module):
         """Which rows of ``in_proj`` make what."""
         return consecutive({"x": self.inner, "B": self.wide, "C": self.wide, "z": self.inner, "A_log": self.n_heads})
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        *,
-        cache: Any = None,
-        past_key_values: Any = None,
-        valid_BT: Tensor | None = None,
-        resets_BT: Tensor | None = None,
-        position_embeddings: Rotation | None = None,
-        **_attention_only: Any,
-    ) -> tuple[Tensor, None]:
-        """Mix over time; arguments and results as :meth:`distill.mixers.mamba2.Mamba2Mixer.forward`."""
-        memory = cache_layer(past_key_values if cache is None else cache, self.layer_idx)
-        heads_BTI = self._heads(hidden_states, valid_BT, resets_BT, memory, position_embeddings)
-        return self.out_proj(heads_BTI.to(hidden_states.dtype)), None
-
-    def head_outputs(
-        self,
-        hidden_BTD: Tensor,
-        *,
-        valid_BT: Tensor | None = None,
-        resets_BT: Tensor | None = None,
-        position_embeddings: Rotation | None = None,
-    ) -> Tensor:
-        """(B, T, H·P): what the heads make and the output projection reads; fp32."""
-        return self._heads(hidden_BTD, valid_BT, resets_BT, None, position_embeddings)
-
-    def _heads(
-        self,
-        hidden_BTD: Tensor,
-        valid_BT: Tensor | None,
-        resets_BT: Tensor | None,
-        memory: Any,
-        rotation: Rotation | None,
-    ) -> Tensor:
-        terms, z_BTI = self._terms(hidden_BTD, valid_BT, resets_BT, memory, rotation)
-        y_BTI = run(terms, resets_BT=resets_BT, cache=memory).flatten(2)
+    def gated(self, y_BTI: Tensor, z_BTI: Tensor) -> Tensor:
+        """What the heads made, (B, T, H·P), behind the gate; fp32."""
         return y_BTI * F.silu(widen(z_BTI) + widen(self.z_bias))
-
-    def mix(
-        self,
-        hidden_BTD: Tensor,
-        *,
-        valid_BT: Tensor | None = None,
-        resets_BT: Tensor | None = None,
-        position_embeddings: Rotation | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(y_BTHP, x_BTHP): the scan's output and the values it mixed, before the gate."""
-        terms, _ = self._terms(hidden_BTD, valid_BT, resets_BT, None, position_embeddings)
-        return run(terms, resets_BT=resets_BT, cache=None), terms.x_BTHP
-
-    def mixing_matrix(
-        self,
-        hidden_BTD: Tensor,
-        *,
-        valid_BT: Tensor | None = None,
-        resets_BT: Tensor | None = None,
-        position_embeddings: Rotation | None = None,
-    ) -> Tensor:
-        """The (B, H, T, T) matrix that takes the values to :meth:`mix`'s output; fp32."""
-        return matrix(self._terms(hidden_BTD, valid_BT, resets_BT, None, position_embeddings)[0], resets_BT=resets_BT)
-
-    def matrix_factors(
-        self,
-        hidden_BTD: Tensor,
-        *,
-        valid_BT: Tensor | None = None,
-        resets_BT: Tensor | None = None,
-        position_embeddings: Rotation | None = None,
-    ) -> MatrixFactors:
-        """What :meth:`mixing_matrix` is made of, which grows with T and not with T²."""
-        return factors(self._terms(hidden_BTD, valid_BT, resets_BT, None, position_embeddings)[0])
-
-    def state_numel(self) -> int:
-        """Numbers remembered per sequence: scan state and convolution inputs."""
-        return self.inner * self.state_dim + self.conv1d.in_channels * (self.conv1d.kernel_size[0] - 1)
 
     def _terms(
         self,

@@ -32,21 +32,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.mixers.rotary import Rope, Rotation, rotate
-from distill.mixers.state_space import (
-    ScanTerms,
+from distill.mixers.face import (
+    factors_of,
+    head_outputs_of,
+    matrix_of,
+    mix_over_time,
+    mixed_and_values,
+    remembered_numel,
+)
+from distill.mixers.parts import (
     ShortConvolution,
-    cache_layer,
     consecutive,
-    factors,
     inverse_softplus,
     mask_positions,
-    matrix,
-    run,
     split_heads,
     widen,
 )
-from distill.ssd.factors import MatrixFactors
+from distill.mixers.rotary import Rope, Rotation, rotate
+from distill.mixers.state_space import ScanTerms
 
 
 class GatedHeadNorm(nn.Module):
@@ -87,6 +90,15 @@ class Mamba2Mixer(nn.Module):
     """
 
     projections_frozen = False
+    of_attention = False
+    without_factors = None
+
+    forward = mix_over_time
+    head_outputs = head_outputs_of
+    mix = mixed_and_values
+    mixing_matrix = matrix_of
+    matrix_factors = factors_of
+    state_numel = remembered_numel
 
     def __init__(
         self,
@@ -134,89 +146,9 @@ class Mamba2Mixer(nn.Module):
         """Which rows of ``in_proj`` make what."""
         return consecutive({"z": self.inner, "x": self.inner, "B": self.wide, "C": self.wide, "dt": self.n_heads})
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        *,
-        cache: Any = None,
-        past_key_values: Any = None,
-        valid_BT: Tensor | None = None,
-        resets_BT: Tensor | None = None,
-        position_embeddings: Rotation | None = None,
-        **_attention_only: Any,
-    ) -> tuple[Tensor, None]:
-        """Mix over time. Shapes (B, T, D) to (B, T, D); the second result stands for attention weights.
-
-        Args:
-            cache: a Hugging Face cache whose layer here is a ``MixerCacheLayer``; updated in place.
-            past_key_values: the same, under the name transformers gave it before 5.24.
-            valid_BT: False at padding.
-            resets_BT: True where a packed document begins.
-            position_embeddings: (cos, sin) as the decoder hands them to attention; read with ``rope: keep`` alone.
-        """
-        memory = cache_layer(past_key_values if cache is None else cache, self.layer_idx)
-        heads_BTI = self._heads(hidden_states, valid_BT, resets_BT, memory, position_embeddings)
-        return self.out_proj(heads_BTI.to(hidden_states.dtype)), None
-
-    def head_outputs(
-        self,
-        hidden_BTD: Tensor,
-        *,
-        valid_BT: Tensor | None = None,
-        resets_BT: Tensor | None = None,
-        position_embeddings: Rotation | None = None,
-    ) -> Tensor:
-        """(B, T, H·P): what the heads make and the output projection reads; fp32."""
-        return self._heads(hidden_BTD, valid_BT, resets_BT, None, position_embeddings)
-
-    def _heads(
-        self,
-        hidden_BTD: Tensor,
-        valid_BT: Tensor | None,
-        resets_BT: Tensor | None,
-        memory: Any,
-        rotation: Rotation | None,
-    ) -> Tensor:
-        terms, z_BTI = self._terms(hidden_BTD, valid_BT, resets_BT, memory, rotation)
-        return self.norm(run(terms, resets_BT=resets_BT, cache=memory).flatten(2), z_BTI)
-
-    def mix(
-        self,
-        hidden_BTD: Tensor,
-        *,
-        valid_BT: Tensor | None = None,
-        resets_BT: Tensor | None = None,
-        position_embeddings: Rotation | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(y_BTHP, x_BTHP): the scan's output and the values it mixed, before gate and norm."""
-        terms, _ = self._terms(hidden_BTD, valid_BT, resets_BT, None, position_embeddings)
-        return run(terms, resets_BT=resets_BT, cache=None), terms.x_BTHP
-
-    def mixing_matrix(
-        self,
-        hidden_BTD: Tensor,
-        *,
-        valid_BT: Tensor | None = None,
-        resets_BT: Tensor | None = None,
-        position_embeddings: Rotation | None = None,
-    ) -> Tensor:
-        """The (B, H, T, T) matrix that takes the values to :meth:`mix`'s output; fp32."""
-        return matrix(self._terms(hidden_BTD, valid_BT, resets_BT, None, position_embeddings)[0], resets_BT=resets_BT)
-
-    def matrix_factors(
-        self,
-        hidden_BTD: Tensor,
-        *,
-        valid_BT: Tensor | None = None,
-        resets_BT: Tensor | None = None,
-        position_embeddings: Rotation | None = None,
-    ) -> MatrixFactors:
-        """What :meth:`mixing_matrix` is made of, which grows with T and not with T²."""
-        return factors(self._terms(hidden_BTD, valid_BT, resets_BT, None, position_embeddings)[0])
-
-    def state_numel(self) -> int:
-        """Numbers remembered per sequence: scan state and convolution inputs."""
-        return self.inner * self.state_dim + self.conv1d.in_channels * (self.conv1d.kernel_size[0] - 1)
+    def gated(self, y_BTI: Tensor, z_BTI: Tensor) -> Tensor:
+        """What the heads made, (B, T, H·P), behind the gated norm; fp32."""
+        return self.norm(y_BTI, z_BTI)
 
     def _terms(
         self,

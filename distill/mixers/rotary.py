@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.mixers.state_space import widen
+from distill.mixers.parts import widen
 
 Rope = Literal["drop", "keep"]
 Rotation = tuple[Tensor, Tensor]

@@ -43,19 +43,19 @@ def causal_convolution(
     return y_BTC
 
 
-def convolution_step(window_BKC: Tensor, weight_CK: Tensor, bias_C: Tensor) -> Tensor:
+def convolution_step(window_BKC: Tensor, weight_CK: Tensor, bias_C: Tensor | None = None) -> Tensor:
     """The last position of :func:`causal_convolution` alone, for generation.
 
     Args:
         window_BKC: its input, last, behind the K − 1 before it.
         weight_CK: taps of each channel, the last one multiplies the current position.
-        bias_C: added.
+        bias_C: added to it.
 
     Returns:
         y_B1C.
     """
     inputs, taps = window_BKC.unbind(1), weight_CK.unbind(1)
-    y_BC = torch.addcmul(bias_C, inputs[-1], taps[-1])
+    y_BC = inputs[-1] * taps[-1] if bias_C is None else torch.addcmul(bias_C, inputs[-1], taps[-1])
     for input_BC, tap_C in zip(inputs[-2::-1], taps[-2::-1], strict=True):
         y_BC = torch.addcmul(y_BC, input_BC, tap_C)
     return y_BC.unsqueeze(1)

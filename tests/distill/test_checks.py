@@ -129,6 +129,15 @@ def test_a_public_teacher(run_check: Check) -> None:
         (["student.keep_attention={count: 5}"], "student.keep_attention.count is 5; the teacher has 4 layers"),
         (["student.keep_attention={ratio: 1.0}"], "student.keep_attention leaves nothing for hidden to train"),
         (["student.rope=keep", "student.state_dim=4"], "student.rope is keep and state_dim 4, but the teacher turns 8"),
+        (
+            ["student.mixer=gated_deltanet", "stages.mixing={tokens: 1024, batch_size: 2}"],
+            "stages.mixing: not for gated_deltanet: the delta",
+        ),
+        (
+            ["student.mixer=sliding_window", "stages.hidden.target=heads"],
+            "stages.hidden: target: heads is not for sliding_window",
+        ),
+        (["student.window=8"], "student.window and sinks are for student.mixer: sliding_window, not mamba2"),
         (["data.block=65"], "data.block: 65 tokens are more than the 64 positions that the teacher knows"),
         (["stages.hidden.tokens=100"], "stages.hidden.tokens: 100 tokens are less than one step of 128"),
         (["stages.hidden.block=24"], "stages.hidden.block: 24 does not divide data.block, which is 64; take 16, or"),

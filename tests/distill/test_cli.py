@@ -224,7 +224,10 @@ def test_convert_replaces_nothing_by_accident(run: Command, teacher: Path) -> No
         (["--keep-attention", "4"], "keep_attention names layer 4; the teacher has 4 layers"),
         (["--keep-attention", "mma"], "which do not repeat evenly over 4 layers"),
         (["--rope", "yes"], "rope is 'yes'; allowed are drop, keep"),
-        (["--mixer", "mamba"], "mixer is 'mamba'; allowed are discrete_mamba2, mamba2"),
+        (
+            ["--mixer", "mamba"],
+            "mixer is 'mamba'; allowed are based, discrete_mamba2, gated_deltanet, mamba2, sliding_window",
+        ),
     ],
 )
 def test_convert_checks_before_it_writes(run: Command, teacher: Path, arguments: list[str], said: str) -> None:

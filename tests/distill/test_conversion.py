@@ -110,7 +110,7 @@ def test_projections_are_the_teachers_head_by_head_with_their_biases(family):
         assert torch.equal(mixer.out_proj.weight, attention.o.weight)
 
 
-@pytest.mark.parametrize("mixer", MIXER_NAMES)
+@pytest.mark.parametrize("mixer", ["mamba2", "discrete_mamba2"])  # the others' have a size of their own
 def test_every_head_starts_with_a_matrix_of_attentions_size(family, mixer):
     teacher = tiny(family)
     student = convert(teacher, mixer=mixer, seed=3)
@@ -141,6 +141,22 @@ def test_a_wider_state_starts_as_the_narrow_one():
     mixer = mixers_of(wide)[0]
     new_reads = mixer.in_proj.weight.grad[mixer.in_rows()["C"]].unflatten(0, (4, 20))[:, 8:]
     assert (new_reads.abs().amax(dim=-1) > 0).all()  # every new column can be learned
+
+
+@pytest.mark.parametrize("d", [3, 8, 12])
+def test_based_starts_with_the_nearest_scores_of_its_rank(family, d):
+    """Rank d or less of a head's W_qᵀ W_k, by its singular values; all of it from d = P on."""
+    teacher = tiny(family)
+    for index, mixer in mixers_of(convert(teacher, mixer="based", state_dim=d)).items():
+        attention = view(teacher.get_decoder().layers[index].self_attn, family_of(teacher.config))
+        q = attention.q.weight.unflatten(0, (4, -1))
+        k = attention.per_query_head(attention.k.weight.unflatten(0, (attention.n_kv_heads, -1)), dim=0)
+        whole = attention.scaling * q.mT @ k
+        left, size, right = torch.linalg.svd(whole)
+        nearest = left[..., :d] * size[:, None, :d] @ right[:, :d]
+        rows = mixer.in_rows()
+        ours_q, ours_k = (mixer.in_proj.weight[rows[name]].unflatten(0, (4, d)) for name in "qk")
+        torch.testing.assert_close(ours_q.mT @ ours_k, nearest, rtol=1e-3, atol=1e-5)
 
 
 def test_the_open_gate_of_mamba2_does_nothing_on_real_input(stories_teacher, stories_text):
@@ -233,7 +249,10 @@ def test_roles_cover_every_parameter_once(family):
 @pytest.mark.parametrize(
     ("wanted", "says"),
     [
-        ({"mixer": "mamba3"}, "mixer is 'mamba3'; allowed are discrete_mamba2, mamba2"),
+        (
+            {"mixer": "mamba3"},
+            "mixer is 'mamba3'; allowed are based, discrete_mamba2, gated_deltanet, mamba2, sliding_window",
+        ),
         ({"keep_attention": [3]}, "numbered 0 to 2"),
         ({"state_dim": 0}, "at least 1"),
     ],

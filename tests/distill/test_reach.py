@@ -9,6 +9,7 @@ from distill.mixers import MIXERS
 from distill.objective import Objective
 from distill.reach import reached, trained
 from distill.recipe import HiddenStage, LogitsStage, MixingStage, Stage
+from distill.student import mixers_of
 from stages.hidden import HiddenObjective
 from stages.logits import LogitObjective
 from stages.mixing import MixingObjective
@@ -48,6 +49,8 @@ def with_gradient(student: PreTrainedModel, objective: Objective) -> set[str]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_reaches_what_has_a_gradient(family, student, stage):
     settings, objective = STAGES[stage]
+    if stage == "mixing" and mixers_of(student)[0].without_factors:
+        pytest.skip("the recipe is refused")
     torch.manual_seed(2)
     with torch.no_grad():  # at the start of conversion some gradients are zero, such as a closed tap's
         for parameter in student.parameters():

@@ -307,7 +307,7 @@ def test_every_key_is_described() -> None:
 def test_names_are_those_of_the_library() -> None:
     mixers = pytest.importorskip("distill.mixers")
     roles = pytest.importorskip("distill.roles")
-    assert set(get_args(Student.model_fields["mixer"].annotation)) == set(mixers.MIXERS)
+    assert set(get_args(Student.model_fields["mixer"].annotation)) == set(mixers.KINDS)
     assert roles.ROLES == ROLES
 
 

@@ -99,7 +99,7 @@ def test_seeded_scores_are_the_teachers_own(family):
         torch.testing.assert_close(ours, factor_H[:, None, None] * scores, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("mixer", sorted(MIXERS))
+@pytest.mark.parametrize("mixer", ["mamba2", "discrete_mamba2"])  # the others' have a size of their own
 def test_every_head_starts_with_a_matrix_of_attentions_size(mixer):
     teacher = tiny("llama")
     student = convert(teacher, mixer=mixer, rope="keep", seed=3)

@@ -11,7 +11,8 @@ from distill.attention import views
 from distill.cache import cache_nbytes
 from distill.decoder import attention_of, layers_of
 from distill.errors import UserError
-from distill.windowed import WindowedLayer, seen, window_of, windowed
+from distill.window import WindowedLayer, seen
+from distill.windowed import window_of, windowed
 from tests.conftest import tiny
 from tests.distill.families.models import EVERY
 from tests.distill.families.models import tiny as of_family

@@ -6,7 +6,8 @@ import torch
 from distill import convert
 from distill.cache import cache_nbytes
 from distill.errors import UserError
-from distill.windowed import Window, window_of
+from distill.window import Window
+from distill.windowed import window_of
 from eval import windows
 from eval.findings import names_of
 from eval.loading import load_model, load_tokenizer

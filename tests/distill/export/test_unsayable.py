@@ -47,6 +47,15 @@ def test_every_reason_is_listed(to: str) -> None:
     assert len(lines) == 3
 
 
+@pytest.mark.parametrize(
+    ("mixer", "why"),
+    [("gated_deltanet", "(Qwen3-Next has such"), ("sliding_window", "(attention that"), ("based", ";")],
+)
+def test_no_native_class_has_the_other_mixers(mixer: str, why: str) -> None:
+    for to in LIMITS:
+        assert reasons(student([3], mixer=mixer), to)[0].partition(" mixers")[2].lstrip().startswith(why)
+
+
 def test_sliding_windows_matter_where_attention_is_kept() -> None:
     mistral = MistralConfig(**SIZES, sliding_window=16)
     assert reasons(student([1, 3], mistral)) == [

@@ -1,4 +1,4 @@
-"""Both mixers: matrix = forward, cache = no cache, documents and padding apart, equal to other implementations."""
+"""Every mixer: matrix = forward, cache = no cache, documents and padding apart, equal to other implementations."""
 
 import pytest
 import torch
@@ -7,12 +7,17 @@ from torch.nn import functional as F
 from transformers import BambaConfig
 from transformers.cache_utils import DynamicCache
 from transformers.models.bamba.modeling_bamba import BambaMixer
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from distill.cache import adopt
 from distill.mixers import MIXERS, Mamba2Mixer
 from tests.distill.objectives.matrix_pairs import written_out
 
 HIDDEN, HEADS, HEAD, STATE = 24, 3, 5, 4
+FACTORED = sorted(name for name, made in MIXERS.items() if made.without_factors is None)
+"""The mixers whose matrix has factors."""
 
 
 @pytest.fixture(params=sorted(MIXERS))
@@ -51,8 +56,9 @@ def test_matrix_times_values_is_what_forward_mixes(mixer, resets):
 
 
 @pytest.mark.parametrize("resets", [None, borders(70, 9, 40)])
-def test_the_matrix_is_that_of_its_factors(mixer, resets):
-    u = hidden(70)
+@pytest.mark.parametrize("name", FACTORED)
+def test_the_matrix_is_that_of_its_factors(name, resets):
+    mixer, u = make(name), hidden(70)
     valid = torch.ones(2, 70, dtype=torch.bool)
     valid[1, 60:] = False
     matrix = mixer.mixing_matrix(u, valid_BT=valid, resets_BT=resets)
@@ -61,9 +67,10 @@ def test_the_matrix_is_that_of_its_factors(mixer, resets):
     torch.testing.assert_close(written_out(factors, documents), matrix, rtol=1e-12, atol=1e-12)
 
 
-def test_what_mix_returns_is_what_forward_uses(mixer):
+@pytest.mark.parametrize("name", sorted(set(MIXERS) - {"based"}))  # which has no gate
+def test_what_mix_returns_is_what_forward_uses(name):
     """Change the gate alone: forward must follow it, and mix, which ends before it, must not."""
-    u = hidden(12)
+    mixer, u = make(name), hidden(12)
     before, (mixed, _) = mixer(u)[0], mixer.mix(u)
     with torch.no_grad():
         mixer.in_proj.weight[mixer.in_rows()["z"]] *= -1.5
@@ -165,6 +172,37 @@ def test_mamba2_is_transformers_mamba2():
     torch.testing.assert_close(ours(u)[0], expected, rtol=2e-5, atol=2e-6)  # theirs rounds its sums to fp32
 
 
+@pytest.mark.parametrize("length", [1, 70])
+def test_gated_deltanet_is_transformers_with_weights_written_from_ours(length):
+    ours = make("gated_deltanet")
+    config = Qwen3NextConfig(
+        hidden_size=HIDDEN,
+        linear_num_value_heads=HEADS,
+        linear_num_key_heads=HEADS,
+        linear_value_head_dim=HEAD,
+        linear_key_head_dim=STATE,
+        linear_conv_kernel_dim=4,
+        num_hidden_layers=1,
+        layer_types=["linear_attention"],
+        rms_norm_eps=1e-5,
+    )
+    theirs = Qwen3NextGatedDeltaNet(config, layer_idx=0).double()
+    rows = {part: ours.in_proj.weight[place] for part, place in ours.in_rows().items()}
+    by_head = {part: weight.unflatten(0, (HEADS, -1)) for part, weight in rows.items()}
+    written = {name: tensor for name, tensor in ours.state_dict().items() if name in theirs.state_dict()}
+    theirs.load_state_dict(
+        written
+        | {
+            "in_proj_qkvz.weight": torch.cat([by_head[part] for part in "qkvz"], dim=1).flatten(0, 1),
+            "in_proj_ba.weight": torch.cat([by_head[part] for part in "ba"], dim=1).flatten(0, 1),
+            "norm.weight": torch.ones(HEAD),
+            "out_proj.weight": ours.out_proj.weight * ours.norm.weight,
+        }
+    )
+    u = hidden(length)
+    torch.testing.assert_close(ours(u)[0], theirs(u), rtol=2e-5, atol=2e-6)  # theirs rounds its sums to fp32
+
+
 def test_discrete_mamba2_is_mohawks_equations():
     """S_t = σ(−a') S + x⊗B, y = S C + D x, out = W (y ∘ SiLU(z + b)), with exp(−softplus(a)) = σ(−a), as a loop."""
     mixer = make("discrete_mamba2")
@@ -182,6 +220,26 @@ def test_discrete_mamba2_is_mohawks_equations():
         y = torch.stack(rows, dim=1).flatten(2)
         expected = mixer.out_proj(y * F.silu(z + mixer.z_bias))
     torch.testing.assert_close(mixer(u)[0], expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("rope", ["drop", "keep"])
+def test_based_is_softmax_attention_with_a_taylor_series_for_the_exponential(rope):
+    mixer, u = make("based", rope=rope), hidden(15)
+    mixer.conv1d.open_()
+    angle = torch.arange(15.0, dtype=torch.float64)[None, :, None] * torch.tensor([1.0, 0.3, 1.0, 0.3])
+    rotation = angle.cos(), angle.sin()
+    with torch.no_grad():
+        parts = mixer.in_proj(u).split([mixer.wide, mixer.wide, mixer.inner], dim=-1)
+        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in parts)
+        if rope == "keep":
+            q, k = apply_rotary_pos_emb(q, k, *rotation)
+        scores = q @ k.mT
+        weights = (1 + scores + scores.square() / 2).tril()
+        weights = weights / weights.sum(-1, keepdim=True)
+        expected = mixer.out_proj((weights @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(mixer(u, position_embeddings=rotation)[0], expected, rtol=1e-10, atol=1e-10)
+    matrix = mixer.mixing_matrix(u, position_embeddings=rotation)
+    torch.testing.assert_close(matrix, weights, rtol=1e-10, atol=1e-10)
 
 
 def test_the_open_gate_of_discrete_mamba2_is_one():

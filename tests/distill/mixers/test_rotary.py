@@ -53,8 +53,10 @@ def test_only_the_distance_between_positions_counts():
     assert not torch.allclose(scores[0], torch.einsum("bthn,bshn->bhts", C, B))
 
 
-def test_matrix_and_gradients_are_those_of_the_rotated_factors(mixer):
+@pytest.mark.parametrize("name", ["discrete_mamba2", "mamba2"])
+def test_matrix_and_gradients_are_those_of_the_rotated_factors(name):
     """Beside the same mixer with ``rope: drop``, whose factors transformers turns."""
+    mixer = make(name, state_dim=STATE, rope="keep")
     u, resets = hidden(20), borders(20, 7)
     rotation = angles(torch.cat([counted(7), counted(13)], dim=1))
 

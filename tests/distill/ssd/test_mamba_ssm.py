@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache
 from distill import doctor
 from distill.cache import adopt
 from distill.errors import UserError
-from distill.mixers import MIXERS
+from distill.mixers import KINDS, MIXERS
 from distill.ssd import backends, scan_reference
 from distill.ssd.kernels import MAMBA_SSM_CHUNK, mamba_ssm_scan
 from tests.distill.ssd.test_kernels import CPU, CUDA, borders, close
@@ -252,7 +252,7 @@ def test_compiled_code_is_not_given_what_cannot_be_traced(monkeypatch, installed
 
 def test_doctor_knows_whom_each_mixer_is_served_by(monkeypatch, installed):
     gpu = {"gpus": [{"bfloat16": True}]}
-    assert doctor._STEPPED.keys() == MIXERS.keys()
+    assert {*doctor._STEPPED, *doctor._UNSCANNED} == KINDS.keys()
     told = doctor._scan_backends(gpu)
     assert told["mamba_ssm"] == {"used": False, "why": "not used: not installed"}
 
@@ -260,12 +260,12 @@ def test_doctor_knows_whom_each_mixer_is_served_by(monkeypatch, installed):
     told = doctor._scan_backends(gpu)
     assert [name for name, backend in told.items() if backend["used"]] == ["mamba_ssm", "torch"]
     assert told["mamba_ssm"]["why"].endswith("which serve mamba2 only; runs mamba2 here")
-    assert told["torch"]["why"].endswith("runs discrete_mamba2 here")
+    assert told["torch"]["why"].endswith("runs discrete_mamba2, based here")
 
     installed.add("fla")
     told = doctor._scan_backends(gpu)
     assert [name for name, backend in told.items() if backend["used"]] == ["fla"]
-    assert told["mamba_ssm"]["why"] == "not used: fla comes first, for both mixers"
+    assert told["mamba_ssm"]["why"] == "not used: fla comes first, for every mixer that scans"
 
     monkeypatch.setenv(backends.CHOICE, "mamba_ssm")
     told = doctor._scan_backends(gpu)

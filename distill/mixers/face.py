@@ -1,0 +1,158 @@
+"""What decoder, cache and stages ask of a mixer, written once for all whose heads are made of terms.
+
+A mixer says what is its own in two methods: which terms its hidden states make (``_terms``), and how a gate shapes what
+comes of them (``gated``). The functions here do the rest and stand in a mixer's class as its methods, under the names
+of the ``Mixer`` protocol::
+
+    u → (terms, z)           _terms
+    terms → y                terms.run                            y = M v: the heads' mixing matrix times their values
+    (y, z) → heads           gated
+    heads → out              out_proj
+"""
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from distill.cache import MixerCacheLayer
+from distill.mixers.rotary import Rotation
+from distill.ssd.factors import MatrixFactors
+
+
+class Terms(Protocol):
+    """Everything ``y = M v`` needs, per position."""
+
+    @property
+    def values(self) -> Tensor:
+        """v_BTHP, what the matrix multiplies."""
+
+    def run(self, *, resets_BT: Tensor | None, cache: MixerCacheLayer | None) -> Tensor:
+        """y_BTHP in fp32. With a cache it continues from the state there, which is then brought up to date."""
+
+    def matrix(self, *, resets_BT: Tensor | None) -> Tensor:
+        """M, (B, H, T, T), fp32."""
+
+
+class OfTerms(Protocol):
+    """A mixer, as far as the functions of this file look at it."""
+
+    layer_idx: int
+    inner: int
+    state_dim: int
+    conv1d: nn.Conv1d
+    out_proj: nn.Linear
+
+    def _terms(
+        self,
+        hidden_BTD: Tensor,
+        valid_BT: Tensor | None,
+        resets_BT: Tensor | None,
+        cache: MixerCacheLayer | None,
+        rotation: Rotation | None = None,
+    ) -> tuple[Any, Tensor]:
+        """The terms, and z_BTI for the gate."""
+
+    def gated(self, y_BTI: Tensor, z_BTI: Tensor) -> Tensor:
+        """What the heads made behind the gate; fp32."""
+
+
+def mix_over_time(
+    mixer: OfTerms,
+    hidden_states: Tensor,
+    *,
+    cache: Any = None,
+    past_key_values: Any = None,
+    valid_BT: Tensor | None = None,
+    resets_BT: Tensor | None = None,
+    position_embeddings: Rotation | None = None,
+    **_attention_only: Any,
+) -> tuple[Tensor, None]:
+    """A mixer's ``forward``. Shapes (B, T, D) to (B, T, D); the second result stands for attention weights.
+
+    Args:
+        cache: a Hugging Face cache whose layer here is a ``MixerCacheLayer``; updated in place.
+        past_key_values: the same, under the name transformers gave it before 5.24.
+        valid_BT: False at padding.
+        resets_BT: True where a packed document begins.
+        position_embeddings: (cos, sin) as the decoder hands them to attention; read with ``rope: keep`` alone.
+    """
+    memory = cache_layer(past_key_values if cache is None else cache, mixer.layer_idx)
+    heads_BTI = _heads(mixer, hidden_states, valid_BT, resets_BT, memory, position_embeddings)
+    return mixer.out_proj(heads_BTI.to(hidden_states.dtype)), None
+
+
+def head_outputs_of(
+    mixer: OfTerms,
+    hidden_BTD: Tensor,
+    *,
+    valid_BT: Tensor | None = None,
+    resets_BT: Tensor | None = None,
+    position_embeddings: Rotation | None = None,
+) -> Tensor:
+    """(B, T, H·P): what the heads make and the output projection reads; fp32."""
+    return _heads(mixer, hidden_BTD, valid_BT, resets_BT, None, position_embeddings)
+
+
+def mixed_and_values(
+    mixer: OfTerms,
+    hidden_BTD: Tensor,
+    *,
+    valid_BT: Tensor | None = None,
+    resets_BT: Tensor | None = None,
+    position_embeddings: Rotation | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(y_BTHP, v_BTHP): what the heads made and the values they mixed, before the gate."""
+    terms, _ = mixer._terms(hidden_BTD, valid_BT, resets_BT, None, position_embeddings)
+    return terms.run(resets_BT=resets_BT, cache=None), terms.values
+
+
+def matrix_of(
+    mixer: OfTerms,
+    hidden_BTD: Tensor,
+    *,
+    valid_BT: Tensor | None = None,
+    resets_BT: Tensor | None = None,
+    position_embeddings: Rotation | None = None,
+) -> Tensor:
+    """The (B, H, T, T) matrix that takes the values to :func:`mixed_and_values`'s output; fp32."""
+    terms, _ = mixer._terms(hidden_BTD, valid_BT, resets_BT, None, position_embeddings)
+    return terms.matrix(resets_BT=resets_BT)
+
+
+def factors_of(
+    mixer: OfTerms,
+    hidden_BTD: Tensor,
+    *,
+    valid_BT: Tensor | None = None,
+    resets_BT: Tensor | None = None,
+    position_embeddings: Rotation | None = None,
+) -> MatrixFactors:
+    """What :func:`matrix_of` is made of, which grows with T and not with T²; of terms that have such factors."""
+    terms, _ = mixer._terms(hidden_BTD, valid_BT, resets_BT, None, position_embeddings)
+    return terms.factors(resets_BT=resets_BT)
+
+
+def remembered_numel(mixer: OfTerms) -> int:
+    """Numbers remembered per sequence: the heads' states and the convolution's inputs."""
+    return mixer.inner * mixer.state_dim + mixer.conv1d.in_channels * (mixer.conv1d.kernel_size[0] - 1)
+
+
+def cache_layer(cache: Any, layer_idx: int) -> MixerCacheLayer | None:
+    """This layer's part of a Hugging Face cache; ``distill.student`` puts it there before the decoder runs."""
+    if cache is None:
+        return None
+    layer = cache.layers[layer_idx]
+    assert isinstance(layer, MixerCacheLayer), f"cache layer {layer_idx} is a {type(layer).__name__}"
+    return layer
+
+
+def _heads(
+    mixer: OfTerms,
+    hidden_BTD: Tensor,
+    valid_BT: Tensor | None,
+    resets_BT: Tensor | None,
+    memory: MixerCacheLayer | None,
+    rotation: Rotation | None,
+) -> Tensor:
+    terms, z_BTI = mixer._terms(hidden_BTD, valid_BT, resets_BT, memory, rotation)
+    return mixer.gated(terms.run(resets_BT=resets_BT, cache=memory).flatten(2), z_BTI)
