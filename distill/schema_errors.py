@@ -103,7 +103,7 @@ def _unknown_key(key: str, parents: KeyPath, section: type[BaseModel], root: typ
 def _path_as_given(error: ErrorDetails, given: object) -> KeyPath:
     """pydantic's location without the steps that validators added, such as the branch of a union."""
     path: list[str | int] = []
-    *_, last = range(len(error["loc"]))
+    last = len(error["loc"]) - 1
     for place, part in enumerate(error["loc"]):
         if _holds(given, part):
             given = given[part]
