@@ -51,7 +51,7 @@ Given = TypeVar("Given")
 
 
 def head_exponents(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> dict[int, list[float]]:
-    """λ_h of every head of every converted layer, on a text; nothing of a model without converted layers.
+    """λ_h of every head of every ``decaying`` layer, on a text; nothing of a model without any.
 
     A mean over tokens that have one before them in their document and row: of the others' states nothing is left to
     decay. Padding is left out. Decays are the mixer's own, in fp32 at least, and summed in fp64.
@@ -62,7 +62,7 @@ def head_exponents(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor
     Raises:
         UserError: no token has one before it.
     """
-    mixers = mixers_of(model) if is_student(model) else {}
+    mixers = decaying(model)
     sums: dict[int, Tensor] = {}
     tokens, device = 0, device_of(model)
     with evaluating(model):
@@ -77,6 +77,15 @@ def head_exponents(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor
     if not tokens:
         raise UserError("there is no token behind another: every document of the text is shorter than two tokens")
     return {index: (sum_H / tokens).tolist() for index, sum_H in sums.items()}
+
+
+def decaying(model: PreTrainedModel) -> dict[int, Mixer]:
+    """The mixers of a student whose states are only ever multiplied by a number: of others no head has an exponent.
+
+    The delta rule turns its state as well (``mixer_exponent`` follows it), and a window has no state at all.
+    """
+    mixers = mixers_of(model) if is_student(model) else {}
+    return {index: mixer for index, mixer in mixers.items() if mixer.without_factors is None}
 
 
 def followers(batch: Mapping[str, Tensor]) -> Tensor:

@@ -70,8 +70,8 @@ def names_of(paths: Sequence[str]) -> dict[str, str]:
     Raises:
         UserError: a model is given twice.
     """
+    possible = [windows.names_for(path) for path in paths]
     if len(set(paths)) < len(paths):
         raise UserError(f"{words.listed(paths)}: a model is given twice")
-    possible = [windows.names_for(path) for path in paths]
     taken = Counter(name for names in possible for name in set(names))
     return {next(name for name in names if taken[name] == 1): path for names, path in zip(possible, paths, strict=True)}

@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from distill.layout import ATTENTION
 from eval import words
 from eval.findings import Fields
 
@@ -51,6 +52,11 @@ def memory_maps(models: Mapping[str, Sequence[Fields]], file: Path) -> None:
 def sorted_memory(layer: Fields) -> list[float]:
     """A layer's memories in tokens, ascending; none where it has no state. They may be strings, as read from JSON."""
     return sorted(min(float(tokens), LONGEST) for tokens in layer.get("memory", ()))
+
+
+def without(layer: Fields) -> str:
+    """Why a layer has no exponents."""
+    return "has no state" if layer["kind"] == ATTENTION else "does not decay by a number a head"
 
 
 def _at(values: Sequence[float], index: int) -> float:

@@ -20,7 +20,7 @@ from distill.stability import head_exponents, memory_tokens
 from eval import options, words
 from eval.findings import Fields, Findings, names_of, require_folder, write_findings
 from eval.loading import Text, load_config, load_model, read_batches
-from eval.memory_maps import memory_maps
+from eval.memory_maps import memory_maps, without
 
 KIND = "stability"
 ATTENTION = "attention"
@@ -78,8 +78,10 @@ def main(
     }
     file = write_findings(output, Findings(KIND, names, settings, found))
     with explained_full_disk(output):
-        memory_maps({name: one["layers"] for name, one in found.items() if converted[name]}, output / f"{KIND}.png")
-    print(f"{file} and {KIND}.png beside it")
+        maps = {name: one["layers"] for name, one in found.items() if any("memory" in layer for layer in one["layers"])}
+        if maps:
+            memory_maps(maps, output / f"{KIND}.png")
+    print(f"{file}{f' and {KIND}.png beside it' if maps else ''}")
 
 
 def _converted(names: dict[str, str]) -> dict[str, list[int]]:
@@ -112,12 +114,11 @@ def _layers(model: PreTrainedModel, exponents: dict[int, list[float]]) -> list[F
     layout = getattr(model.config, "distill", None)
     for index in range(len(layers_of(model))):
         heads = exponents.get(index)
+        kind = ATTENTION if layout is None else layout["layers"][index]
         if heads is None:
-            layers.append({"layer": index, "kind": ATTENTION})
+            layers.append({"layer": index, "kind": kind})
         else:
-            assert layout is not None, "only students have exponents"
             memory = [memory_tokens(exponent) for exponent in heads]
-            kind = layout["layers"][index]
             layers.append({"layer": index, "kind": kind, "exponent": max(heads), "exponents": heads, "memory": memory})
     return layers
 
@@ -127,8 +128,8 @@ def _told(name: str, found: Fields) -> str:
     lines = [f"{name}", "  layer  mixer             largest exponent  memory in tokens, by head"]
     for layer in found["layers"]:
         kind = words.MIXER_NAMES.get(layer["kind"], layer["kind"])
-        if layer["kind"] == ATTENTION:
-            lines.append(f"  {layer['layer']:<7}{kind:<18}has no state")
+        if "exponent" not in layer:
+            lines.append(f"  {layer['layer']:<7}{kind:<18}{without(layer)}")
         else:
             memory = "  ".join(words.plain(tokens, 0) for tokens in sorted(layer["memory"]))
             lines.append(f"  {layer['layer']:<7}{kind:<18}{words.plain(layer['exponent'], 5):>16}  {memory}")

@@ -6,7 +6,7 @@ from typing import Any
 from eval import words
 from eval.charts import Axis, Chart, Point, Series, line_chart
 from eval.findings import Findings
-from eval.memory_maps import sorted_memory
+from eval.memory_maps import sorted_memory, without
 from eval.sections.section import HeatMap, Section, Table
 
 COLOURS = ("logits", "hidden", "mixing", "convert")
@@ -58,7 +58,7 @@ def _table(results: Fields) -> Table:
             if memory:
                 shown = [_exponent(float(layer["exponent"])), words.plain(memory[0], 0), words.plain(memory[-1], 0)]
             else:
-                shown = ["has no state", words.NONE, words.NONE]
+                shown = [without(layer), words.NONE, words.NONE]
             rows.append(
                 [f"{name}, layer {layer['layer']}", words.MIXER_NAMES.get(layer["kind"], layer["kind"]), *shown]
             )

@@ -8,11 +8,12 @@ import torch
 
 from distill import convert
 from distill.errors import UserError
-from distill.mixers import MIXERS
 from distill.stability import followers, head_exponents, largest_exponent, memory_tokens, mixer_exponent
 from tests.distill.mixers.test_mixers import HEAD, HEADS, STATE, hidden, make
 
 LENGTH, SKIP = 160, 80
+LEARNED = ["discrete_mamba2", "mamba2"]
+"""Mixers of one decay a head that is learnt."""
 
 
 def test_a_logistic_map_has_the_logarithm_of_two():
@@ -54,7 +55,7 @@ def spread(name: str):
     return mixer
 
 
-@pytest.mark.parametrize("name", sorted(MIXERS))
+@pytest.mark.parametrize("name", LEARNED)
 def test_a_mixers_memory_has_the_exponent_of_its_slowest_head(name):
     """Through the mixer's own cache, convolution included; of the same tokens, so exactly."""
     mixer, u = spread(name), hidden(LENGTH, batch=1)
@@ -84,7 +85,7 @@ def growing(name: str, monkeypatch):
     return mixer
 
 
-@pytest.mark.parametrize("name", sorted(MIXERS))
+@pytest.mark.parametrize("name", LEARNED)
 def test_a_mixer_that_is_not_stable_is_found_out(name, monkeypatch):
     mixer, u = growing(name, monkeypatch), hidden(60, batch=1)
     expected = decays(mixer, u)[0, 31:].mean(0).max()
@@ -92,7 +93,7 @@ def test_a_mixer_that_is_not_stable_is_found_out(name, monkeypatch):
     assert mixer_exponent(mixer, u, skip=30) == pytest.approx(float(expected), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(MIXERS))
+@pytest.mark.parametrize("name", LEARNED)
 def test_a_tangent_is_what_two_trajectories_do(name):
     """Two states through the recurrence written out: how their distance shrinks."""
     mixer, u = spread(name), hidden(LENGTH, batch=1)
@@ -173,7 +174,7 @@ def read(student, layer: int, ids: torch.Tensor) -> torch.Tensor:
     return found[0]
 
 
-@pytest.mark.parametrize("name", sorted(MIXERS))
+@pytest.mark.parametrize("name", LEARNED)
 def test_heads_of_a_student_document_by_document(name, tiny_model):
     """Packed and padded, as each document alone; of converted layers only."""
     student = convert(tiny_model("llama"), mixer=name, keep_attention=[1]).double()
@@ -194,6 +195,22 @@ def test_heads_of_a_student_document_by_document(name, tiny_model):
     for layer, of_heads in found.items():
         assert of_heads == pytest.approx((sums[layer] / count).tolist(), rel=1e-6)
         assert max(of_heads) < 0
+
+
+def test_what_never_forgets_has_the_exponent_zero(tiny_model):
+    student = convert(tiny_model("llama"), mixer="based", keep_attention=[1])
+    assert head_exponents(student, [packed()]) == {layer: [0.0] * 4 for layer in (0, 2)}
+
+
+@pytest.mark.parametrize("name", ["gated_deltanet", "sliding_window"])
+def test_no_head_has_an_exponent_where_the_state_is_not_multiplied_by_a_number(name, tiny_model):
+    assert head_exponents(convert(tiny_model("llama"), mixer=name, keep_attention=[1]), [packed()]) == {}
+
+
+def test_the_delta_rule_is_followed_through_its_cache():
+    """Keys of length 1 and β below 1: it never turns faster than it decays."""
+    mixer = make("gated_deltanet")
+    assert mixer_exponent(mixer, hidden(LENGTH, batch=1), skip=SKIP) < 0
 
 
 def test_a_teacher_has_no_exponents(tiny_model):
