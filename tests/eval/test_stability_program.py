@@ -128,3 +128,19 @@ def test_mistakes_are_told(models, text, tmp_path, capsys):
     assert not out.exists()
     out.write_text("")
     assert "is a file" in refused(capsys, [hybrid], text, output=out)
+
+
+def test_a_student_without_decays_is_measured_all_the_same(models, text, tmp_path, capsys):
+    teacher, folder = load_model(models / "teacher"), tmp_path / "delta"
+    convert(teacher, mixer="gated_deltanet", keep_attention=[1]).save_pretrained(folder)
+    characters().save_pretrained(folder)
+    stability.main([str(folder)], text, block=40, output=tmp_path / "found", device="cpu")
+    assert "gated_deltanet" in capsys.readouterr().out.replace("Gated DeltaNet", "gated_deltanet")
+    record = read_findings(tmp_path / "found" / "stability.json")
+    assert [layer["kind"] for layer in record.results["delta"]["layers"]] == [
+        "gated_deltanet",
+        "attention",
+        "gated_deltanet",
+    ]
+    assert not (tmp_path / "found" / "stability.png").exists()
+    assert SECTIONS["stability"](record).tables
