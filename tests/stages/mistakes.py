@@ -68,7 +68,7 @@ def add_tokens(folder: Path) -> None:
 
 MISTAKES = {
     "misspelt key": Mistake(
-        ("tiny.yaml:10: stages.mixing.tokns: unknown key, did you mean 'tokens'? (allowed: tokens, batch_size",),
+        ("tiny.yaml:10: stages.mixing.tokns: unknown key, did you mean 'tokens'? (allowed: tokens, block, batch_size",),
         harm=edit("mixing: {tokens", "mixing: {tokns"),
     ),
     "misspelt section": Mistake(
@@ -81,7 +81,10 @@ MISTAKES = {
     ),
     "wrong type": Mistake(("data.block: must be a whole number, not 'many'",), ("data.block=many",)),
     "wrong value": Mistake(
-        ("student.mixer: must be one of mamba2, discrete_mamba2, not 'mamba3', did you mean 'mamba2'?",),
+        (
+            "student.mixer: must be one of mamba2, discrete_mamba2, gated_deltanet, based, sliding_window, not"
+            " 'mamba3', did you mean 'mamba2'?",
+        ),
         ("student.mixer=mamba3",),
     ),
     "wrong order": Mistake(

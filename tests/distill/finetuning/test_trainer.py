@@ -159,7 +159,8 @@ def _trainer(job: Job):
     return tuning._trainer(job, model, tuning.trained_groups(model, job.recipe), MetricsLog(job.work_folder, (), 0))
 
 
-@pytest.mark.parametrize("mixer", sorted(MIXERS))
+# Of `based` alone nothing is made by rows of zeros.
+@pytest.mark.parametrize("mixer", sorted(MIXERS.keys() - {"based"}))
 def test_dora_on_a_fresh_student_is_refused(recipe, stories_teacher, mixer):
     fresh = recipe.parent / "fresh"
     convert(stories_teacher, mixer=mixer).save_pretrained(fresh)
