@@ -26,7 +26,6 @@ Source: "Simple linear attention language models balance the recall-throughput t
 without its layers of sliding-window attention. The features x_i x_j and x_j x_i are one, which halves its state.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 
 from distill.cache import MixerCacheLayer
 from distill.mixers.face import factors_of, head_outputs_of, matrix_of, mix_over_time, mixed_and_values
-from distill.mixers.parts import ShortConvolution, consecutive, mask_positions, split_heads, widen
+from distill.mixers.parts import ShortConvolution, consecutive, mask_positions, random_projections_, split_heads, widen
 from distill.mixers.rotary import Rope, Rotation, rotate
 from distill.mixers.state_space import ScanTerms
 from distill.ssd import scan
@@ -162,10 +161,7 @@ class BasedMixer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Random projections, an open convolution; scores of q and k about 1 in size."""
-        for projection in (self.in_proj, self.out_proj):
-            nn.init.normal_(projection.weight, std=1 / math.sqrt(projection.in_features))
-        if self.out_proj.bias is not None:
-            nn.init.zeros_(self.out_proj.bias)
+        random_projections_(self)
         self.in_proj.weight[: 2 * self.wide] *= self.score_dim**-0.25
         self.conv1d.open_()
 

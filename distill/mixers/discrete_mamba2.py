@@ -24,7 +24,6 @@ Source: MOHAWK (arXiv 2408.10189), section 3 and appendix; the authors run it th
 nothing is divided.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -44,6 +43,7 @@ from distill.mixers.parts import (
     consecutive,
     inverse_softplus,
     mask_positions,
+    random_projections_,
     split_heads,
     widen,
 )
@@ -110,10 +110,7 @@ class DiscreteMamba2Mixer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Random projections; gate and convolution let everything through; memories of 4 to 256 positions."""
-        for projection in (self.in_proj, self.out_proj):
-            nn.init.normal_(projection.weight, std=1 / math.sqrt(projection.in_features))
-        if self.out_proj.bias is not None:
-            nn.init.zeros_(self.out_proj.bias)
+        random_projections_(self)
         self.in_proj.weight[self.in_rows()["z"]].zero_()
         nn.init.constant_(self.z_bias, OPEN_GATE)
         self.conv1d.open_()

@@ -31,7 +31,6 @@ those of b and a; its one norm weight for all heads is 1, and w goes into the co
 a bias in convolution or output projection (here only where the teacher's attention has them), and rotary positions.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -42,12 +41,14 @@ from distill.cache import MixerCacheLayer
 from distill.delta import delta_matrix, delta_rule, delta_step
 from distill.mixers.face import head_outputs_of, matrix_of, mix_over_time, mixed_and_values, remembered_numel
 from distill.mixers.parts import (
+    GatedHeadNorm,
     ShortConvolution,
     consecutive,
     inverse_softplus,
-    is_step,
     mask_positions,
+    random_projections_,
     split_heads,
+    through_cache,
     widen,
 )
 from distill.mixers.rotary import Rope, Rotation, rotate
@@ -82,45 +83,24 @@ class DeltaTerms:
         """y_BTHP in fp32. With a cache it continues from the state there, and brings that up to date."""
         v_BTHP = widen(self.v_BTHP)
         inputs = self.log_decay_BTH, self.beta_BTH, self.k_BTHN, self.q_BTHN, v_BTHP
-        state_BHPN = None if cache is None else cache.state()
-        # Where autograd will want the state as it was, it must not be overwritten.
-        in_graph = state_BHPN is not None and any(tensor.requires_grad for tensor in (state_BHPN, *inputs))
-        if state_BHPN is not None and is_step(v_BTHP, resets_BT, cache) and not in_graph:
+
+        def step(state_BHPN: Tensor) -> Tensor:
             log_decay_BH, beta_BH, k_BHN, q_BHN, v_BHP = (tensor[:, 0] for tensor in inputs)
-            y_BTHP = delta_step(log_decay_BH, beta_BH, k_BHN, q_BHN, v_BHP, state_BHPN).unsqueeze(1)
-        else:
-            y_BTHP, final_BHPN = delta_rule(*inputs, initial_state_BHPN=state_BHPN, resets_BT=resets_BT)
-            if cache is not None:
-                cache.replace_state(final_BHPN)
-        if cache is not None:
-            cache.advance(v_BTHP.shape[1])
-        return y_BTHP
+            return delta_step(log_decay_BH, beta_BH, k_BHN, q_BHN, v_BHP, state_BHPN)
+
+        return through_cache(
+            cache,
+            inputs,
+            resets_BT,
+            step,
+            lambda state_BHPN: delta_rule(*inputs, initial_state_BHPN=state_BHPN, resets_BT=resets_BT),
+        )
 
     def matrix(self, *, resets_BT: Tensor | None) -> Tensor:
         """M, (B, H, T, T), fp32."""
         with torch.autocast(self.v_BTHP.device.type, enabled=False):
             inputs = (widen(tensor) for tensor in (self.log_decay_BTH, self.beta_BTH, self.k_BTHN, self.q_BTHN))
             return delta_matrix(*inputs, resets_BT=resets_BT)
-
-
-class HeadNormThenGate(nn.Module):
-    """w ∘ RMS_head(y) ∘ SiLU(z): the root mean square is taken over each head's channels alone, in fp32.
-
-    Args:
-        inner: H·P.
-        n_heads: H.
-        eps: added to the mean square.
-    """
-
-    def __init__(self, inner: int, n_heads: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(inner))
-        self.n_heads, self.eps = n_heads, eps
-
-    def forward(self, y_BTI: Tensor, z_BTI: Tensor) -> Tensor:
-        y_BTHP = split_heads(widen(y_BTI), self.n_heads)
-        normed_BTI = F.rms_norm(y_BTHP, y_BTHP.shape[-1:], eps=self.eps).flatten(2)
-        return normed_BTI * self.weight * F.silu(widen(z_BTI))
 
 
 class GatedDeltaNetMixer(nn.Module):
@@ -175,17 +155,14 @@ class GatedDeltaNetMixer(nn.Module):
         self.conv1d = ShortConvolution(2 * self.wide + self.inner, conv_width, bias=conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(n_heads))
         self.A_log = nn.Parameter(torch.empty(n_heads))
-        self.norm = HeadNormThenGate(self.inner, n_heads, norm_eps)
+        self.norm = GatedHeadNorm(self.inner, n_heads, norm_eps, norm_first=True)
         self.out_proj = nn.Linear(self.inner, hidden_size, bias=out_bias)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Random projections, an open convolution, β = ½, memories of 4 to 256 positions spread over the heads."""
-        for projection in (self.in_proj, self.out_proj):
-            nn.init.normal_(projection.weight, std=1 / math.sqrt(projection.in_features))
-        if self.out_proj.bias is not None:
-            nn.init.zeros_(self.out_proj.bias)
+        random_projections_(self)
         self.conv1d.open_()
         nn.init.ones_(self.norm.weight)
         self.in_proj.weight[self.in_rows()["b"]].zero_()

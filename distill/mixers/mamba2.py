@@ -25,7 +25,6 @@ head make every head independent, as attention's heads are. Parameter names and 
 transformers' Bamba and GraniteMoeHybrid, which therefore can run a student's weights.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -41,34 +40,17 @@ from distill.mixers.face import (
     remembered_numel,
 )
 from distill.mixers.parts import (
+    GatedHeadNorm,
     ShortConvolution,
     consecutive,
     inverse_softplus,
     mask_positions,
+    random_projections_,
     split_heads,
     widen,
 )
 from distill.mixers.rotary import Rope, Rotation, rotate
 from distill.mixers.state_space import ScanTerms
-
-
-class GatedHeadNorm(nn.Module):
-    """w ∘ RMS_head(y ∘ SiLU(z)): the root mean square is taken over each head's channels alone, in fp32.
-
-    Args:
-        inner: H·P.
-        n_heads: H.
-        eps: added to the mean square.
-    """
-
-    def __init__(self, inner: int, n_heads: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(inner))
-        self.n_heads, self.eps = n_heads, eps
-
-    def forward(self, y_BTI: Tensor, z_BTI: Tensor) -> Tensor:
-        gated_BTHP = split_heads(widen(y_BTI) * F.silu(widen(z_BTI)), self.n_heads)
-        return F.rms_norm(gated_BTHP, gated_BTHP.shape[-1:], eps=self.eps).flatten(2) * self.weight
 
 
 class Mamba2Mixer(nn.Module):
@@ -129,10 +111,7 @@ class Mamba2Mixer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Random projections, an open convolution, memories of 4 to 256 positions spread over the heads."""
-        for projection in (self.in_proj, self.out_proj):
-            nn.init.normal_(projection.weight, std=1 / math.sqrt(projection.in_features))
-        if self.out_proj.bias is not None:
-            nn.init.zeros_(self.out_proj.bias)
+        random_projections_(self)
         self.conv1d.open_()
         nn.init.ones_(self.norm.weight)
         nn.init.ones_(self.D)

@@ -1,12 +1,41 @@
 """What every mixer with a short convolution and heads is put together from."""
 
+import math
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from distill.cache import MixerCacheLayer
 from distill.ssd import causal_convolution, convolution_step
+
+
+class GatedHeadNorm(nn.Module):
+    """w ∘ RMS_head(y ∘ SiLU(z)): the root mean square is taken over each head's channels alone, in fp32.
+
+    Args:
+        inner: H·P.
+        n_heads: H.
+        eps: added to the mean square.
+        norm_first: w ∘ RMS_head(y) ∘ SiLU(z) instead.
+    """
+
+    def __init__(self, inner: int, n_heads: int, eps: float, *, norm_first: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(inner))
+        self.n_heads, self.eps, self.norm_first = n_heads, eps, norm_first
+
+    def forward(self, y_BTI: Tensor, z_BTI: Tensor) -> Tensor:
+        y_BTI, gate_BTI = widen(y_BTI), F.silu(widen(z_BTI))
+        if self.norm_first:
+            return self._normed(y_BTI) * self.weight * gate_BTI
+        return self._normed(y_BTI * gate_BTI) * self.weight
+
+    def _normed(self, y_BTI: Tensor) -> Tensor:
+        y_BTHP = split_heads(y_BTI, self.n_heads)
+        return F.rms_norm(y_BTHP, y_BTHP.shape[-1:], eps=self.eps).flatten(2)
 
 
 class ShortConvolution(nn.Conv1d):
@@ -47,9 +76,47 @@ class ShortConvolution(nn.Conv1d):
         return causal_convolution(x_BTC, weight_CK, bias_C, past_BTC=past_BTC, resets_BT=resets_BT)
 
 
+@torch.no_grad()
+def random_projections_(mixer: nn.Module) -> None:
+    """Draw the weights of ``in_proj`` and ``out_proj``, so that what they read keeps its size; no bias."""
+    for projection in (mixer.in_proj, mixer.out_proj):
+        assert isinstance(projection, nn.Linear)
+        nn.init.normal_(projection.weight, std=1 / math.sqrt(projection.in_features))
+        if projection.bias is not None:
+            nn.init.zeros_(projection.bias)
+
+
 def is_step(x_BT: Tensor, resets_BT: Tensor | None, cache: MixerCacheLayer | None) -> bool:
     """Whether this call is one token behind others, as almost all of generation is."""
     return x_BT.shape[1] == 1 and resets_BT is None and cache is not None and cache.has_past()
+
+
+def through_cache(
+    cache: MixerCacheLayer | None,
+    inputs: Sequence[Tensor],
+    resets_BT: Tensor | None,
+    step: Callable[[Tensor], Tensor],
+    whole: Callable[[Tensor | None], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """y_BTHP of a recurrence that goes on from the cache's state, which is then brought up to date.
+
+    Args:
+        inputs: what is computed from, (B, T, …).
+        step: y_BHP of a single token; it overwrites the state it is given.
+        whole: y_BTHP and the final state from the state before, or from none.
+    """
+    state_BHPN = None if cache is None else cache.state()
+    # Where autograd will want the state as it was, it must not be overwritten.
+    in_graph = state_BHPN is not None and any(tensor.requires_grad for tensor in (state_BHPN, *inputs))
+    if state_BHPN is not None and is_step(inputs[0], resets_BT, cache) and not in_graph:
+        y_BTHP = step(state_BHPN).unsqueeze(1)
+    else:
+        y_BTHP, final_BHPN = whole(state_BHPN)
+        if cache is not None:
+            cache.replace_state(final_BHPN)
+    if cache is not None:
+        cache.advance(inputs[0].shape[1])
+    return y_BTHP
 
 
 def consecutive(widths: dict[str, int]) -> dict[str, slice]:

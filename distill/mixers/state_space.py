@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from distill.cache import MixerCacheLayer
-from distill.mixers.parts import is_step, widen
+from distill.mixers.parts import through_cache, widen
 from distill.ssd import mixing_matrix, scan, scan_step
 from distill.ssd.backends import backend
 from distill.ssd.factors import MatrixFactors
@@ -43,18 +43,17 @@ class ScanTerms:
     def run(self, *, resets_BT: Tensor | None, cache: MixerCacheLayer | None) -> Tensor:
         """y_BTHP = scan + D x in fp32. With a cache it continues from the state there, and brings that up to date."""
         x_BTHP = widen(self.x_BTHP)
-        state_BHPN = None if cache is None else cache.state()
-        if state_BHPN is not None and is_step(x_BTHP, resets_BT, cache) and not _in_graph(self, state_BHPN):
+        inputs = self.x_BTHP, self.B_BTHN, self.C_BTHN, self.log_decay_BTH
+
+        def step(state_BHPN: Tensor) -> Tensor:
             written_BTHP = _written(x_BTHP, self.step_BTH)
-            y_BTHP = scan_step(
+            return scan_step(
                 self.log_decay_BTH[:, 0], self.B_BTHN[:, 0], self.C_BTHN[:, 0], written_BTHP[:, 0], state_BHPN
-            ).unsqueeze(1)
-        else:
-            y_BTHP, final_BHPN = _scan(self, x_BTHP, state_BHPN, resets_BT)
-            if cache is not None:
-                cache.replace_state(final_BHPN)
-        if cache is not None:
-            cache.advance(x_BTHP.shape[1])
+            )
+
+        y_BTHP = through_cache(
+            cache, inputs, resets_BT, step, lambda state_BHPN: _scan(self, x_BTHP, state_BHPN, resets_BT)
+        )
         return torch.addcmul(y_BTHP, widen(self.skip_H)[:, None], x_BTHP)
 
     def matrix(self, *, resets_BT: Tensor | None) -> Tensor:
@@ -94,10 +93,3 @@ def _scan(
 
 def _written(x_BTHP: Tensor, step_BTH: Tensor | None) -> Tensor:
     return x_BTHP if step_BTH is None else x_BTHP * step_BTH[..., None]
-
-
-def _in_graph(terms: ScanTerms, state_BHPN: Tensor) -> bool:
-    """Whether autograd will want the state as it was, so that it must not be overwritten."""
-    return any(
-        tensor.requires_grad for tensor in (state_BHPN, terms.x_BTHP, terms.B_BTHN, terms.C_BTHN, terms.log_decay_BTH)
-    )
