@@ -144,12 +144,10 @@ class _Found(NamedTuple):
 def _of_finetuning(recipe: FinetuneRecipe, model: Path) -> _Found:
     _check_length(recipe.data.max_length, model)
     rows = read_rows(recipe.data)
-    tokenizer = read_tokenizer(model)
-    set_template(tokenizer, recipe.data.chat_template)
-    if recipe.data.format == "chat":
+    is_chat = recipe.data.format == "chat"
+    tokenizer = _tokenizer(model, recipe.data.chat_template, ends=None if is_chat else "every text")
+    if is_chat:
         check_template(tokenizer, recipe.data, rows)
-    elif tokenizer.eos_token is None:
-        raise UserError(f"the tokenizer of {model} has no end-of-sequence token, which ends every text")
     if recipe.teacher is None:
         return _Found(tokenizer, rows)
     teacher = Path(recipe.teacher.path).expanduser()
@@ -159,12 +157,8 @@ def _of_finetuning(recipe: FinetuneRecipe, model: Path) -> _Found:
 def _of_preferences(recipe: PreferRecipe, model: Path) -> _Found:
     _check_length(recipe.data.max_length, model)
     pairs = read_pairs(recipe.data)
-    tokenizer = read_tokenizer(model)
-    set_template(tokenizer, recipe.data.chat_template)
-    if not isinstance(pairs[0][1]["prompt"], str):
-        require_template(tokenizer)
-    elif tokenizer.eos_token is None:
-        raise UserError(f"the tokenizer of {model} has no end-of-sequence token, which ends every answer")
+    is_text = isinstance(pairs[0][1]["prompt"], str)
+    tokenizer = _tokenizer(model, recipe.data.chat_template, ends="every answer" if is_text else None)
     rows, n_long = fitting_pairs(pairs, tokenizer, recipe.data.max_length)
     remarks = (f"{n_long} of {len(pairs)} pairs are longer than data.max_length, and are left out",) if n_long else ()
     if recipe.reference == START:
@@ -176,16 +170,30 @@ def _of_preferences(recipe: PreferRecipe, model: Path) -> _Found:
 def _of_prompts(recipe: OnPolicyRecipe, model: Path) -> _Found:
     _check_length(recipe.data.max_prompt + recipe.new_tokens, model, "data.max_prompt and new_tokens together")
     prompts = read_prompts(recipe.data)
-    tokenizer = read_tokenizer(model)
-    set_template(tokenizer, recipe.data.chat_template)
-    if not isinstance(prompts[0][1]["prompt"], str):
-        require_template(tokenizer)
-    elif tokenizer.eos_token is None:
-        raise UserError(f"the tokenizer of {model} has no end-of-sequence token, which ends what is written")
+    is_text = isinstance(prompts[0][1]["prompt"], str)
+    tokenizer = _tokenizer(model, recipe.data.chat_template, ends="what is written" if is_text else None)
     rows, n_long = fitting_prompts(prompts, tokenizer, recipe.data.max_prompt)
     remarks = (f"{n_long} of {len(prompts)} prompts are longer than data.max_prompt, and are left out",)
     teacher = parent_beside(Path(recipe.teacher.path).expanduser(), model, tokenizer, "teacher.path")
     return _Found(tokenizer, rows, (teacher.sha256,), remarks if n_long else ())
+
+
+def _tokenizer(model: Path, template: str | None, *, ends: str | None) -> Any:
+    """The model's tokenizer with the recipe's chat template.
+
+    Args:
+        ends: what its end-of-sequence token stands behind, of plain text; None of messages, which take a template.
+
+    Raises:
+        UserError: it lacks the one or the other.
+    """
+    tokenizer = read_tokenizer(model)
+    set_template(tokenizer, template)
+    if ends is None:
+        require_template(tokenizer)
+    elif tokenizer.eos_token is None:
+        raise UserError(f"the tokenizer of {model} has no end-of-sequence token, which ends {ends}")
+    return tokenizer
 
 
 def _check_length(max_length: int, model: Path, key: str = "data.max_length") -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from distill.errors import UserError
-from distill.finetuning.rows import Row, chat_of, rows_of
+from distill.finetuning.rows import Row, chat_of, read_all
 from distill.finetuning.settings import TuningRecipe
 from distill.recipe_fields import Count, Fraction, Positive, Section, Sources, Text
 from distill.recipe_file import read_recipe_file
@@ -71,12 +71,7 @@ def read_prompts(data: Prompts) -> list[tuple[str, Row]]:
     Raises:
         UserError: a source cannot be read or holds nothing; a row has no prompt. It names the row.
     """
-    prompts: list[tuple[str, Row]] = []
-    for source in data.source:
-        found = [(where, {"prompt": _prompt(row, data.key, where)}) for where, row in rows_of(source)]
-        if not found:
-            raise UserError(f"data.source {source!r}: has no rows; give a dataset with at least one prompt")
-        prompts += found
+    prompts = read_all(data.source, lambda row, where: {"prompt": _prompt(row, data.key, where)}, "prompt")
     kinds = {isinstance(row["prompt"], str): where for where, row in reversed(prompts)}
     if len(kinds) == 2:
         raise UserError(f"{kinds[True]} is plain text and {kinds[False]} messages; give all prompts in one of the two")

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from distill.errors import UserError
-from distill.finetuning.rows import Row, chat_of, rows_of
+from distill.finetuning.rows import Row, chat_of, read_all
 from distill.finetuning.settings import TuningRecipe
 from distill.recipe_fields import Integer, Positive, Section, Sources, Text
 from distill.recipe_file import read_recipe_file
@@ -86,12 +86,7 @@ def read_pairs(data: Pairs) -> list[tuple[str, Row]]:
         UserError: a source cannot be read or holds nothing; a row is no pair, or one that teaches nothing. It names the
             row.
     """
-    pairs: list[tuple[str, Row]] = []
-    for source in data.source:
-        found = [(where, _pair(row, where)) for where, row in rows_of(source)]
-        if not found:
-            raise UserError(f"data.source {source!r}: has no rows; give a dataset with at least one pair")
-        pairs += found
+    pairs = read_all(data.source, _pair, "pair")
     kinds = {isinstance(pair["prompt"], str): where for where, pair in reversed(pairs)}
     if len(kinds) == 2:
         raise UserError(

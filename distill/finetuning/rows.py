@@ -6,9 +6,9 @@ text   {"text": "…"}
 
 import glob
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from distill.data.corpus import DATASET_PREFIX, read_documents
 from distill.data.dataset_rows import is_saved_dataset, open_hub_dataset, open_saved_dataset
@@ -20,6 +20,7 @@ ROLES = ("system", "user", "assistant", "tool")
 _NEEDED = "every message needs a role and content, such as {role: user, content: Hello}"
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 def read_rows(data: TuningData) -> list[Row]:
@@ -31,13 +32,25 @@ def read_rows(data: TuningData) -> list[Row]:
     if data.format == "text":
         documents = read_documents(list(data.source), text_key=data.key, separator=data.separator)
         return [{"text": document.text} for document in documents]
-    rows = []
-    for source in data.source:
-        found = [{"messages": _chat(row, data, where)} for where, row in rows_of(source)]
+    return [{"messages": chat} for _, chat in read_all(data.source, lambda row, at: _chat(row, data, at), "chat")]
+
+
+def read_all(sources: Sequence[str], read: Callable[[Any, str], T], what: str) -> list[tuple[str, T]]:
+    """What ``read`` makes of every row and its place, each with that place.
+
+    Args:
+        what: a row holds, for messages.
+
+    Raises:
+        UserError: a source cannot be read or holds nothing; or what ``read`` raises.
+    """
+    made: list[tuple[str, T]] = []
+    for source in sources:
+        found = [(where, read(row, where)) for where, row in rows_of(source)]
         if not found:
-            raise UserError(f"data.source {source!r}: has no rows; give a dataset with at least one chat")
-        rows += found
-    return rows
+            raise UserError(f"data.source {source!r}: has no rows; give a dataset with at least one {what}")
+        made += found
+    return made
 
 
 def _chat(row: Any, data: TuningData, where: str) -> list[Row]:
