@@ -6,7 +6,7 @@ from typing import Any
 from eval import words
 from eval.charts import Axis, Chart, Series, line_chart
 from eval.findings import Fields, Findings
-from eval.sections.colours import COLOURS
+from eval.sections.colours import colours
 from eval.sections.recall import reference
 from eval.sections.section import Quote, Score, Section, Table
 
@@ -105,11 +105,11 @@ def _repetition(repetition: Mapping[str, Fields], settings: Fields) -> Table:
 
 
 def _chart(continued: Mapping[str, Rows]) -> Chart:
-    series = []
-    for (name, own), colour in zip(continued.items(), COLOURS, strict=False):
+    series, of_model = [], colours(continued)
+    for name, own in continued.items():
         for key, look in (("preferred", "dashed"), ("written", "line")):
             points = [(row["tokens"], row[key]) for row in own]
-            series.append(Series(f"{name}, {key}", colour, points, look))  # type: ignore[arg-type]
+            series.append(Series(f"{name}, {key}", of_model[name], points, look))  # type: ignore[arg-type]
     ticks = sorted({row["tokens"] for own in continued.values() for row in own})
     return line_chart(
         "Preferred and written",

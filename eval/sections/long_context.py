@@ -6,7 +6,7 @@ from typing import Any
 from eval import words
 from eval.charts import Axis, Chart, Series, line_chart
 from eval.findings import Findings
-from eval.sections.colours import COLOURS
+from eval.sections.colours import colours
 from eval.sections.section import Section, Table
 
 Measured = Mapping[str, Any]
@@ -60,9 +60,10 @@ def _loss(model: Measured, to: int) -> str:
 
 
 def _by_position(models: Mapping[str, Measured], trained: int, ticks: Sequence[int]) -> Chart:
+    of_model = colours(models)
     series = [
-        Series(name, colour, [(bucket["to"], bucket["loss"]) for bucket in model["buckets"]])
-        for (name, model), colour in zip(models.items(), COLOURS, strict=False)
+        Series(name, of_model[name], [(bucket["to"], bucket["loss"]) for bucket in model["buckets"]])
+        for name, model in models.items()
     ]
     return _chart(
         "Loss by position",
@@ -75,9 +76,10 @@ def _by_position(models: Mapping[str, Measured], trained: int, ticks: Sequence[i
 
 
 def _by_context(models: Mapping[str, Measured], trained: int, ticks: Sequence[int], last: int) -> Chart:
+    of_model = colours(models)
     series = [
-        Series(name, colour, [(context, loss) for context, loss in model["by_context"]])
-        for (name, model), colour in zip(models.items(), COLOURS, strict=False)
+        Series(name, of_model[name], [(context, loss) for context, loss in model["by_context"]])
+        for name, model in models.items()
     ]
     note = f"The same {last:,} tokens at the end of each document, from more and more of what stands before them."
     return _chart("Loss by available context", note, series, trained, ticks, "tokens of context")

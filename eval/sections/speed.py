@@ -6,9 +6,8 @@ from distill import units
 from eval import words
 from eval.charts import Axis, Chart, Series, byte_ticks, line_chart, spans_decades
 from eval.findings import Fields, Findings
+from eval.sections.colours import colours
 from eval.sections.section import Section, Table
-
-COLOURS = ("teacher", "logits", "other", "hidden", "mixing")
 
 
 def section(found: Findings) -> Section:
@@ -82,10 +81,11 @@ def _chart(
     value: Callable[[Fields], float],
     text: Callable[[float], str],
 ) -> Chart:
+    of_model = colours(names)
     series = [
         Series(
             name,
-            COLOURS[min(index, len(COLOURS) - 1)],
+            of_model[name],
             [(row["context"], value(row)) for row in rows if row["model"] == name],
             "line" if index else "dashed",
             [f"{name} at {row['context']:,}: {text(value(row))}" for row in rows if row["model"] == name],
