@@ -7,6 +7,14 @@ from transformers import PreTrainedConfig
 from distill.errors import UserError
 
 ATTENTION = "attention"
+NAMES = {
+    "mamba2": "Mamba-2",
+    "discrete_mamba2": "discrete Mamba-2",
+    "gated_deltanet": "Gated DeltaNet",
+    "based": "BASED",
+    "sliding_window": "sliding-window attention",
+}
+"""What people call the kinds of layers that may stand where attention stood."""
 
 
 def resolve(

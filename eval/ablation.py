@@ -22,13 +22,13 @@ from distill.evaluation import Batch, evaluate
 from distill.layout import ATTENTION, mixer_layers
 from distill.programs import quiet_unless_watched, report_user_errors
 from distill.recall import TASKS
-from distill.recall.sweep import Draw, Surface, drawing, sweep
+from distill.recall.sweep import Draw, Surface, sweep
 from distill.recall.tasks import task_named
 from distill.student import is_student
 from distill.window import SINKS
 from eval import options, words
 from eval.findings import Fields, Findings, names_of, require_folder, write_findings
-from eval.loading import Text, load_model, load_tokenizer, read_batches
+from eval.loading import Text, load_model, load_tokenizer, questions, read_batches
 from eval.sections.ablation import sentences
 
 KIND = "ablation"
@@ -79,7 +79,7 @@ def main(
     _require_mixers(ours, student)
     theirs = None if teacher is None else load_model(teacher, device)
     batches = read_batches(Text(source, block, batch_size, tokens, text_key, separator), student)
-    draws = {name: _drawing(ours, student, name, surface, samples, seed) for name in tasks}
+    draws = {name: questions(ours, student, name, surface, samples=samples, seed=seed) for name in tasks}
 
     def scores(model: PreTrainedModel) -> Fields:
         return score(model, theirs, batches, draws, (items, length, batch_size))
@@ -142,12 +142,6 @@ def _require_mixers(model: Any, path: str) -> None:
     if not is_student(model) or not mixer_layers(model.config):
         kind = "has attention in every layer" if is_student(model) else f"is a {type(model).__name__} and no student"
         raise UserError(f"{path} {kind}: there is no mixer to ablate; give a student with at least one")
-
-
-def _drawing(model: PreTrainedModel, path: str, task: str, surface: Surface, samples: int, seed: int) -> Draw:
-    tokenizer = load_tokenizer(path) if surface == "text" else None
-    vocabulary = model.config.get_text_config().vocab_size
-    return drawing(task, surface, samples=samples, seed=seed, vocabulary=vocabulary, tokenizer=tokenizer)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What a measuring program works on: a model from its folder, and a text cut into batches."""
+"""What a measuring program works on: a model from its folder, a text cut into batches, questions to recall."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from distill import student
 from distill.data import Blocks, Document, evaluation_batches, prepare, read_documents
 from distill.errors import UserError
+from distill.recall import Example
+from distill.recall.sweep import Surface, drawing
 from distill.windowed import windowed
 from eval import windows
 
@@ -62,6 +64,15 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: has no tokenizer that can be loaded ({_first_line(error)})") from error
+
+
+def questions(
+    model: PreTrainedModel, path: str, task: str, surface: Surface, *, samples: int, seed: int
+) -> Callable[[int, int], list[Example]]:
+    """What draws the examples of a recall task for the model at ``path`` (``distill.recall.sweep.drawing``)."""
+    tokenizer = load_tokenizer(path) if surface == "text" else None
+    vocabulary = model.config.get_text_config().vocab_size
+    return drawing(task, surface, samples=samples, seed=seed, vocabulary=vocabulary, tokenizer=tokenizer)
 
 
 def read_batches(text: Text, path: str) -> list[dict[str, Tensor]]:

@@ -5,21 +5,20 @@ python -m eval.recall teachers/stdlib-1m runs/quickstart/logits --task phonebook
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from transformers import PreTrainedModel
 
 from distill.atomic import explained_full_disk
 from distill.errors import UserError
 from distill.programs import quiet_unless_watched, report_user_errors
 from distill.recall import TASKS
-from distill.recall.sweep import Cell, Surface, drawing, sweep
+from distill.recall.sweep import Cell, Surface, sweep
 from distill.recall.tasks import task_named
 from eval import options, words
 from eval.findings import Fields, Findings, names_of, require_folder, write_findings
 from eval.heat_maps import heat_maps
-from eval.loading import load_model, load_tokenizer
+from eval.loading import load_model, questions
 
 NAMES = "; ".join(f"{name}: {task.says}" for name, task in TASKS.items())
 KIND = "recall"
@@ -61,16 +60,10 @@ def main(
     for name, path in names.items():
         model = load_model(path, device)
         for one in chosen:
-            draw = _drawing(model, path, one, surface, samples, seed)
+            draw = questions(model, path, one, surface, samples=samples, seed=seed)
             found[one][name] = sweep(model, draw, numbers, sizes, batch_size)
             print(_told(one, name, found[one][name]), flush=True)
     _write(output, names, {"surface": surface, "samples": samples, "seed": seed}, found)
-
-
-def _drawing(model: PreTrainedModel, path: str, task: str, surface: Surface, samples: int, seed: int) -> Any:
-    tokenizer = load_tokenizer(path) if surface == "text" else None
-    vocabulary = model.config.get_text_config().vocab_size
-    return drawing(task, surface, samples=samples, seed=seed, vocabulary=vocabulary, tokenizer=tokenizer)
 
 
 def _told(task: str, name: str, cells: list[Cell]) -> str:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from distill.atomic import explained_full_disk
 from distill.decoder import layers_of
 from distill.errors import UserError
-from distill.layout import mixer_layers
+from distill.layout import ATTENTION, NAMES, mixer_layers
 from distill.perturbation import deviations
 from distill.programs import quiet_unless_watched, report_user_errors
 from distill.stability import head_exponents, memory_tokens
@@ -23,7 +23,6 @@ from eval.loading import Text, load_config, load_model, read_batches
 from eval.memory_maps import memory_maps, without
 
 KIND = "stability"
-ATTENTION = "attention"
 
 
 @report_user_errors()
@@ -127,7 +126,7 @@ def _told(name: str, found: Fields) -> str:
     """Lines about one model."""
     lines = [f"{name}", "  layer  mixer             largest exponent  memory in tokens, by head"]
     for layer in found["layers"]:
-        kind = words.MIXER_NAMES.get(layer["kind"], layer["kind"])
+        kind = NAMES.get(layer["kind"], layer["kind"])
         if "exponent" not in layer:
             lines.append(f"  {layer['layer']:<7}{kind:<18}{without(layer)}")
         else:

@@ -6,6 +6,7 @@ from typing import Any
 
 from distill import units
 from distill.evaluation import NO_GAP, perplexity
+from distill.layout import NAMES
 from eval import words
 from eval.run_record import CONVERT, Memory, RunRecord
 
@@ -25,7 +26,7 @@ def mixer_name(run: RunRecord) -> str:
     """What stands where attention stood."""
     found = [kind for kind in dict.fromkeys(run.layers) if kind != "attention"]
     asked = run.recipe.get("student") or {}
-    return words.listed([words.MIXER_NAMES.get(kind, kind) for kind in found or [asked.get("mixer", "mixer")]])
+    return words.listed([NAMES.get(kind, kind) for kind in found or [asked.get("mixer", "mixer")]])
 
 
 def student_name(run: RunRecord) -> str:

@@ -10,13 +10,6 @@ from distill import units
 Item = TypeVar("Item")
 
 NONE = "–"
-MIXER_NAMES = {
-    "mamba2": "Mamba-2",
-    "discrete_mamba2": "discrete Mamba-2",
-    "gated_deltanet": "Gated DeltaNet",
-    "based": "BASED",
-    "sliding_window": "sliding-window attention",
-}
 
 
 def plain(value: float | None, digits: int = 3) -> str:

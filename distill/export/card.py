@@ -19,20 +19,13 @@ from distill.export.footprint import CONTEXTS, Footprint, footprint_of
 from distill.export.metadata import metadata
 from distill.export.usage import how_to_load
 from distill.export.written import Written
-from distill.layout import ATTENTION
+from distill.layout import ATTENTION, NAMES
 from distill.standalone import package_version
 from distill.units import count, duration, size
 from distill.vision import is_vision
 
 CARD = "README.md"
 UNKNOWN = "unknown: fill in"
-MIXER_NAMES = {
-    "mamba2": "Mamba-2",
-    "discrete_mamba2": "discrete Mamba-2",
-    "gated_deltanet": "Gated DeltaNet",
-    "based": "BASED",
-    "sliding_window": "sliding-window attention",
-}
 
 
 def write_card(folder: Path, account: Account, written: Written) -> Path:
@@ -63,7 +56,7 @@ def make_card(account: Account, written: Written) -> ModelCard:
 def _introduction(account: Account, written: Written) -> str:
     layout = account.config.distill["layers"]
     mixers = [kind for kind in layout if kind != ATTENTION]
-    what = MIXER_NAMES.get(mixers[0], mixers[0]) if mixers else "attention"
+    what = NAMES.get(mixers[0], mixers[0]) if mixers else "attention"
     kept = [str(index) for index, kind in enumerate(layout) if kind == ATTENTION]
     layers = (
         f"{len(mixers)} of its {len(layout)} layers are {what} layers; attention is kept in layer {', '.join(kept)}"

@@ -3,14 +3,13 @@
 import math
 from typing import Any
 
+from distill.layout import NAMES
 from eval import words
 from eval.charts import Axis, Chart, Point, Series, line_chart
+from eval.figures import model_colour
 from eval.findings import Findings
 from eval.memory_maps import sorted_memory, without
 from eval.sections.section import HeatMap, Section, Table
-
-COLOURS = ("logits", "hidden", "mixing", "convert")
-"""Of the students, in turn."""
 
 Fields = dict[str, Any]
 
@@ -59,15 +58,13 @@ def _table(results: Fields) -> Table:
                 shown = [_exponent(float(layer["exponent"])), words.plain(memory[0], 0), words.plain(memory[-1], 0)]
             else:
                 shown = [without(layer), words.NONE, words.NONE]
-            rows.append(
-                [f"{name}, layer {layer['layer']}", words.MIXER_NAMES.get(layer["kind"], layer["kind"]), *shown]
-            )
+            rows.append([f"{name}, layer {layer['layer']}", NAMES.get(layer["kind"], layer["kind"]), *shown])
     note = "The exponent is the largest of a layer's heads, in nats a token; below zero a disturbance dies out."
     return Table(["", "mixer", "largest exponent", "shortest memory", "longest memory"], rows, note)
 
 
 def _curves(found: Findings, students: Fields) -> Chart:
-    colours = dict(zip(students, COLOURS * len(students), strict=False))
+    colours = {name: model_colour(place) for place, name in enumerate(students)}
     series = []
     for name, one in found.results.items():
         spans = [span for span in one["deviations"] if span["first"]]
