@@ -7,14 +7,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-import distill.student  # noqa: F401  (makes students known to transformers' Auto classes)
 from distill.auto_classes import auto_class
 from distill.data.image_encoding import prompt_inputs
-from distill.decoder import learns_positions
 from distill.decoding import Sampling, decode, ends_of
 from distill.errors import UserError
-from distill.layout import ATTENTION
 from distill.prompts import encoded, left_padded, until
+from distill.student import reads_any_length  # which also makes students known to transformers' Auto classes
 from distill.weight_files import stored_tensors
 
 
@@ -117,9 +115,8 @@ def _check_settings(max_new_tokens: int, temperature: float, top_p: float) -> No
 
 
 def _check_length(model: PreTrainedModel, prompt: int, new: int) -> None:
-    layout = getattr(model.config, "distill", None)
-    if layout and ATTENTION not in layout["layers"] and not learns_positions(model):
-        return  # mixers alone count no positions
+    if reads_any_length(model):
+        return
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and prompt + new > longest:
         raise UserError(

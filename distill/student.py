@@ -18,9 +18,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from distill.auto_classes import auto_class, auto_classes, stock_class
-from distill.decoder import attention_of, layers_of
+from distill.decoder import attention_of, layers_of, learns_positions
 from distill.errors import UserError
-from distill.layout import mixer_layers
+from distill.layout import ATTENTION, mixer_layers
 from distill.mixers import Mixer
 from distill.standalone import auto_map, write_code
 from distill.student_base import Student
@@ -166,6 +166,12 @@ def load_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
         shown = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
         raise UserError(f"{folder} lacks weights of its model, or has them in another shape: {shown}")
     return model
+
+
+def reads_any_length(model: PreTrainedModel) -> bool:
+    """Whether nothing in a model counts positions: a student of mixers alone, whose family learns none."""
+    layout = getattr(model.config, "distill", None)
+    return layout is not None and ATTENTION not in layout["layers"] and not learns_positions(model)
 
 
 def is_student(model: PreTrainedModel) -> bool:

@@ -23,7 +23,7 @@ from distill.decoder import learns_positions
 from distill.decoding import plain_settings
 from distill.engines import processes
 from distill.errors import UserError
-from distill.layout import ATTENTION
+from distill.student import reads_any_length
 from eval.loading import load_model, load_tokenizer
 
 NAME = "distill"
@@ -93,7 +93,7 @@ class DistillLM(HFLM):
         self.accelerator: Any = _Processes()
         self._rank, self._world_size = processes.rank(), processes.world()
         # To find the largest batch the harness tries requests of this length.
-        if max_length is None and not str(batch_size).startswith("auto") and _of_mixers_alone(model):
+        if max_length is None and not str(batch_size).startswith("auto") and reads_any_length(model):
             self._max_length = ANY_LENGTH
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -155,8 +155,3 @@ def require_positions(model: PreTrainedModel, max_length: int | None) -> None:
         raise UserError(
             f"max_length={max_length}: the model has a vector for each of {positions} positions and no more"
         )
-
-
-def _of_mixers_alone(model: PreTrainedModel) -> bool:
-    layout = getattr(model.config, "distill", None)
-    return layout is not None and ATTENTION not in layout["layers"] and not learns_positions(model)
