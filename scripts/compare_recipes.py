@@ -50,7 +50,7 @@ class Teacher(NamedTuple):
 TEACHERS = {
     "stdlib-1m": Teacher(RECIPES / "quickstart.yaml"),
     "stories260k": Teacher(RECIPES / "stories260k.yaml"),
-    "recall": Teacher(RECIPES / "recall.yaml", recall=True),
+    "recall": Teacher(RECIPES / "recall-hybrid.yaml", recall=True),
 }
 
 

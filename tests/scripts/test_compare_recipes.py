@@ -155,3 +155,10 @@ def test_a_comparison_and_its_continuation(common):
     after = {path: path.stat().st_mtime_ns for path in runs.rglob("model.safetensors")}
     assert after.keys() == before.keys()
     assert all(after[path] == time for path, time in before.items() if "scratch" in str(path))
+
+
+@pytest.mark.parametrize("name", compare_recipes.TEACHERS)
+def test_the_teachers_are_those_of_shipped_recipes(name):
+    teacher = compare_recipes.TEACHERS[name]
+    recipe = load_recipe(CHECKOUT / teacher.recipe)
+    assert teacher.recall == (recipe.teacher.path == "teachers/recall")
