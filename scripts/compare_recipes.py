@@ -31,7 +31,7 @@ from scripts.comparison_runs import RECIPES, Common, Fields, Wanted, carry_out, 
 from scripts.comparison_table import draw, gap, table
 from scripts.measure import circumstances
 
-GRID = (0.3, 1.0, 3.0)
+GRID = [0.3, 1.0, 3.0]
 GRACE = 30  # seconds for a step to end and be saved
 
 
@@ -66,8 +66,13 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of each.")] = 1,
     seeds_above: Annotated[int | None, typer.Option(min=1, help="Seeds at budgets but the smallest; --seeds.")] = None,
     tune: Annotated[
-        bool, typer.Option(help=f"Choose each recipe's learning rates: × {GRID} at the smallest budget, one seed.")
+        bool, typer.Option(help="Choose each recipe's learning rates, × each --factor, by its gap with seed 0.")
     ] = False,
+    factor: Annotated[list[float], typer.Option(min=1e-3, help="What --tune multiplies learning rates by.")] = GRID,
+    tune_budget: Annotated[str | None, typer.Option(help="Where --tune chooses; the smallest budget.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Sequences of the text's block a step, for all; their own unless given.")
+    ] = None,
     teacher_path: Annotated[str | None, typer.Option(help="Where the teacher lies, if elsewhere.")] = None,
     source: Annotated[str | None, typer.Option(help="Where its text lies, if elsewhere.")] = None,
     keep_attention: Annotated[str, typer.Option(help="Layers that keep attention, for all: [1] or {count: 1}.")] = "[]",
@@ -87,18 +92,26 @@ def main(
         points=points,
         recall=asked.recall,
         output=output,
+        batch_size=batch_size,
     )
     budgets, recipes = sorted({_tokens("--budget", given) for given in budget}), _distinct(recipe)
-    grid = GRID if tune else (1.0,)
+    tuned_at = _tokens("--tune-budget", tune_budget) if tune_budget else budgets[0]
+    grid = sorted(factor) if tune else [1.0]
     for name in recipes:  # whatever is wrong with any of them shows before the first is trained
-        for tokens in budgets:
+        for tokens in (*budgets, tuned_at):
             cut_recipe(common, Wanted(name, tokens, 1.0, 0))
     facts = prepare(common, Wanted(recipes[0], budgets[0], 1.0, 0))
 
-    settings = {"keep_attention": keep_attention, "evaluation_tokens": common.evaluation_tokens, "grid": list(grid)}
+    settings = {
+        "keep_attention": keep_attention,
+        "evaluation_tokens": common.evaluation_tokens,
+        "batch_size": batch_size,
+        "grid": grid,
+        "tuned_at": tuned_at,
+    }
     found: Fields = {"teacher": {"name": teacher, **facts}, "settings": settings, "results": []}
     with _processes(jobs) as pool:
-        tried = _carried_out(pool, common, [Wanted(name, budgets[0], f, 0) for name in recipes for f in grid])
+        tried = _carried_out(pool, common, [Wanted(name, tuned_at, f, 0) for name in recipes for f in grid])
         factors = {name: _best(tried, name, facts["loss"]) for name in recipes}
         for tokens in budgets:
             number = seeds if tokens == budgets[0] else seeds_above or seeds
