@@ -51,8 +51,8 @@ def recipe_text(data: Data) -> "RecipeText":
         "separator": data.separator,
         "streaming": data.streaming,
     }
-    more = data.training_only and find_shards(data.training_only, key="data.training_only", **options)
-    return RecipeText(data, find_shards(data.source, **options), list(more))
+    more = find_shards(data.training_only, key="data.training_only", **options) if data.training_only else []
+    return RecipeText(data, find_shards(data.source, **options), more)
 
 
 @dataclass(frozen=True)
