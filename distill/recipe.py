@@ -271,6 +271,8 @@ class Recipe(Section):
         for key in _LABELS:
             content.pop(key)
         content["data"].pop("workers")
+        if not content["data"]["training_only"]:
+            content["data"].pop("training_only")
         content["student"].pop("exportable")
         if not content["evaluation"]["tasks"]:
             content["evaluation"].pop("tasks")

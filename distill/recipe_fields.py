@@ -61,3 +61,4 @@ Tokens = Annotated[Count, BeforeValidator(_token_count)]
 Distinct = AfterValidator(_distinct)
 Some = AfterValidator(_some)
 Sources = Annotated[tuple[Text, ...], BeforeValidator(as_list), Some, PlainSerializer(_one_as_text)]
+MoreSources = Annotated[tuple[Text, ...], BeforeValidator(as_list), Distinct]
