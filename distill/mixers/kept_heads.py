@@ -118,9 +118,16 @@ class KeptHeads(nn.Module):
         """
         q_BnTP, k_BmSP = self._queries_and_keys(hidden_BTD, position_embeddings)
         v_BmSP = split_heads(self.v_proj(hidden_BTD), len(self.kv_heads)).transpose(1, 2)
+        if attention_mask is not None and attention_mask.ndim == 4:
+            seen = _as_bool(attention_mask)
+        elif attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(f"kept heads take an attention mask of 2 or 4 dimensions, not of {attention_mask.ndim}")
+        elif memory is not None:
+            seen = _seen_behind(memory, hidden_BTD, self.window, attention_mask)
+        else:
+            seen = visible(hidden_BTD, valid_BT, resets_BT, window=self.window)
         if memory is not None:
             k_BmSP, v_BmSP = memory.update(k_BmSP, v_BmSP)
-        seen = self._seen(hidden_BTD, k_BmSP.shape[2], attention_mask, valid_BT, resets_BT)
         k_BnSP, v_BnSP = k_BmSP[:, self.reads], v_BmSP[:, self.reads]
         if self.softcap is None:
             y_BnTP = F.scaled_dot_product_attention(q_BnTP, k_BnSP, v_BnSP, attn_mask=seen, scale=self.scaling)
@@ -138,7 +145,7 @@ class KeptHeads(nn.Module):
     ) -> Tensor:
         """A, (B, n, T, T), at least fp32."""
         q_BnTP, k_BmTP = self._queries_and_keys(hidden_BTD, position_embeddings)
-        seen = self._seen(hidden_BTD, hidden_BTD.shape[1], None, valid_BT, resets_BT)
+        seen = visible(hidden_BTD, valid_BT, resets_BT, window=self.window)
         return self._weights(q_BnTP, k_BmTP[:, self.reads], seen)
 
     def _queries_and_keys(self, hidden_BTD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
@@ -149,39 +156,31 @@ class KeptHeads(nn.Module):
             q_BTnP, k_BTmP = self.q_norm(q_BTnP), self.k_norm(k_BTmP)
         return turned(self.rotate, q_BTnP.transpose(1, 2), k_BTmP.transpose(1, 2), positions if self.rotates else None)
 
-    def _weights(self, q_BnTP: Tensor, k_BnSP: Tensor, seen: Tensor | None) -> Tensor:
+    def _weights(self, q_BnTP: Tensor, k_BnSP: Tensor, seen: Tensor) -> Tensor:
         """A, at least fp32, also under autocast."""
         with torch.autocast(q_BnTP.device.type, enabled=False):
             wide = torch.promote_types(q_BnTP.dtype, torch.float32)
             scores_BnTS = self.scaling * q_BnTP.to(wide) @ k_BnSP.to(wide).mT
             if self.softcap is not None:
                 scores_BnTS = self.softcap * torch.tanh(scores_BnTS / self.softcap)
-            if seen is not None:
-                scores_BnTS = scores_BnTS.masked_fill(~seen, torch.finfo(wide).min)
-            return scores_BnTS.softmax(dim=-1)
+            return scores_BnTS.masked_fill(~seen, torch.finfo(wide).min).softmax(dim=-1)
 
-    def _seen(
-        self,
-        hidden_BTD: Tensor,
-        n_keys: int,
-        mask: Tensor | None,
-        valid_BT: Tensor | None,
-        resets_BT: Tensor | None,
-    ) -> Tensor | None:
-        """(B or 1, 1, T, S) bool, where a query sees a key; None where all see all."""
-        length = hidden_BTD.shape[1]
-        if mask is not None and mask.ndim == 4:
-            return _as_bool(mask)[..., :n_keys]
-        if mask is not None and mask.ndim != 2:
-            raise ValueError(f"kept heads take an attention mask of 2 or 4 dimensions, not of {mask.ndim}")
-        if length == 1 and mask is None:  # a token behind all that are held
-            return None
-        if n_keys == length:
-            return visible(hidden_BTD, valid_BT, resets_BT, window=self.window)
-        behind_TS = torch.ones(length, n_keys, dtype=torch.bool, device=hidden_BTD.device).tril(n_keys - length)
-        if self.window is not None:
-            behind_TS = behind_TS.triu(n_keys - length + 1 - self.window)
-        return behind_TS[None, None] if mask is None else behind_TS & mask[:, None, None, -n_keys:].bool()
+
+def _seen_behind(memory: HeadsCacheLayer, hidden_BTD: Tensor, window: int | None, mask_BS: Tensor | None) -> Tensor:
+    """(B or 1, 1, T, S) bool: what the next tokens see of the keys that the cache will give back with theirs.
+
+    Args:
+        memory: before these tokens are in it.
+        hidden_BTD: of these tokens.
+        window: a query sees itself and the ``window - 1`` tokens before it; None for all.
+        mask_BS: False at padding; None where there is none.
+    """
+    length, device = hidden_BTD.shape[1], hidden_BTD.device
+    n_keys, first = memory.get_mask_sizes(length)
+    query_T = memory.get_seq_length() + torch.arange(length, device=device)
+    back_TS = query_T[:, None] - (first + torch.arange(n_keys, device=device))
+    seen_TS = back_TS >= 0 if window is None else (back_TS >= 0) & (back_TS < window)
+    return seen_TS[None, None] if mask_BS is None else seen_TS & mask_BS[:, None, None, first:][..., :n_keys].bool()
 
 
 class HeadHybrid(nn.Module):
