@@ -7,12 +7,14 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from distill import convert, load_student
+from distill.adapters import default_lora_targets
 from distill.attention import view, views
 from distill.cache import HeadsCacheLayer, cache_nbytes
 from distill.capture import layer_traces
 from distill.conversion import empty_model, plan, report
 from distill.decoder import attention_of, layers_of
 from distill.errors import UserError
+from distill.export.footprint import footprint_of
 from distill.mixers import MIXERS
 from distill.objectives import attention_matrix, mixing_distance
 from distill.recipe import HiddenStage, LogitsStage, MixingStage
@@ -296,6 +298,26 @@ def test_gradient_checkpointing_changes_no_gradient(hybrid):
         gradients.append([parameter.grad.clone() for parameter in hybrid.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(checkpointed, plain)
+
+
+def test_adapters_reach_kept_heads_and_merge(hybrid):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    ids = prompt(2, 20)
+    targets = default_lora_targets(hybrid)
+    model = peft.get_peft_model(hybrid, peft.LoraConfig(target_modules=targets, init_lora_weights=False))
+    model(ids, labels=ids).loss.backward()
+    adapters = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+    assert sum(".kept." in name for name in adapters) == 2 * 4 * 2
+    assert all(parameter.grad.abs().max() > 0 for parameter in adapters.values())
+    adapted = model(ids).logits
+    torch.testing.assert_close(model.merge_and_unload()(ids).logits, adapted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_footprint_counts_kept_heads(student):
+    found, counted = footprint_of(student.config), report(tiny("llama"), student)
+    for tokens in (7, 1000):
+        assert found.student_bytes(tokens) == counted.cache_bytes(tokens)[0]
+    assert found.student_operations(10) - found.student_operations(0) == 10 * 4 * 8 * 3  # three heads of 8 channels
 
 
 def test_heads_stay_the_teachers_where_mixers_start_at_random():
