@@ -86,7 +86,9 @@ class MixingObjective:
             )
 
         # All of it within the mixer: D is one of its weights, which engines take away when its forward ends.
-        return within(mixer, distance, trace.attention_input.to(self.dtype))
+        inner = getattr(mixer, "mixer", None)  # of one with heads beside it
+        call = distance if inner is None else partial(within, inner, distance)
+        return within(mixer, call, trace.attention_input.to(self.dtype))
 
 
 def main(run: Run) -> StageRecord:

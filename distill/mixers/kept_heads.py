@@ -38,6 +38,7 @@ from distill.mixers.parts import split_heads
 from distill.ssd.factors import MatrixFactors
 from distill.turning import Positions, rotation_of, turned
 from distill.visible import visible
+from distill.within import within
 
 
 class KeptHeads(nn.Module):
@@ -251,17 +252,21 @@ class HeadHybrid(nn.Module):
 
     def mixing_matrix(self, hidden_BTD: Tensor, **sequence: Any) -> Tensor:
         """(B, H, T, T): the mixer's, and attention's where a head is kept."""
-        matrix_BHTT = self.mixer.mixing_matrix(hidden_BTD, **sequence)
+        matrix_BHTT = within(self.mixer, self.mixer.mixing_matrix, hidden_BTD, **sequence)
         kept_BnTT = self.kept.matrix(hidden_BTD, **sequence).to(matrix_BHTT.dtype)
         return matrix_BHTT.index_copy(1, self._places(matrix_BHTT), kept_BnTT)
 
     def matrix_factors(self, hidden_BTD: Tensor, **sequence: Any) -> MatrixFactors:
-        """Of the other heads alone, in the order of ``other_heads``: kept ones have a matrix already."""
+        """Of the other heads alone, in the order of ``other_heads``: kept ones have a matrix already.
+
+        To be called within the mixer (``distill.within``): some factors are weights of it.
+        """
         return self.mixer.matrix_factors(hidden_BTD, **sequence).of_heads(self.other_heads)
 
     def head_outputs(self, hidden_BTD: Tensor, **sequence: Any) -> Tensor:
         """(B, T, H·P): what the output projection of attention would read: kept heads', and the mixer's of the rest."""
-        heads_BTHP = split_heads(self.mixer.head_outputs(hidden_BTD, **sequence), self.mixer.n_heads)
+        heads_BTI = within(self.mixer, self.mixer.head_outputs, hidden_BTD, **sequence)
+        heads_BTHP = split_heads(heads_BTI, self.mixer.n_heads)
         kept_BTnP = split_heads(self.kept.head_outputs(hidden_BTD, **sequence), len(self.kept_heads))
         return heads_BTHP.index_copy(2, self._places(heads_BTHP), kept_BTnP.to(heads_BTHP.dtype)).flatten(2)
 
