@@ -26,6 +26,11 @@ def _token_count(value: object) -> object:
     return int(tokens)
 
 
+def _number_of_key(value: object) -> object:
+    """A key that is a number, which JSON writes as text."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 def as_list(value: object) -> object:
     """One text as a list of it."""
     return [value] if isinstance(value, str) else value
@@ -52,6 +57,7 @@ Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict(), Field(min_length=1)]
 Integer = Annotated[int, Strict()]
 Count = Annotated[Integer, Field(ge=1)]
+Layer = Annotated[Integer, BeforeValidator(_number_of_key), Field(ge=0)]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
