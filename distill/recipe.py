@@ -273,6 +273,8 @@ class Recipe(Section):
         content["data"].pop("workers")
         if not content["data"]["training_only"]:
             content["data"].pop("training_only")
+        if self.data.train_on_source:
+            content["data"].pop("train_on_source")
         content["student"].pop("exportable")
         if not content["evaluation"]["tasks"]:
             content["evaluation"].pop("tasks")
