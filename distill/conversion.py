@@ -20,6 +20,7 @@ from distill.calibration import calibrate
 from distill.decoder import attention_of, layers_of, norm_eps
 from distill.errors import UserError
 from distill.families import FAMILIES, family_name
+from distill.fitting import Calibrated
 from distill.layout import layer_kinds, mixer_layers, resolve
 from distill.mixers import KINDS
 from distill.mixers.rotary import Rope
@@ -57,6 +58,7 @@ class Report:
         view_error: how far the teacher's attention, recomputed as it was read, is from its own output at most,
             relative to the largest (``distill.verification``); None where nothing was converted.
         rope: whether the mixers keep the teacher's rotary positions.
+        calibrated: for each changed layer, what was fitted on text afterwards (``distill.fitting``); None if nothing.
     """
 
     layers: list[str]
@@ -68,6 +70,7 @@ class Report:
     teacher_kv_bytes_per_token: int
     rope: str
     view_error: float | None = None
+    calibrated: dict[int, Calibrated] | None = None
 
     def cache_bytes(self, tokens: int) -> tuple[int, int]:
         """(student's, teacher's) cache bytes for a sequence of ``tokens``."""
