@@ -55,7 +55,7 @@ def fit_memories_(mixer: Mixer, attention: AttentionView, traces: Iterable[tuple
             student_MH[place] += _summed(student_BHTT.square())
     tiny = torch.finfo(along_MH.dtype).tiny
     gain_MH = along_MH.clamp_min(0).square() / student_MH.clamp_min(tiny)
-    grid_M = torch.tensor(MEMORIES).to(now_H)
+    grid_M = torch.tensor(MEMORIES, dtype=torch.float64).to(now_H)
     nearest_H = (grid_M[:, None].log() - now_H.log()).abs().argmin(dim=0)
     best_H = torch.where(gain_MH.amax(dim=0) > 0, gain_MH.argmax(dim=0), nearest_H)
     set_memory_(mixer, grid_M[best_H])
