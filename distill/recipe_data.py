@@ -32,6 +32,8 @@ class Data(Section):
     """python-stdlib, a file, folder or glob, dataset:org/name[:config][:split], or a list of these."""
     training_only: MoreSources = ()
     """More text, named like source: all of it is trained on and none held out, such as what stages.write wrote."""
+    train_on_source: Flag = True
+    """false: train on training_only alone; of source only what is held out is read."""
     text_key: Text = "text"
     """The column that holds the text in .jsonl, .parquet and datasets."""
     separator: Text | None = None
@@ -61,6 +63,8 @@ class Data(Section):
             raise ValueError("images: rows with images know no training_only; put the rows into source")
         if both := sorted(set(self.source) & set(self.training_only)):
             raise ValueError(f"training_only: {both[0]} is in source too, where a part is held out; name it once")
+        if not self.train_on_source and (not self.training_only or self.limit is not None):
+            raise ValueError("train_on_source: false needs training_only, and no limit, which is source's")
         if self.limit is not None and self.limit < self.block:
             raise ValueError(f"limit: {self.limit} tokens are less than one block of {self.block}")
         if self.held_out.by == "tail" and self.limit is not None:

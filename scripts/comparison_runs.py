@@ -125,6 +125,7 @@ def cut_recipe(common: Common, wanted: Wanted) -> tuple[Path, list[str]]:
         *settings,
         f"teacher={_yaml(teacher.teacher)}",
         f"data={_yaml(teacher.data)}",
+        *_own_text(load_recipe(path, settings)),
         f"student.keep_attention={common.keep_attention}",
         f"evaluation={json.dumps({'tokens': common.evaluation_tokens})}",
         f"seed={wanted.seed}",
@@ -147,6 +148,14 @@ def cut_recipe(common: Common, wanted: Wanted) -> tuple[Path, list[str]]:
             f"stages.{name}.mixer_lr={wanted.factor * stage.mixer_lr!r}",
         ]
     return path, settings
+
+
+def _own_text(recipe: Recipe) -> list[str]:
+    """What a recipe trains on besides, or alone; what is held out stays that of all."""
+    if not recipe.data.training_only:
+        return []
+    own = recipe.data.model_dump(mode="json", include={"training_only", "train_on_source"})
+    return [f"data.{key}={json.dumps(value)}" for key, value in own.items()]
 
 
 def _require_comparable(wanted: Wanted, recipe: Recipe) -> None:
@@ -180,9 +189,9 @@ def carry_out(common: Common, wanted: Wanted) -> Fields:
 
 
 def share_text(common: Common, run: Run) -> None:
-    """Let a run read the text that the comparison has prepared."""
+    """Let a run read the text that the comparison has prepared, unless its recipe trains on text of its own."""
     place, text = run.recipe.run_dir / "data", common.output / "data"
-    if not place.exists():
+    if not place.exists() and run.recipe.data == load_recipe(common.teacher, common.overrides).data:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.symlink_to(text.absolute())
 
@@ -195,7 +204,8 @@ def prepare(common: Common, wanted: Wanted) -> Fields:
     """
     torch.set_num_threads(1)
     path, settings = cut_recipe(common, wanted)
-    with at_work_on(path, [*settings, f"run_dir={common.output}"]) as run:
+    data = load_recipe(common.teacher, common.overrides).data
+    with at_work_on(path, [*settings, f"data={_yaml(data)}", f"run_dir={common.output}"]) as run:
         loss = evaluate(run.teacher, None, run.held_out()).loss
         return {
             "path": run.recipe.teacher.path,

@@ -70,7 +70,7 @@ class RecipeText:
     def _options(self) -> list[Any]:
         held_out = self.data.held_out
         # Where the second list begins decides the split, but only where there is one.
-        border = [len(self.shards)] if self.training_only else []
+        border = [len(self.shards), self.data.train_on_source] if self.training_only else []
         return [self.data.text_key, self.data.separator, held_out.by, held_out.fraction, *border]
 
     def request(self) -> Any:
@@ -86,9 +86,21 @@ class RecipeText:
     def read(self, position: Any, before: Extent) -> Iterator[Item]:
         if position is not None and position[0] >= len(self.shards):
             return
+        if not self.data.train_on_source:
+            yield from self._held_out_alone(position)
+            return
         for after, document in read_shards(self.shards, position):
             yield Item(document, HELD_OUT if self._rule.holds_out(document, before) else TRAIN, after)
             before = before.and_one(document)
+
+    def _held_out_alone(self, position: Any) -> Iterator[Item]:
+        """What ``read`` holds out, and nothing else; read from the beginning, since all of it decides the split."""
+        before, is_new = Extent(), position is None
+        for after, document in read_shards(self.shards):
+            if self._rule.holds_out(document, before) and is_new:
+                yield Item(document, HELD_OUT, after)
+            before = before.and_one(document)
+            is_new = is_new or list(after) == list(position)
 
     def read_training_only(self, position: Any) -> Iterator[Item]:
         first = len(self.shards)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from distill.recipe import load_recipe
+from distill.recipe import Recipe, load_recipe
 from scripts import compare_recipes
 from scripts.comparison_runs import Common, Wanted, cut_recipe, recipe_file, slug
 from scripts.comparison_table import table
@@ -46,6 +46,16 @@ def test_every_recipe_fills_the_budget_on_common_ground(common, recipe):
         assert stage.tokens % steps[name] == 0
         assert abs(stage.tokens - budget * before.tokens / nominal) <= sum(steps.values())
         assert (stage.lr, stage.mixer_lr) == pytest.approx((3 * before.lr, 3 * before.mixer_lr))
+
+
+def test_a_recipe_may_train_on_other_text_and_is_measured_on_the_same(common):
+    def cut(behind: str) -> Recipe:
+        return load_recipe(*cut_recipe(common, Wanted(f"ours {behind}", 1_000_000, 1.0, 0)))
+
+    shared, own = cut("data.block=32"), cut("data.training_only=a.jsonl data.train_on_source=false data.block=32")
+    teacher = load_recipe(common.teacher, common.overrides)
+    assert shared.data == teacher.data
+    assert own.data == teacher.data.model_copy(update={"training_only": ("a.jsonl",), "train_on_source": False})
 
 
 def test_a_recipe_by_name_by_file_and_with_settings(monkeypatch):
