@@ -66,9 +66,9 @@ def main(
         output=output,
         method=method,
         among=among,
-        total=_tokens("--budget", budget),
-        score=_tokens("--score-tokens", score_tokens),
-        refine=_tokens("--refine", refine) or 0,
+        total=None if budget is None else read_tokens("--budget", budget),
+        score=None if score_tokens is None else read_tokens("--score-tokens", score_tokens),
+        refine=0 if refine is None else read_tokens("--refine", refine),
         refined=trained,
     )
     print(promise(asked.budget), flush=True)
@@ -132,9 +132,8 @@ def rank(asked: Asked, measured: Measures) -> Ranking:
     teacher, stages = measured.run.teacher, asked.recipe.stages
     objective: Objective
     if asked.method == "mixing":
-        objective = mixing.MixingObjective(
-            teacher, measured.student, stages.mixing or MixingStage(tokens=1, mixer_lr=1.0)
-        )
+        settings = stages.mixing or MixingStage(tokens=1, mixer_lr=1.0)  # of which only the form is read
+        objective = mixing.MixingObjective(teacher, measured.student, settings)
     else:
         assert stages.hidden is not None
         objective = hidden.HiddenObjective(teacher, measured.student, stages.hidden)
@@ -164,6 +163,18 @@ def trained_choice(
     shutil.rmtree(choice_folder(asked.output, layers))
 
 
+def read_tokens(option: str, given: str) -> int:
+    """Tokens as a recipe writes them.
+
+    Raises:
+        UserError: they are not.
+    """
+    try:
+        return TypeAdapter(Tokens).validate_python(int(given) if given.isdecimal() else given)
+    except ValidationError:
+        raise UserError(f"{option} {given}: give tokens such as 500000, 500K or 4M") from None
+
+
 def _refined(asked: Asked, measured: Measures, ranking: Ranking) -> list[Refined]:
     """The likeliest choices, each trained for a while; the one with the lowest KL then is first."""
     likely = sorted(choices(ranking, asked.keep, BORDERLINE), key=measured.kl)[: asked.budget.refined]
@@ -179,16 +190,6 @@ def _refined(asked: Asked, measured: Measures, ranking: Ranking) -> list[Refined
 def _after(asked: Asked, measured: Measures, layers: Layers) -> Fields:
     with trained_choice(asked, measured, layers, asked.budget.refine) as (_, student):
         return measured.kl_of(student)
-
-
-def _tokens(option: str, given: str | None) -> int | None:
-    """Tokens as a recipe writes them."""
-    if given is None:
-        return None
-    try:
-        return TypeAdapter(Tokens).validate_python(int(given) if given.isdecimal() else given)
-    except ValidationError:
-        raise UserError(f"{option} {given}: give tokens such as 500000, 500K or 4M") from None
 
 
 if __name__ == "__main__":
