@@ -115,10 +115,11 @@ def _methods(rankings: dict[str, Ranking], measured: Measures, keep: int, asked:
             }
         )
     fall = {layers: measured.kl(()) - measured.kl(layers) for layers in sets}
+    best = max(sets, key=fall.__getitem__)
     told.append(
         {
             "method": "sets",
-            "layers": list(max(sets, key=fall.__getitem__)),
+            "layers": list(best),
             "scores": {named(layers): value for layers, value in fall.items()},
             "tokens": sum(asked.budget.align.values()) + (1 + len(sets)) * measured.tokens,
         }
