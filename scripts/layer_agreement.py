@@ -1,7 +1,9 @@
 """What an exhaustive search of layers came to: a table of methods, and a picture of scores beside outcomes.
 
-A gap is a student's held-out loss less the teacher's, in nats a token; of several seeds the mean. A choice's place is
-its rank among all choices of as many layers, 1 for the smallest gap.
+A choice's outcome is KL(teacher ‖ student) on held-out text after its training, in nats a token, which is what all of
+them trained to lower; of several seeds the mean. Its place is its rank among all choices of as many layers. The gap, a
+student's loss less the teacher's, stands beside it: a teacher that has not learned all it could is beaten by students
+that are nearer to the text than to it, so that choices are not ranked by it.
 """
 
 from collections.abc import Sequence
@@ -18,12 +20,7 @@ from scripts.rank_correlation import kendall, spearman
 Fields = dict[str, Any]
 
 
-def gaps(found: Fields, size: Fields) -> dict[str, float]:
-    """The gap of each choice that was trained, by its name."""
-    return {name: loss - found["teacher"]["loss"] for name, loss in _means(size, "loss").items()}
-
-
-def _means(size: Fields, metric: str) -> dict[str, float]:
+def means(size: Fields, metric: str) -> dict[str, float]:
     """Over seeds, by the choice's name."""
     by_set: dict[str, list[float]] = {}
     for result in size["results"]:
@@ -40,33 +37,34 @@ def table(found: Fields) -> str:
         f" {settings['evaluation_tokens']:,} held-out tokens.",
     ]
     for size in found["sizes"]:
-        outcome, kl = gaps(found, size), _means(size, "kl")
+        outcome, losses = means(size, "kl"), means(size, "loss")
         best = min(outcome, key=lambda name: outcome[name])
         lines += [
             "",
-            f"{size['keep']} kept, {len(outcome)} choices: the best is {best} ({outcome[best]:.4f}), the mean of all"
-            f" {mean(outcome.values()):.4f}, the worst {max(outcome.values()):.4f}.",
+            f"{size['keep']} kept, {len(outcome)} choices: the lowest KL has {best} ({outcome[best]:.4f}), the mean of"
+            f" all is {mean(outcome.values()):.4f}, the worst {max(outcome.values()):.4f}.",
             "",
-            "| method | layers | gap, nats | KL | place | Spearman | Kendall | tokens | of the distillation's |",
+            "| method | layers | KL | place | gap, nats | Spearman | Kendall | tokens | of the distillation's |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
-        lines += [_row(method, outcome, kl, settings["distillation"]) for method in size["methods"]]
+        gaps = {name: loss - found["teacher"]["loss"] for name, loss in losses.items()}
+        lines += [_row(method, outcome, gaps, settings["distillation"]) for method in size["methods"]]
     return "\n".join(lines)
 
 
-def _row(method: Fields, outcome: dict[str, float], kl: dict[str, float], distillation: int) -> str:
+def _row(method: Fields, outcome: dict[str, float], gaps: dict[str, float], distillation: int) -> str:
     name = named(tuple(method["layers"]))
-    gap = outcome.get(name)
-    place = None if gap is None else 1 + sum(other < gap for other in outcome.values())
+    kl = outcome.get(name)
+    place = None if kl is None else 1 + sum(other < kl for other in outcome.values())
     scores = method["scores"]
     pairs = [] if scores is None else [(scores[one], -outcome[one]) for one in outcome]
     x, y = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     cells = [
         method["method"],
         name,
-        _shown(gap, ".4f"),
-        _shown(kl.get(name), ".4f"),
+        _shown(kl, ".4f"),
         "" if place is None else f"{place} of {len(outcome)}",
+        _shown(gaps.get(name), ".4f"),
         _shown(spearman(x, y) if pairs else None, "+.2f"),
         _shown(kendall(x, y) if pairs else None, "+.2f"),
         count(method["tokens"]),
@@ -76,19 +74,19 @@ def _row(method: Fields, outcome: dict[str, float], kl: dict[str, float], distil
 
 
 def draw(found: Fields, path: Path) -> None:
-    """A panel for each number of layers and each method with scores: gaps over scores, a point a choice."""
+    """A panel for each number of layers and each method with scores: outcomes over scores, a point a choice."""
     sizes = found["sizes"]
     shown = [[method for method in size["methods"] if method["scores"]] for size in sizes]
     columns = max(map(len, shown))
     figure = Figure(figsize=(2.6 * columns, 2.8 * len(sizes)), layout="constrained")
     axes = figure.subplots(len(sizes), columns, squeeze=False)
     for row, (size, methods) in enumerate(zip(sizes, shown, strict=True)):
-        outcome = gaps(found, size)
+        outcome = means(size, "kl")
         for ax, method in zip(axes[row], methods, strict=False):
             _panel(ax, method, outcome)
         for ax in axes[row][len(methods) :]:
             ax.axis("off")
-        axes[row][0].set_ylabel(f"{size['keep']} kept: gap after training, nats")
+        axes[row][0].set_ylabel(f"{size['keep']} kept: KL after training, nats")
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 

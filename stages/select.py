@@ -9,6 +9,7 @@ what it ranks by is in `distill.selection`. All of it, forward passes included, 
 unless --budget says otherwise. Killed at any moment it goes on by the same command.
 """
 
+import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -180,11 +181,17 @@ def _refined(asked: Asked, measured: Measures, ranking: Ranking) -> list[Refined
     likely = sorted(choices(ranking, asked.keep, BORDERLINE), key=measured.kl)[: asked.budget.refined]
     refined = []
     for layers in likely:
-        name = f"refined {named(layers)} {asked.budget.refine}"
+        name = f"refined {named(layers)} {asked.budget.refine} {_digest(asked)}"
         after = measured.ledger.measure(name, partial(_after, asked, measured, layers))
         refined.append(Refined(layers, measured.kl(layers), after["kl"]))
         print(f"layers {named(layers)}: KL {refined[-1].kl_before:.4f} → {refined[-1].kl_after:.4f}", flush=True)
     return sorted(refined, key=lambda one: one.kl_after)
+
+
+def _digest(asked: Asked) -> str:
+    """Of how choices are trained, which nothing else tells from numbers on the same aligned student."""
+    assert asked.recipe.stages.logits is not None
+    return hashlib.sha256(asked.recipe.stages.logits.model_dump_json().encode()).hexdigest()[:8]
 
 
 def _after(asked: Asked, measured: Measures, layers: Layers) -> Fields:

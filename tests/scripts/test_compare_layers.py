@@ -34,7 +34,7 @@ def test_kendall_s_is_what_is_left_of_pairs_in_order():
 
 @pytest.fixture
 def found():
-    losses = {(0,): 2.5, (1,): 2.1, (2,): 2.3}
+    outcomes = {(0,): (2.1, 0.5), (1,): (2.5, 0.1), (2,): (2.3, 0.3)}  # loss and KL need not agree
     scores = {"0": 0.1, "1": 0.9, "2": 0.5}
     return {
         "teacher": {"loss": 2.0},
@@ -50,8 +50,8 @@ def found():
             {
                 "keep": 1,
                 "results": [
-                    {"layers": list(layers), "seed": seed, "loss": loss + shift, "kl": 0.25}
-                    for layers, loss in losses.items()
+                    {"layers": list(layers), "seed": seed, "loss": loss + shift, "kl": kl + shift}
+                    for layers, (loss, kl) in outcomes.items()
                     for seed, shift in enumerate((-0.05, 0.05))
                 ],
                 "methods": [
@@ -64,13 +64,13 @@ def found():
     }
 
 
-def test_the_table_has_places_gaps_over_seeds_and_agreement(found, tmp_path):
+def test_the_table_has_places_by_kl_over_seeds_and_agreement(found, tmp_path):
     lines = table(found).splitlines()
-    assert "1 kept, 3 choices: the best is 1 (0.1000), the mean of all 0.3000, the worst 0.5000." in lines
+    assert "1 kept, 3 choices: the lowest KL has 1 (0.1000), the mean of all is 0.3000, the worst 0.5000." in lines
     assert lines[-3:] == [
-        "| restore | 1 | 0.1000 | 0.2500 | 1 of 3 | +1.00 | +1.00 | 5K | 5.0% |",
-        "| mixing | 2 | 0.3000 | 0.2500 | 2 of 3 | +0.50 | +0.33 | 4K | 4.0% |",
-        "| last | 2 | 0.3000 | 0.2500 | 2 of 3 |  |  | 0 | 0.0% |",
+        "| restore | 1 | 0.1000 | 1 of 3 | 0.5000 | +1.00 | +1.00 | 5K | 5.0% |",
+        "| mixing | 2 | 0.3000 | 2 of 3 | 0.3000 | +0.50 | +0.33 | 4K | 4.0% |",
+        "| last | 2 | 0.3000 | 2 of 3 | 0.3000 |  |  | 0 | 0.0% |",
     ]
     draw(found, tmp_path / "layers.png")
     assert imread(tmp_path / "layers.png").ndim == 3
