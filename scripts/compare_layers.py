@@ -26,6 +26,7 @@ from distill.evaluation import evaluate
 from distill.evaluation_record import json_numbers
 from distill.lock import alone_in
 from distill.programs import quiet_unless_watched, report_user_errors
+from distill.recipe_fields import read_tokens
 from distill.selection.asked import Asked, ask
 from distill.selection.budget import passes_of
 from distill.selection.ledger import Fields, Ledger
@@ -34,7 +35,7 @@ from distill.selection.ranking import BASELINES, Layers, Ranking
 from scripts.layer_agreement import draw, table
 from scripts.measure import circumstances
 from stages.command import Overrides, RecipePath
-from stages.select import measures, rank, read_tokens, trained_choice
+from stages.select import measures, rank, trained_choice
 
 METHODS = ("restore", "greedy", "mixing", "hidden", "probe")
 

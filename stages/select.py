@@ -18,15 +18,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel
 
-from distill.errors import UserError
 from distill.lock import alone_in
 from distill.objective import Objective
 from distill.programs import quiet_unless_watched, report_user_errors
 from distill.recipe import MixingStage
-from distill.recipe_fields import Tokens
+from distill.recipe_fields import read_tokens
 from distill.run import Run, at_work_on
 from distill.selection.asked import BORDERLINE, Asked, ask
 from distill.selection.budget import METHODS
@@ -162,18 +160,6 @@ def trained_choice(
             PROGRAMS["logits"](run)
         yield run, last_student(run)
     shutil.rmtree(choice_folder(asked.output, layers))
-
-
-def read_tokens(option: str, given: str) -> int:
-    """Tokens as a recipe writes them.
-
-    Raises:
-        UserError: they are not.
-    """
-    try:
-        return TypeAdapter(Tokens).validate_python(int(given) if given.isdecimal() else given)
-    except ValidationError:
-        raise UserError(f"{option} {given}: give tokens such as 500000, 500K or 4M") from None
 
 
 def _refined(asked: Asked, measured: Measures, ranking: Ranking) -> list[Refined]:
