@@ -74,9 +74,10 @@ def check(recipe: Recipe, *, ranks: int = 1, planning: bool = False) -> RecipeFa
         with found.at(f"stages.{name}.batch_size"):
             by_layers = isinstance(stage, LayerwiseTraining) and stage.parallel == "layers"
             micro_batches(stage.batch_size, stage.micro_batch_size, 1 if by_layers else ranks)
-    with found.at("data.source"):
-        if not config_alone:
-            _check_source(recipe)
+    for key in ("data.source", "data.training_only"):
+        with found.at(key):
+            if not config_alone:
+                _check_source(recipe, key)
     with found.at("teacher.path"):
         folder = teacher_folder(recipe.teacher.path)
         config = read_config(folder or recipe.teacher.path)
@@ -194,17 +195,17 @@ def _check_trackers(trackers: tuple[str, ...]) -> None:
         require_trackers(trackers)
 
 
-def _check_source(recipe: Recipe) -> None:
+def _check_source(recipe: Recipe, key: str) -> None:
     """Every source has at least one document; what is on the Hub is left to the data preparation."""
     if recipe.data.images is not None:
         check_image_rows(recipe)
         return
     from distill.data.corpus import DATASET_PREFIX, read_documents
 
-    for source in recipe.data.source:
+    data = recipe.data
+    for source in getattr(data, key.removeprefix("data.")):
         if not source.startswith(DATASET_PREFIX):
-            data = recipe.data
-            next(iter(read_documents(source, text_key=data.text_key, separator=data.separator)))
+            next(iter(read_documents(source, text_key=data.text_key, separator=data.separator, key=key)))
 
 
 def teacher_folder(path: str) -> Path | None:

@@ -20,6 +20,7 @@ from distill.calibration import calibrate
 from distill.decoder import attention_of, layers_of, norm_eps
 from distill.errors import UserError
 from distill.families import FAMILIES, family_name
+from distill.fitting import Calibrated
 from distill.heads import Heads, described, fill_heads_, require_heads
 from distill.layout import kept_heads, layer_kinds, mixer_layers, resolve
 from distill.mixers import KINDS
@@ -60,6 +61,7 @@ class Report:
             relative to the largest (``distill.verification``); None where nothing was converted.
         rope: whether the mixers keep the teacher's rotary positions.
         heads: query heads that keep attention beside the mixer of their layer.
+        calibrated: for each changed layer, what was fitted on text afterwards (``distill.fitting``); None if nothing.
     """
 
     layers: list[str]
@@ -72,6 +74,7 @@ class Report:
     rope: str
     view_error: float | None = None
     heads: dict[int, list[int]] = field(default_factory=dict)
+    calibrated: dict[int, Calibrated] | None = None
 
     def cache_bytes(self, tokens: int) -> tuple[int, int]:
         """(student's, teacher's) cache bytes for a sequence of ``tokens``."""

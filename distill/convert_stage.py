@@ -3,29 +3,47 @@
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from distill import handover
 from distill.capture import Batch
 from distill.conversion import convert_with_report, load_teacher
+from distill.data import TrainingBatches
 from distill.engines import processes
 from distill.evaluation import evaluate
+from distill.fitting import calibrate_student
 from distill.handover import StageRecord
 from distill.run import CONVERT, DTYPES, Run
 from distill.threads import every_core
 
+TOKENS_AT_ONCE = 4096
+"""Of the text that seeds are calibrated on; at least a block."""
+
 
 def convert_stage(run: Run) -> StageRecord:
     """Turn the teacher into a student and hand it on as the stage ``convert``; the main process does it."""
-    held_out = run.held_out()  # before the teacher: if the text cannot be used, that shows at once
+    held_out, batches = run.held_out(), _calibration_batches(run)  # before the teacher: unusable text shows at once
     if not run.launched.shards_weights:
         _ = run.teacher  # by every process at once: they need it anyway
-        return processes.on_main(lambda: _convert(run, held_out))
+        return processes.on_main(lambda: _convert(run, held_out, batches))
     with every_core():
-        return processes.on_main(lambda: _convert(run, held_out))
+        return processes.on_main(lambda: _convert(run, held_out, batches))
 
 
-def _convert(run: Run, held_out: Iterator[Batch]) -> StageRecord:
+def _calibration_batches(run: Run) -> list[Batch]:
+    """Training text for ``student.calibrate``, in an order of its own; none where nothing is calibrated."""
+    wanted, rows = run.recipe.student.calibrate, run.blocks[0]
+    if wanted is None:
+        return []
+    size = max(1, TOKENS_AT_ONCE // rows.block)
+    text = TrainingBatches(rows, size, run.recipe.seed)
+    blocks = min(-(-wanted.tokens // rows.block), text.n)
+    indices = text.first(blocks)
+    return [rows.batch(indices[first : first + size]) for first in range(0, blocks, size)]
+
+
+def _convert(run: Run, held_out: Iterator[Batch], batches: list[Batch]) -> StageRecord:
     started = time.perf_counter()
     if run.launched.shards_weights:  # a process has a part of the common one only
         teacher = load_teacher(run.recipe.teacher.path, DTYPES[run.recipe.teacher.dtype])
@@ -46,6 +64,11 @@ def _convert(run: Run, held_out: Iterator[Batch]) -> StageRecord:
         rope=run.recipe.student.rope,
         bidirectional=run.recipe.student.bidirectional,
     )
+    if batches:
+        wanted = run.recipe.student.calibrate
+        assert wanted is not None
+        fitted = calibrate_student(student, teacher, batches, **wanted.model_dump(exclude={"tokens"}))
+        report = replace(report, calibrated=fitted)
     # What is too large for one device is measured by all of them, in the evaluation that follows.
     loss = None if run.launched.shards_weights else evaluate(student, None, held_out).loss
 

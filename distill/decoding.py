@@ -5,7 +5,7 @@ that may not come again. A measurement must not depend on them, nor may two mode
 Of those settings only the ids that end a text are kept.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -54,6 +54,7 @@ def decode(
     sampling: Sampling = GREEDY,
     streamer: Any = None,
     sharded: bool = False,
+    ends: Sequence[int] | None = None,
 ) -> Tensor:
     """What the model writes after each row: (B, new) int64, new ≤ ``new_tokens``, padded behind the end of a text.
 
@@ -64,9 +65,12 @@ def decode(
         pad: any id will do, since ``distill.prompts.until`` cuts rows at their ends.
         streamer: transformers' own, for text as it appears.
         sharded: several processes call this, each with its part of the weights: none stops before the last.
+        ends: the ids that end a text; None for the model's own.
     """
     drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     settings = plain_settings(model)
+    if ends is not None:
+        settings.update(eos_token_id=list(ends) or None)
     settings.update(max_new_tokens=new_tokens, pad_token_id=pad, **(drawn if sampling.temperature else GREEDILY))
     generate = cast(Callable[..., Tensor], model.generate)
     with _without_own_settings(model), torch.random.fork_rng():

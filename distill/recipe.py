@@ -33,9 +33,11 @@ from distill.recipe_fields import (
     Fraction,
     Integer,
     Layer,
+    Positive,
     Section,
     Some,
     Text,
+    Tokens,
 )
 from distill.recipe_file import read_recipe_file
 from distill.recipe_stages import (
@@ -59,6 +61,7 @@ __all__ = [
     "ROLES",
     "STAGE_NAMES",
     "TEXT_ROLES",
+    "Calibrate",
     "Data",
     "HiddenStage",
     "Keep",
@@ -128,6 +131,27 @@ class Keep(Section):
         return {name: value for name, value in self if value is not None}
 
 
+class Calibrate(Section):
+    """What is fitted in closed form after seeding, on training text; see docs/calibration.md."""
+
+    tokens: Tokens = 64_000
+    """Training tokens that are looked at, in whole blocks; there is no gradient, so no stage counts them."""
+    memories: Flag = True
+    """Choose how far each head looks back: the decay whose matrix lies nearest to attention's."""
+    outputs: Flag = True
+    """Fit the output projections to what attention adds to the stream."""
+    layers: Literal["parallel", "sequential"] = "parallel"
+    """What the mixers read meanwhile: the teacher's states, or their own, each layer after those below it."""
+    ridge: Positive = 1e-3
+    """How strongly the seeded output projections are held on to, relative to the size of what they read."""
+
+    @model_validator(mode="after")
+    def _something(self) -> "Calibrate":
+        if not self.memories and not self.outputs:
+            raise ValueError("memories and outputs are both false; leave calibrate out")
+        return self
+
+
 class Student(Section):
     """What the teacher is turned into."""
 
@@ -155,6 +179,21 @@ class Student(Section):
     """For sliding_window: the first tokens of a document that it sees besides; null for 4."""
     rope: Literal["drop", "keep"] = "drop"
     """keep: B and C (k and q) carry the teacher's rotary positions, as its keys and queries do; drop: they do not."""
+    calibrate: Calibrate | None = None
+    """Fit what was seeded to the teacher's attention on some text, such as {tokens: 64K}; null: leave it as seeded."""
+
+    @field_validator("calibrate")
+    @classmethod
+    def _can_be_calibrated(cls, value: Calibrate | None, info: ValidationInfo) -> Calibrate | None:
+        if value is None:
+            return None
+        if info.data.get("mixer") == "sliding_window":
+            raise ValueError("not for sliding_window, whose layers are the teacher's attention, output projection too")
+        if info.data.get("mixer") == "based" and value.memories:
+            raise ValueError("not for based, which forgets nothing and has no memories to choose; give memories: false")
+        if info.data.get("from_scratch"):
+            raise ValueError("not with from_scratch, which takes nothing from the teacher")
+        return value
 
 
 class Recipe(Section):
@@ -276,9 +315,15 @@ class Recipe(Section):
         for key in _LABELS:
             content.pop(key)
         content["data"].pop("workers")
+        if not content["data"]["training_only"]:
+            content["data"].pop("training_only")
+        if self.data.train_on_source:
+            content["data"].pop("train_on_source")
         content["student"].pop("exportable")
         if not content["evaluation"]["tasks"]:
             content["evaluation"].pop("tasks")
+        if self.student.calibrate is None:
+            content["student"].pop("calibrate")
         if self.student.mixer != "sliding_window":  # then they are null; runs from before there were any go on
             content["student"].pop("window")
             content["student"].pop("sinks")

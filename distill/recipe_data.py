@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from distill.recipe_fields import Count, Flag, Integer, Number, Section, Sources, Text, Tokens
+from distill.recipe_fields import Count, Flag, Integer, MoreSources, Number, Section, Sources, Text, Tokens
 
 
 class HeldOut(Section):
@@ -30,6 +30,10 @@ class Data(Section):
 
     source: Sources
     """python-stdlib, a file, folder or glob, dataset:org/name[:config][:split], or a list of these."""
+    training_only: MoreSources = ()
+    """More text, named like source: all of it is trained on and none held out, such as what stages.write wrote."""
+    train_on_source: Flag = True
+    """false: train on training_only alone; of source only what is held out is read."""
     text_key: Text = "text"
     """The column that holds the text in .jsonl, .parquet and datasets."""
     separator: Text | None = None
@@ -55,6 +59,12 @@ class Data(Section):
     def _known_beforehand(self) -> "Data":
         if self.images is not None and (self.limit or self.streaming or self.held_out.by == "tail"):
             raise ValueError("images: rows with images know neither limit nor streaming nor held_out: {by: tail}")
+        if self.images is not None and self.training_only:
+            raise ValueError("images: rows with images know no training_only; put the rows into source")
+        if both := sorted(set(self.source) & set(self.training_only)):
+            raise ValueError(f"training_only: {both[0]} is in source too, where a part is held out; name it once")
+        if not self.train_on_source and (not self.training_only or self.limit is not None):
+            raise ValueError("train_on_source: false needs training_only, and no limit, which is source's")
         if self.limit is not None and self.limit < self.block:
             raise ValueError(f"limit: {self.limit} tokens are less than one block of {self.block}")
         if self.held_out.by == "tail" and self.limit is not None:

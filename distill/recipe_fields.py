@@ -7,7 +7,19 @@ import re
 from decimal import Decimal
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, Strict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    Strict,
+    TypeAdapter,
+    ValidationError,
+)
+
+from distill.errors import UserError
 
 
 class Section(BaseModel):
@@ -67,3 +79,16 @@ Tokens = Annotated[Count, BeforeValidator(_token_count)]
 Distinct = AfterValidator(_distinct)
 Some = AfterValidator(_some)
 Sources = Annotated[tuple[Text, ...], BeforeValidator(as_list), Some, PlainSerializer(_one_as_text)]
+MoreSources = Annotated[tuple[Text, ...], BeforeValidator(as_list), Distinct]
+
+
+def read_tokens(option: str, given: str) -> int:
+    """Tokens on a command line, written as in a recipe.
+
+    Raises:
+        UserError: they are not.
+    """
+    try:
+        return TypeAdapter(Tokens).validate_python(int(given) if given.isdecimal() else given)
+    except ValidationError:
+        raise UserError(f"{option} {given}: give tokens such as 500000, 500K or 4M") from None

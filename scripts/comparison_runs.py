@@ -8,6 +8,7 @@ A stage reads the text in an order that the seed and the stage's name decide (`R
 recipes do in a stage they do on the same text.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -32,6 +33,7 @@ RECIPES = Path("recipes")
 PUBLISHED = RECIPES / "published"
 RECALL = [("associative", 8, 64), ("associative", 32, 128), ("phonebook", 12, 0)]
 EXAMPLES = 48  # of each
+LONGEST_NAME = 100
 
 Fields = dict[str, Any]
 
@@ -47,6 +49,8 @@ class Common:
         evaluation_tokens: held-out tokens that are scored, at the end and on the way.
         points: evaluations on the way, about; those at the borders of stages come on top.
         recall: whether the teacher answers rows of `distill.recall` in its own ids.
+        batch_size: sequences of the text's own block that every stage reads a step, whatever recipes say; None leaves
+            them theirs. Where a stage cuts blocks in four it reads four times as many.
     """
 
     teacher: Path
@@ -56,6 +60,7 @@ class Common:
     points: int
     recall: bool
     output: Path
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,13 @@ class Wanted:
 
 
 def slug(recipe: str) -> str:
-    """A recipe as the name of a folder."""
-    return re.sub(r"[^A-Za-z0-9._=-]+", "_", recipe).strip("_.")
+    """A recipe as the name of a folder; one of many settings by its beginning and a hash, for names have a limit."""
+    name = re.sub(r"[^A-Za-z0-9._=-]+", "_", recipe).strip("_.")
+    return (
+        name
+        if len(name) <= LONGEST_NAME
+        else f"{name[:LONGEST_NAME]}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
+    )
 
 
 def recipe_file(given: str) -> tuple[Path, list[str]]:
@@ -115,6 +125,7 @@ def cut_recipe(common: Common, wanted: Wanted) -> tuple[Path, list[str]]:
         *settings,
         f"teacher={_yaml(teacher.teacher)}",
         f"data={_yaml(teacher.data)}",
+        *_own_text(load_recipe(path, settings)),
         f"student.keep_attention={common.keep_attention}",
         f"evaluation={json.dumps({'tokens': common.evaluation_tokens})}",
         f"seed={wanted.seed}",
@@ -122,6 +133,10 @@ def cut_recipe(common: Common, wanted: Wanted) -> tuple[Path, list[str]]:
     ]
     recipe = load_recipe(path, settings)
     _require_comparable(wanted, recipe)
+    if common.batch_size is not None:
+        wider = {name: recipe.data.block // recipe.block_of(stage) for name, stage in recipe.stages.named().items()}
+        settings += [f"stages.{name}.batch_size={common.batch_size * times}" for name, times in wider.items()]
+        recipe = load_recipe(path, settings)
     for name, tokens in _tokens(recipe, wanted).items():
         stage = recipe.stages.named()[name]
         steps = steps_for(tokens, stage.batch_size, recipe.block_of(stage))
@@ -133,6 +148,14 @@ def cut_recipe(common: Common, wanted: Wanted) -> tuple[Path, list[str]]:
             f"stages.{name}.mixer_lr={wanted.factor * stage.mixer_lr!r}",
         ]
     return path, settings
+
+
+def _own_text(recipe: Recipe) -> list[str]:
+    """What a recipe trains on besides, or alone; what is held out stays that of all."""
+    if not recipe.data.training_only:
+        return []
+    own = recipe.data.model_dump(mode="json", include={"training_only", "train_on_source"})
+    return [f"data.{key}={json.dumps(value)}" for key, value in own.items()]
 
 
 def _require_comparable(wanted: Wanted, recipe: Recipe) -> None:
@@ -166,9 +189,9 @@ def carry_out(common: Common, wanted: Wanted) -> Fields:
 
 
 def share_text(common: Common, run: Run) -> None:
-    """Let a run read the text that the comparison has prepared."""
+    """Let a run read the text that the comparison has prepared, unless its recipe trains on text of its own."""
     place, text = run.recipe.run_dir / "data", common.output / "data"
-    if not place.exists():
+    if not place.exists() and run.recipe.data == load_recipe(common.teacher, common.overrides).data:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.symlink_to(text.absolute())
 
@@ -181,7 +204,8 @@ def prepare(common: Common, wanted: Wanted) -> Fields:
     """
     torch.set_num_threads(1)
     path, settings = cut_recipe(common, wanted)
-    with at_work_on(path, [*settings, f"run_dir={common.output}"]) as run:
+    data = load_recipe(common.teacher, common.overrides).data
+    with at_work_on(path, [*settings, f"data={_yaml(data)}", f"run_dir={common.output}"]) as run:
         loss = evaluate(run.teacher, None, run.held_out()).loss
         return {
             "path": run.recipe.teacher.path,

@@ -42,11 +42,9 @@ def test_imports_run_one_way(path):
 
 @pytest.mark.parametrize("path", sorted((CHECKOUT / "stages").glob("*.py")), ids=lambda path: path.name)
 def test_no_stage_imports_another(path):
-    if path.name != "run.py":
-        assert {name for name in imported(path) if name.startswith("stages.")} <= {
-            "stages.command",
-            "stages.command.run_program",
-        }
+    if path.name not in ("run.py", "select.py"):  # which carry stages out
+        others = {name for name in imported(path) if name.startswith("stages.")}
+        assert not [name for name in others if name.split(".")[1] != "command"]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(CHECKOUT)))

@@ -38,6 +38,7 @@ def read_documents(
     text_key: str = "text",
     separator: str | None = None,
     streaming: bool = False,
+    key: str = "data.source",
 ) -> Iterator[Document]:
     """Read every document of a source, in an order that depends on the source alone, without holding more than one.
 
@@ -48,6 +49,7 @@ def read_documents(
         text_key: The key of the text in rows (``.jsonl``, ``.parquet``, datasets).
         separator: Cuts text files into documents, such as ``"\\n\\n"``; ``None`` makes a file one document.
         streaming: Fetch the rows of a ``dataset:`` as they are read, instead of downloading it first.
+        key: What a recipe calls the source, for messages.
 
     Yields:
         Documents that hold more than white space.
@@ -55,7 +57,7 @@ def read_documents(
     Raises:
         UserError: The source does not exist, or holds no text, or something in it is not text.
     """
-    shards = find_shards(source, text_key=text_key, separator=separator, streaming=streaming)
+    shards = find_shards(source, text_key=text_key, separator=separator, streaming=streaming, key=key)
     return (document for _, document in read_shards(shards))
 
 
@@ -65,6 +67,7 @@ def find_shards(
     text_key: str = "text",
     separator: str | None = None,
     streaming: bool = False,
+    key: str = "data.source",
 ) -> list[Shard]:
     """The shards of a source (see ``read_documents``), in the order they are read; no text is read yet.
 
@@ -75,8 +78,8 @@ def find_shards(
         raise UserError("data.separator is empty; give the text between two documents, or null for none")
     entries = [source] if isinstance(source, str | Path) else list(source)
     if not entries:
-        raise UserError("data.source is an empty list; give at least one file, folder or glob")
-    return [shard for entry in map(str, entries) for shard in _shards_of(entry, text_key, separator, streaming)]
+        raise UserError(f"{key} is an empty list; give at least one file, folder or glob")
+    return [shard for entry in map(str, entries) for shard in _shards_of(entry, text_key, separator, streaming, key)]
 
 
 def read_shards(shards: Sequence[Shard], position: Position | None = None) -> Iterator[tuple[Position, Document]]:
@@ -97,8 +100,8 @@ def read_shards(shards: Sequence[Shard], position: Position | None = None) -> It
             raise UserError(f"data.source {entry!r} holds no text at all; give a source with text in it")
 
 
-def _shards_of(entry: str, text_key: str, separator: str | None, streaming: bool) -> list[Shard]:
-    """The shards of one entry of ``data.source``."""
+def _shards_of(entry: str, text_key: str, separator: str | None, streaming: bool, key: str) -> list[Shard]:
+    """The shards of one entry of a source."""
     path = Path(entry).expanduser()
     if entry.startswith(DATASET_PREFIX):
         kind = HubStream if streaming else HubDataset
@@ -114,7 +117,7 @@ def _shards_of(entry: str, text_key: str, separator: str | None, streaming: bool
     elif path.exists():
         root, paths, is_named = path.parent, [path], True
     else:
-        root, paths = _fixed_part(path), _files_like(path)
+        root, paths = _fixed_part(path), _files_like(path, key)
     for parquet in paths:
         if parquet.suffix.lower() == ".parquet":
             require_whole(parquet)
@@ -149,11 +152,11 @@ def _files_in(folder: Path) -> list[Path]:
     return paths
 
 
-def _files_like(pattern: Path) -> list[Path]:
+def _files_like(pattern: Path, key: str) -> list[Path]:
     paths = sorted(path for path in map(Path, glob.glob(str(pattern), recursive=True)) if path.is_file())
     if not paths:
         raise UserError(
-            f"data.source '{pattern}': no such file or folder (looked in {Path.cwd()}); allowed: "
+            f"{key} '{pattern}': no such file or folder (looked in {Path.cwd()}); allowed: "
             f"'{PYTHON_STDLIB}', a file, a folder, a glob, '{DATASET_PREFIX}ORG/NAME[:CONFIG[:SPLIT]]', "
             "or a list of these"
         )

@@ -74,7 +74,8 @@ def prepare_source(
         block: Tokens a sequence; only checked here, each split must fill at least one.
         bos: Put the tokenizer's BOS before each document.
         eos: Put the tokenizer's EOS after each document.
-        limit: Training tokens that are enough: the document that reaches them is the last. None for all there are.
+        limit: Training tokens that are enough: the document that reaches them is the last, but for what is trained
+            on only. None for all there are.
         workers: Processes that tokenise, which never changes the result; 1 is this one.
 
     Raises:
@@ -128,13 +129,19 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _read_on(parts: Parts, source: Source, encode: Encode, limit: int | None, folder: Path) -> None:
-    """Add to the parts what the source holds behind them, until its end or the limit."""
+    """Add to the parts what the source holds behind them, until its end or the limit, then its training-only text."""
     train = parts.splits[TRAIN]
     if parts.count:
         say(f"preparing {folder}: going on from {train.n_tokens:,} training tokens in {parts.count} part(s)")
-    if limit is not None and train.n_tokens >= limit:
-        return
-    encoded = _encoded(source.read(parts.position, parts.extent), encode)
+    if limit is None or train.n_tokens < limit:
+        _add(parts, source.read(parts.position, parts.extent), encode, limit, folder)
+    _add(parts, source.read_training_only(parts.position), encode, None, folder)
+
+
+def _add(parts: Parts, items: Iterable[Item], encode: Encode, limit: int | None, folder: Path) -> None:
+    """Add items, to the last one or to the one that reaches the limit."""
+    train = parts.splits[TRAIN]
+    encoded = _encoded(items, encode)
     with closing(encoded), progress(f"preparing {folder}", "training tokens", train.n_tokens, limit) as show:
         for item, tokens in encoded:
             parts.add(item.split, item.document, tokens, item.position)

@@ -33,6 +33,9 @@ class Source(Protocol):
     def read(self, position: Any, before: Extent) -> Iterator[Item]:
         """What comes after ``position`` (None: all), where ``before`` is the text up to there."""
 
+    def read_training_only(self, position: Any) -> Iterator[Item]:
+        """What is trained on besides, whatever limit ended ``read``: all of it that comes after ``position``."""
+
 
 @dataclass(frozen=True)
 class DocumentsAtHand:
@@ -58,3 +61,6 @@ class DocumentsAtHand:
         for index, (split, document) in enumerate(sides):
             if position is None or index > position[1]:
                 yield Item(document, split, [0, index])
+
+    def read_training_only(self, position: Any) -> Iterator[Item]:
+        return iter(())

@@ -158,6 +158,7 @@ def test_a_public_teacher(run_check: Check) -> None:
             "stages.logits.stepwise: attention must compute as its student does; teacher.dtype is bfloat16, dtype",
         ),
         (["data.source=none.txt"], "data.source 'none.txt': no such file or folder"),
+        (["data.training_only=none.jsonl"], "data.training_only 'none.jsonl': no such file or folder"),
         (["data.source=[text.txt, binary.txt]"], "data.source: binary.txt: is a binary file"),
         (["data.source=empty.txt"], "data.source: empty.txt: the file is empty"),
         (["run_dir=text.txt/run"], "text.txt is a file, so text.txt/run cannot be a folder"),

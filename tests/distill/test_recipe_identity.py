@@ -114,6 +114,8 @@ def test_digest_ignores_what_changes_no_result(small: Path, override: str) -> No
     ("override", "changed"),
     [
         ("student.state_dim=64", {"convert", *STAGE_NAMES}),
+        ("student.calibrate={tokens: 64K}", {"convert", *STAGE_NAMES}),
+        ("data.training_only=written.jsonl", {"convert", *STAGE_NAMES}),
         ("seed=1", {"convert", *STAGE_NAMES}),
         ("dtype=bfloat16", {"convert", *STAGE_NAMES}),
         ("teacher.path=other", {"convert", *STAGE_NAMES}),
@@ -138,6 +140,13 @@ def test_a_stage_digest_covers_the_stage_and_what_comes_before(small: Path, over
         name for name in ("convert", *STAGE_NAMES) if before.stage_digest(name) != after.stage_digest(name)
     } == changed
     assert before.digest() != after.digest()
+
+
+def test_keys_that_came_later_are_in_no_digest_until_they_are_given(small: Path) -> None:
+    """So that runs from before there were any go on."""
+    content = load_recipe(small)._content(STAGE_NAMES)
+    assert not {"calibrate", "window", "sinks"} & content["student"].keys()
+    assert not {"training_only", "train_on_source"} & content["data"].keys()
 
 
 def test_digest_is_the_same_in_every_spelling(small: Path) -> None:
