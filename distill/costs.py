@@ -35,11 +35,12 @@ Backward costs twice the forward, and n weights that are frozen save 2 n of it. 
                                                +  layers again, with gradient_checkpointing
                                                +  hidden with target: block, with hidden_weight
 
-The first two stages never run the head, and a last stage with an offline teacher no teacher. Projections that are
-frozen for a part of stage 2 save nothing: their gradient is computed, as zeros. Computing a layer again stops before
-its last product, whose result backward does not need; that fifth of it is counted all the same. Evaluation,
-checkpoints and the conversion come on top. Which weights, gradients and moments a process holds depends on the
-engine: `distill.memory`.
+Heads that keep attention beside a mixer add 4 T P each, and 2 n for their weights, which n_attention has: threefold in
+the last stage, once in stage 2, where they do not train. The first two stages never run the head, and a last stage with
+an offline teacher no teacher. Projections that are frozen for a part of stage 2 save nothing: their gradient is
+computed, as zeros. Computing a layer again stops before its last product, whose result backward does not need; that
+fifth of it is counted all the same. Evaluation, checkpoints and the conversion come on top. Which weights, gradients
+and moments a process holds depends on the engine: `distill.memory`.
 """
 
 from dataclasses import dataclass
@@ -197,7 +198,8 @@ def student_flops_per_token(sizes: Sizes, stage: Stage) -> float:
     alone = 0.0  # the layers with a mixer once more, on the teacher's hidden states
     if stage.hidden_weight:
         frozen_mixers = 0 if "mixer" in stage.train else 2 * n["mixer"]
-        alone = 3 * (mixers + mlp) - frozen_mlp - frozen_mixers + (mixers + mlp if stage.gradient_checkpointing else 0)
+        again_alone = mixers + mlp if stage.gradient_checkpointing else 0
+        alone = 3 * (mixers + mlp + beside) - frozen_mlp - frozen_mixers + again_alone
     return 3 * (layers + _head(s)) - frozen + again + alone
 
 

@@ -7,6 +7,8 @@
 Y is what a mixer's heads make, A what attention adds to the stream. In sequence a state that leaves a fitted layer's
 attention is as near to the teacher's as the projection allows; that holds where a layer adds attention's output to the
 stream as it is, which is looked at first.
+
+Heads that are kept beside a mixer are the teacher's; A is then what they leave of attention's output.
 """
 
 from collections.abc import Iterator, Sequence
@@ -77,14 +79,14 @@ def calibrate_student(
     mixers: dict[int, Any] = mixers_of(student)
     if not mixers:
         return {}
-    refuse_unfitted(next(iter(mixers.values())), memories)
+    refuse_unfitted(_itself(next(iter(mixers.values()))), memories)
     batches = [{name: tensor.to(student.device) for name, tensor in batch.items()} for batch in batches]
     if memories:
         _fit_memories(mixers, teacher, batches)
     fit = _in_parallel if layers == "parallel" else _in_sequence
     errors: dict[int, Errors] = dict(fit(student, teacher, batches, ridge)) if outputs else {}
     return {
-        index: Calibrated(memories_of(mixer).tolist() if memories else None, *errors.get(index, (None, None)))
+        index: Calibrated(memories_of(_itself(mixer)).tolist() if memories else None, *errors.get(index, (None, None)))
         for index, mixer in mixers.items()
     }
 
@@ -104,7 +106,12 @@ def _fit_memories(mixers: dict[int, Any], teacher: PreTrainedModel, batches: Seq
     read: dict[int, AttentionView] = views(teacher, mixers)
     arguments = sequence_arguments(batch)
     for index, trace in traced_layers(teacher, batch, mixers, wants=["attention_input"]):
-        fit_memories_(mixers[index], read[index], [(trace, arguments)])
+        fit_memories_(_itself(mixers[index]), read[index], [(trace, arguments)])
+
+
+def _itself(mixer: Any) -> Any:
+    """A mixer without the heads beside it."""
+    return getattr(mixer, "mixer", mixer)
 
 
 def _in_parallel(
@@ -115,10 +122,12 @@ def _in_parallel(
     for batch in batches:
         arguments = sequence_arguments(batch)
         for index, trace in traced_layers(teacher, batch, mixers, wants=["attention_input", "attention_output"]):
-            heads_BTI = mixers[index].head_outputs(
-                trace.attention_input.to(student.dtype), position_embeddings=trace.position_embeddings, **arguments
-            )
-            sums[index].add(*_valid(batch, heads_BTI, trace.attention_output))
+            u_BTD, told = trace.attention_input.to(student.dtype), {"position_embeddings": trace.position_embeddings}
+            heads_BTI = _itself(mixers[index]).head_outputs(u_BTD, **told, **arguments)
+            target_BTD = trace.attention_output
+            if (kept := getattr(mixers[index], "kept", None)) is not None:
+                target_BTD = target_BTD - kept(u_BTD, **told, **arguments)
+            sums[index].add(*_valid(batch, heads_BTI, target_BTD))
     for index, mixer in mixers.items():
         yield index, _fit(mixer, sums[index], ridge)
 
@@ -140,8 +149,8 @@ def _in_sequence(
         if index in mixers:
             sums = _sums_for(mixers[index])
             for batch, trace, stream_BTD, told in zip(batches, traces, streams, arguments, strict=True):
-                heads_BTI = _heads_inside(layer, stream_BTD, trace, told)
-                target_BTD = trace.attention_output + trace.layer_input - stream_BTD
+                heads_BTI, kept_BTD = _inside(layer, stream_BTD, trace, told)
+                target_BTD = trace.attention_output + trace.layer_input - stream_BTD - kept_BTD
                 sums.add(*_valid(batch, heads_BTI, target_BTD))
             yield index, _fit(mixers[index], sums, ridge)
         streams = [
@@ -165,15 +174,25 @@ def _valid(batch: Batch, *tensors_BTC: Tensor) -> list[Tensor]:
     return [tensor_BTC[batch["valid"]] for tensor_BTC in tensors_BTC]
 
 
-def _heads_inside(layer: Any, stream_BTD: Tensor, trace: LayerTrace, told: dict[str, Tensor | None]) -> Tensor:
-    """What the output projection of a student's layer reads, (B, T, I), when the layer reads the stream."""
-    seen: list[Tensor] = []
-    handle = attention_of(layer).out_proj.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+def _inside(
+    layer: Any, stream_BTD: Tensor, trace: LayerTrace, told: dict[str, Tensor | None]
+) -> tuple[Tensor, Tensor | float]:
+    """When a student's layer reads the stream: what its output projection reads, and what heads beside the mixer add.
+
+    (B, T, I) and (B, T, D); the second is 0 where there are no such heads.
+    """
+    mixer = attention_of(layer)
+    read: list[Tensor] = []
+    added: list[Tensor] = []
+    handles = [mixer.out_proj.register_forward_pre_hook(lambda _module, args: read.append(args[0]))]
+    if (kept := getattr(mixer, "kept", None)) is not None:
+        handles.append(kept.register_forward_hook(lambda _module, _args, output: added.append(output)))
     try:
         as_decoder_calls(layer, stream_BTD, trace, told)
     finally:
-        handle.remove()
-    return seen[0]
+        for handle in handles:
+            handle.remove()
+    return read[0], added[0] if added else 0.0
 
 
 def _require_plain_sum(teacher: PreTrainedModel, batch: Batch) -> None:

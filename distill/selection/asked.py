@@ -81,6 +81,8 @@ def ask(
     recipe = load_recipe(path, overrides)
     if method == "mixing":
         _require_matrix(recipe)
+    if recipe.student.keep_heads:
+        raise UserError("student.keep_heads keeps single heads, and selection is of whole layers; leave it out")
     # Of all layers, which are those of the aligned student: a layer that cannot be converted is refused here.
     facts = open_run(path, [*overrides, *aligned_settings(recipe, output, {})]).facts
     if processes.world() > 1:

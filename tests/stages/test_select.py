@@ -57,6 +57,11 @@ def test_a_mixer_without_a_matrix_is_not_ranked_by_it(recipe):
         ask(recipe, overrides, output=recipe.parent / "out", **SETTINGS, method="mixing")
 
 
+def test_heads_are_not_ranked_as_layers(recipe):
+    with pytest.raises(UserError, match=r"student\.keep_heads keeps single heads, and selection is of whole layers"):
+        ask(recipe, ["student.keep_heads={1: [0]}"], output=recipe.parent / "out", **SETTINGS)
+
+
 def test_the_program_ends_with_exit_code_2(recipe):
     app = typer.Typer()
     app.command()(select.main)

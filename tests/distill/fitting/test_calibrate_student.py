@@ -98,6 +98,37 @@ def measured(teacher, student) -> dict[int, float]:
     return {index: rest[index] / size[index] for index in rest}
 
 
+def test_what_kept_heads_leave_of_attention_is_fitted():
+    teacher = tiny("qwen2").double()
+    student = convert(teacher, keep_heads={0: [1], 2: [0, 3]}, rope="keep")
+    before = copy.deepcopy(student.state_dict())
+    told = calibrate_student(student, teacher, batches(), memories=False)
+    changed = {key for key, tensor in student.state_dict().items() if not torch.equal(tensor, before[key])}
+    projections = {0: "mixer.out_proj", 1: "out_proj", 2: "mixer.out_proj"}
+    assert changed == {f"model.layers.{i}.self_attn.{name}.weight" for i, name in projections.items()}
+    whole = measured(teacher, student)
+    for index in (0, 2):
+        size = left = 0.0
+        for batch in batches():
+            trace = layer_traces(teacher, batch, [index], ("attention_input", "attention_output"))[index]
+            more = {**sequence_arguments(batch), "position_embeddings": trace.position_embeddings}
+            with torch.no_grad():
+                kept = mixers_of(student)[index].kept(trace.attention_input, **more)
+            size += float(trace.attention_output.square().sum())
+            left += float((trace.attention_output - kept).square().sum())
+        assert told[index].error_after * left == pytest.approx(whole[index] * size, rel=1e-6)
+        assert told[index].error_after < min(1, told[index].error_before)
+
+
+def test_in_sequence_kept_heads_are_left_out_as_in_parallel():
+    teacher = tiny("llama").double()
+    students = [convert(teacher, keep_attention=[0, 1], keep_heads={2: [0, 3]}) for _ in ORDERS]
+    for student, order in zip(students, ORDERS, strict=True):
+        calibrate_student(student, teacher, batches(), layers=order)
+    for first, second in zip(*(student.parameters() for student in students), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("keep", [(0, 2), (1, 2)])
 def test_in_sequence_one_layer_is_fitted_as_in_parallel(keep):
     teacher, student = pair("mamba2", keep=keep)
