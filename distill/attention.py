@@ -9,12 +9,10 @@ Hugging Face names and shapes these a little differently in each family. Everyth
 mixing-matrix stage, goes through :class:`AttentionView`; a new family is a row in ``distill.families.FAMILIES``.
 """
 
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,12 +20,10 @@ from distill.decoder import attention_of, layers_of
 from distill.errors import UserError
 from distill.families import FAMILIES, Family, family_name, family_of, found
 from distill.projections import Projection, is_linear, out_features, split, whole
+from distill.turning import Positions, Rotate, rotation_of, turned
 from distill.within import whole_shape
 
 __all__ = ["FAMILIES", "AttentionView", "Family", "Positions", "family_of", "view", "views"]
-
-Positions = tuple[Tensor, Tensor] | None
-"""The (cos, sin) that a decoder hands to its layers; None where positions are learned."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ class AttentionView:
     head_dim: int
     scaling: float
     sliding_window: int | None
-    rotate: Callable[..., tuple[Tensor, Tensor]]
+    rotate: Rotate
     softcap: float | None = None
     rotates: bool = True
     q_norm: nn.Module | None = None
@@ -79,13 +75,7 @@ class AttentionView:
 
     def turned(self, q_BHTP: Tensor, k_BKTP: Tensor, position_embeddings: Positions) -> tuple[Tensor, Tensor]:
         """Queries and keys, already through their norms, with their positions rotated in."""
-        if not self.rotates or position_embeddings is None:
-            return q_BHTP, k_BKTP
-        width = position_embeddings[0].shape[-1]
-        if width == self.head_dim:
-            return self.rotate(q_BHTP, k_BKTP, *position_embeddings)
-        q_BHTR, k_BKTR = self.rotate(q_BHTP[..., :width], k_BKTP[..., :width], *position_embeddings)
-        return torch.cat([q_BHTR, q_BHTP[..., width:]], dim=-1), torch.cat([k_BKTR, k_BKTP[..., width:]], dim=-1)
+        return turned(self.rotate, q_BHTP, k_BKTP, position_embeddings if self.rotates else None)
 
     def values(self, hidden_BTD: Tensor) -> Tensor:
         """Values repeated to the query heads, (B, T, H, P)."""
@@ -163,7 +153,7 @@ def view(attention: Any, family: Family | None) -> AttentionView:
         head_dim=head_dim,
         scaling=float(getattr(attention, "scaling", head_dim**-0.5)),
         sliding_window=_sliding_window(attention),
-        rotate=_rotation(attention),
+        rotate=rotation_of(attention),
         softcap=getattr(attention, family.softcap) if family.softcap else None,
         rotates=family.rotates(attention),
         q_norm=q_norm,
@@ -192,16 +182,6 @@ def _sliding_window(attention: Any) -> int | None:
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window
     return getattr(attention.config, "sliding_window", None)
-
-
-def _rotation(attention: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The family's own, since they differ in which channels make a pair; it stands beside the attention class."""
-    beside = sys.modules[type(attention).__module__]
-    return getattr(beside, "apply_rotary_pos_emb", _no_rotation)
-
-
-def _no_rotation(*_inputs: Tensor) -> tuple[Tensor, Tensor]:
-    raise UserError("its rotation is not where others have theirs, apply_rotary_pos_emb beside the attention class")
 
 
 def _last(norm: Any) -> int:

@@ -8,7 +8,8 @@ What is remembered is allocated by the first call and from then on updated where
 context. Only where gradients are wanted are new tensors made, since autograd needs the old ones.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,13 +154,86 @@ class CountingMixerCacheLayer(MixerCacheLayer, CacheLayerMixin):  # type: ignore
         raise NotImplementedError("a mixer has no keys and values to cache")
 
 
-def adopt(cache: Cache, mixer_layers: Iterable[int], n_layers: int) -> Cache:
+class HeadsCacheLayer(MixerCacheLayer, CacheLayerMixin):
+    """What a mixer with attention heads beside it remembers: its state, and the keys and values of these heads.
+
+    Keys and values lie in the layer that the cache had there for attention (growing, static, with a window), so that
+    lengths and the sizes of masks are what they would be for an attention layer.
+
+    Args:
+        attended: that layer, empty.
+    """
+
+    supports_early_init = False
+
+    def __init__(self, attended: CacheLayerMixin) -> None:
+        super().__init__()
+        self.attended: Any = attended
+
+    # The library reads these off a layer, as it does off any that has keys and values.
+    keys = property(lambda self: self.attended.keys)
+    values = property(lambda self: self.attended.values)
+    is_initialized = property(lambda self: self.attended.is_initialized)
+    is_sliding = property(lambda self: self.attended.is_sliding)
+    is_compileable = property(lambda self: self.attended.is_compileable)
+    is_croppable = False
+
+    def lazy_initialization(self, *args: object, **kwargs: object) -> None:
+        """Both parts have their shapes from the first call."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """All keys and values that are held, (B, m, S, P), with the new ones."""
+        return self.attended.update(key_states, value_states)
+
+    def get_seq_length(self) -> Tensor | int:  # type: ignore[override]
+        return self.attended.get_seq_length()
+
+    def get_max_length(self) -> int:
+        return self.attended.get_max_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.attended.get_mask_sizes(query_length)
+
+    def reset(self) -> None:
+        super().reset()
+        self.attended.reset()
+
+    def nbytes(self) -> int:
+        """Bytes held: the state, the same at every length, and what the keys and values take."""
+        held = (self.attended.keys, self.attended.values)
+        return super().nbytes() + sum(tensor.nbytes for tensor in held if tensor is not None)
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        super().reorder_cache(beam_idx)
+        self.attended.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.attended.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.attended.batch_select_indices(indices)
+
+    def offload(self) -> None:
+        super().offload()
+        self.attended.offload()
+
+    def prefetch(self) -> None:
+        super().prefetch()
+        self.attended.prefetch()
+
+
+def adopt(cache: Cache, mixer_layers: Iterable[int], n_layers: int, with_heads: Collection[int] = ()) -> Cache:
     """Put a :class:`MixerCacheLayer` at every mixer's place of ``cache`` (in place) and return it.
 
     Args:
         cache: of any kind; not yet filled, or filled by this student.
         mixer_layers: where the mixers are.
         n_layers: depth of the student.
+        with_heads: which of them have attention heads beside them: there a :class:`HeadsCacheLayer`.
 
     Raises:
         ValueError: if the cache already holds keys and values there, i.e. it was filled by another model.
@@ -176,7 +250,11 @@ def adopt(cache: Cache, mixer_layers: Iterable[int], n_layers: int) -> Cache:
                 f"layer {index} of the given cache holds the keys and values of another model; "
                 "pass an empty cache, or one this student filled"
             )
-        counts = index == 0 and len(places) == n_layers
+        if index in with_heads:
+            assert isinstance(layer, CacheLayerMixin), f"no place for keys in a {type(layer).__name__}"
+            cache.layers[index] = HeadsCacheLayer(layer)
+            continue
+        counts = index == 0 and len(places) == n_layers and not with_heads
         cache.layers[index] = CountingMixerCacheLayer() if counts else MixerCacheLayer()
     return cache
 

@@ -9,7 +9,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from distill.errors import UserError
-from distill.recipe import Keep, LayerwiseTraining, Recipe, StageName, Student
+from distill.recipe import Keep, LayerwiseTraining, Recipe, StageName
+from distill.student_checks import check_exportable_student, check_kept_heads, check_rope, check_window
 from distill.vision_checks import check_image_rows, check_images, check_trained
 from distill.weight_files import TensorFacts, stored_tensors
 
@@ -95,7 +96,7 @@ def check(recipe: Recipe, *, ranks: int = 1, planning: bool = False) -> RecipeFa
         with found.at("stages.hidden"):
             _check_heads(recipe)
         with found.at("student.window"):
-            _check_window(recipe.student)
+            check_window(recipe.student)
         with found.at("stages.logits.train"):
             check_trained(recipe)
         with found.at("stages.logits.stepwise"):
@@ -106,13 +107,15 @@ def check(recipe: Recipe, *, ranks: int = 1, planning: bool = False) -> RecipeFa
         with found.at("student.keep_attention"):
             kept = kept_layers(recipe.student.keep_attention, text.num_hidden_layers)
             _check_mixers(text.num_hidden_layers - len(kept), recipe)
+            with found.at("student.keep_heads"):
+                check_kept_heads(recipe, config, kept)
             with found.at("student.bidirectional"):
                 if recipe.student.bidirectional == "refuse" and len(kept) < text.num_hidden_layers:
                     refuse_both_ways(config)
             with found.at("student.exportable"):
-                _check_exportable(recipe, config, kept, tokenizer)
+                check_exportable_student(recipe, config, kept, tokenizer)
             with found.at("student.rope"):
-                _check_rope(recipe.student, config, kept)
+                check_rope(recipe.student, config, kept)
         with found.at("data.block"):
             _check_block(recipe.data.block, text)
         if folder and not config_alone:
@@ -316,43 +319,6 @@ def _check_heads(recipe: Recipe) -> None:
             raise UserError("target: heads is not for sliding_window, whose heads are not told apart; use mixer")
         if hidden.projections_frozen:
             raise UserError("projections_frozen is not for sliding_window, which has no seed to keep; leave it out")
-
-
-def _check_window(student: Student) -> None:
-    if student.mixer != "sliding_window" and (student.window, student.sinks) != (None, None):
-        raise UserError(f"window and sinks are for student.mixer: sliding_window, not {student.mixer}; leave them out")
-
-
-def _check_exportable(
-    recipe: Recipe, config: "PreTrainedConfig", kept: tuple[int, ...], tokenizer: "PreTrainedTokenizerBase | None"
-) -> None:
-    """The student can be written in the format that the recipe names, by its config and, for gguf, its tokenizer."""
-    student = recipe.student
-    if student.exportable is None:
-        return
-    from distill.conversion import plan
-    from distill.export.refusals import check_exportable
-    from distill.export.vocabulary import vocabulary
-
-    made = plan(
-        config,
-        mixer=student.mixer,
-        keep_attention=kept,
-        state_dim=student.state_dim,
-        conv_width=student.conv_width,
-        rope=student.rope,
-    )
-    check_exportable(made, student.exportable)
-    if student.exportable == "gguf" and tokenizer is not None:
-        vocabulary(tokenizer, config.get_text_config().vocab_size)
-
-
-def _check_rope(student: Student, config: "PreTrainedConfig", kept: tuple[int, ...]) -> None:
-    """What a mixer could not rotate is refused by the plan of the conversion, with the reason."""
-    if student.rope == "keep":
-        from distill.conversion import plan
-
-        plan(config, mixer=student.mixer, keep_attention=kept, state_dim=student.state_dim, rope=student.rope)
 
 
 def _check_block(block: int, text: "PreTrainedConfig") -> None:

@@ -97,6 +97,9 @@ def convert(
     keep_attention: Annotated[
         str, typer.Option(metavar="LAYERS", help="Layers that keep attention: 2,5 or a pattern such as mmma.")
     ] = "",
+    keep_heads: Annotated[
+        str, typer.Option(metavar="HEADS", help="Heads that keep attention beside their layer's mixer: 3:0+2,5:1.")
+    ] = "",
     rope: Annotated[
         str, typer.Option(metavar="drop|keep", help="keep gives the mixers the teacher's rotary positions.")
     ] = "drop",
@@ -123,6 +126,7 @@ def convert(
         out,
         mixer=mixer,
         keep=keep_attention,
+        heads=keep_heads,
         seed=seed,
         overwrite=overwrite,
         rope=rope,

@@ -7,7 +7,7 @@ teacher's own class (``distill.student``) with copies of its weights.
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,8 +21,10 @@ from distill.decoder import attention_of, layers_of, norm_eps
 from distill.errors import UserError
 from distill.families import FAMILIES, family_name
 from distill.fitting import Calibrated
-from distill.layout import layer_kinds, mixer_layers, resolve
+from distill.heads import Heads, described, fill_heads_, require_heads
+from distill.layout import kept_heads, layer_kinds, mixer_layers, resolve
 from distill.mixers import KINDS
+from distill.mixers.kept_heads import kept_numel_per_token
 from distill.mixers.rotary import Rope
 from distill.roles import ROLES, roles
 from distill.rotation import require_rotation
@@ -53,11 +55,12 @@ class Report:
         seeded: for each changed layer, where each part of the mixer came from; empty if mixers started at random.
         parameters_before, parameters_after: counts by role (``distill.roles``).
         state_bytes: what all mixers remember per sequence, fp32, at any length.
-        kv_bytes_per_token: what the kept attention layers add per token, in the teacher's dtype.
+        kv_bytes_per_token: what kept attention, of layers and of single heads, adds per token, in the teacher's dtype.
         teacher_kv_bytes_per_token: what the teacher adds per token.
         view_error: how far the teacher's attention, recomputed as it was read, is from its own output at most,
             relative to the largest (``distill.verification``); None where nothing was converted.
         rope: whether the mixers keep the teacher's rotary positions.
+        heads: query heads that keep attention beside the mixer of their layer.
         calibrated: for each changed layer, what was fitted on text afterwards (``distill.fitting``); None if nothing.
     """
 
@@ -70,6 +73,7 @@ class Report:
     teacher_kv_bytes_per_token: int
     rope: str
     view_error: float | None = None
+    heads: dict[int, list[int]] = field(default_factory=dict)
     calibrated: dict[int, Calibrated] | None = None
 
     def cache_bytes(self, tokens: int) -> tuple[int, int]:
@@ -85,6 +89,7 @@ def convert(
     *,
     mixer: str = "mamba2",
     keep_attention: Sequence[int] = (),
+    keep_heads: Heads | None = None,
     seed: int = 0,
     seed_from_attention: bool = True,
     from_scratch: bool = False,
@@ -102,6 +107,7 @@ def convert(
         mixer: what takes attention's place, a key of ``distill.mixers.KINDS``.
         keep_attention: 0-based indices of the layers that keep attention; with all of them the student equals the
             teacher bit for bit.
+        keep_heads: query heads that keep attention beside the mixer of their layer, by layer, such as ``{3: [0, 2]}``.
         seed: for the tokens the seeding looks at and for mixers that start at random; the same seed, the same student.
         seed_from_attention: copy the attention weights into the mixers; False starts the mixers at random.
         from_scratch: take nothing from the teacher but its shape: all weights start as its class starts them.
@@ -124,6 +130,7 @@ def convert(
         model,
         mixer=mixer,
         keep_attention=keep_attention,
+        keep_heads=keep_heads,
         seed=seed,
         seed_from_attention=seed_from_attention,
         from_scratch=from_scratch,
@@ -142,6 +149,7 @@ def convert_with_report(
     *,
     mixer: str = "mamba2",
     keep_attention: Sequence[int] = (),
+    keep_heads: Heads | None = None,
     seed: int = 0,
     seed_from_attention: bool = True,
     from_scratch: bool = False,
@@ -157,6 +165,7 @@ def convert_with_report(
         teacher.config,
         mixer=mixer,
         keep_attention=keep_attention,
+        keep_heads=keep_heads,
         state_dim=state_dim,
         conv_width=conv_width,
         rope=rope,
@@ -175,6 +184,9 @@ def convert_with_report(
     if replaced and family_name(teacher.config) not in FAMILIES:
         verify_delivery(student)
     seeded = _seed(student, teacher, replaced, seed) if seed_from_attention and not from_scratch else {}
+    if not from_scratch:
+        for index in kept_heads(config):
+            fill_heads_(attention_of(layers_of(student)[index]), replaced[index])
     return student, report(teacher, student, seeded, max(errors.values(), default=None))
 
 
@@ -183,6 +195,7 @@ def plan(
     *,
     mixer: str = "mamba2",
     keep_attention: Sequence[int] = (),
+    keep_heads: Heads | None = None,
     state_dim: int | None = None,
     conv_width: int = 4,
     rope: str = "drop",
@@ -207,10 +220,12 @@ def plan(
         raise UserError(f"rope is {rope!r}; allowed are {', '.join(get_args(Rope))}")
     if bidirectional != "causal" and len(kept) < text.num_hidden_layers:
         refuse_both_ways(teacher)
+    heads = dict(keep_heads or {})
     layers = layer_kinds(text.num_hidden_layers, kept, mixer)
     changed = [index for index, kind in enumerate(layers) if kind == mixer]
     empty = empty_model(teacher)
-    attention, *others = views(empty, changed or [0]).values()
+    seen = views(empty, changed or [0])
+    attention, *others = seen.values()
     if any((other.n_heads, other.head_dim) != (attention.n_heads, attention.head_dim) for other in others):
         raise UserError(f"the layers of this {family_name(teacher)} have different heads; mixers are all of one shape")
     if state_dim is None:  # a Taylor series has a feature for every two of its numbers
@@ -227,7 +242,8 @@ def plan(
         "rope": rope,
     }
     own = _own_settings(mixer, [attention, *others], window, sinks)
-    return student_config(teacher, layers, settings | own)
+    require_heads(heads, len(layers), kept, attention.n_heads, mixer)
+    return student_config(teacher, layers, settings | own, described(empty, seen, heads))
 
 
 def _own_settings(mixer: str, replaced: list[AttentionView], window: int | None, sinks: int | None) -> dict[str, Any]:
@@ -297,17 +313,19 @@ def report(
     first = next(iter(mixer_layers(student.config)), 0)
     attention = views(teacher, [first])[first]
     kv_bytes = 2 * attention.n_kv_heads * attention.head_dim * teacher.dtype.itemsize
-    kinds = student.config.distill["layers"]
+    kinds, of_heads = student.config.distill["layers"], kept_numel_per_token(student.config.distill)
     return Report(
         layers=kinds,
         seeded=seeded or {},
         parameters_before=_count_by_role(teacher),
         parameters_after=_count_by_role(student),
         state_bytes=state_bytes(student),
-        kv_bytes_per_token=(len(kinds) - len(mixer_layers(student.config))) * kv_bytes,
+        kv_bytes_per_token=(len(kinds) - len(mixer_layers(student.config))) * kv_bytes
+        + of_heads * teacher.dtype.itemsize,
         teacher_kv_bytes_per_token=len(kinds) * kv_bytes,
         rope=student.config.distill["mixer"].get("rope", "drop"),
         view_error=view_error,
+        heads=kept_heads(student.config),
     )
 
 
@@ -345,7 +363,10 @@ def _seed(
             mixer.attention.load_state_dict(attention_of(theirs[index]).state_dict())
         return {index: [Seeded("attention", "the teacher's own, all of it")] for index in mixers}
     traces = calibrate(teacher, replaced, seed)
-    return {index: seed_mixer(mixers[index], replaced[index], trace) for index, trace in traces}
+    return {
+        index: seed_mixer(getattr(mixers[index], "mixer", mixers[index]), replaced[index], trace)
+        for index, trace in traces
+    }
 
 
 def _count_by_role(model: PreTrainedModel) -> dict[str, int]:

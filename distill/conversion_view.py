@@ -22,14 +22,18 @@ def layers(report: Report) -> Text:
     """One letter a layer, and which keep attention."""
     kinds = report.layers
     line = Text("layers  ")
-    for kind in kinds:
-        line.append("a " if kind == ATTENTION else "m ", style="yellow" if kind == ATTENTION else "cyan")
+    for index, kind in enumerate(kinds):
+        letter = "a" if kind == ATTENTION else "h" if index in report.heads else "m"
+        line.append(f"{letter} ", style="cyan" if letter == "m" else "yellow")
     kept = [str(index) for index, kind in enumerate(kinds) if kind == ATTENTION]
     mixer = next((kind for kind in kinds if kind != ATTENTION), "mixers")
     positions = " with rotary positions" if report.rope == "keep" else ""
     line.append(f" {len(kinds) - len(kept)} of {len(kinds)} become {mixer} (m){positions}")
     if kept:
         line.append(f"; {'layer' if len(kept) == 1 else 'layers'} {', '.join(kept)} with attention (a)")
+    if report.heads:
+        named = "; ".join(f"{index}: {', '.join(map(str, heads))}" for index, heads in report.heads.items())
+        line.append(f"; heads that keep attention beside a mixer (h), by layer: {named}")
     if report.view_error is not None:
         line.append(
             f"\n        attention as it was read, recomputed: off by {report.view_error:.0e} of its size at most"

@@ -53,6 +53,7 @@ def _convert(run: Run, held_out: Iterator[Batch], batches: list[Batch]) -> Stage
         teacher,
         mixer=run.recipe.student.mixer,
         keep_attention=run.facts.kept,
+        keep_heads=run.recipe.student.keep_heads,
         seed=run.recipe.seed,
         seed_from_attention=run.recipe.student.seed_from_attention,
         from_scratch=run.recipe.student.from_scratch,

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from distill.atomic import whole_folder
 from distill.checks import check_weights, read_config, read_tokenizer, teacher_folder
 from distill.conversion import Report, convert_with_report, load_teacher, plan
 from distill.errors import UserError
+from distill.heads import read_heads
 from distill.layout import resolve
 from distill.new_folder import check_new_folder
 from distill.processor import copy_processor
@@ -20,6 +22,7 @@ def convert_folder(
     *,
     mixer: str,
     keep: str,
+    heads: str = "",
     seed: int,
     overwrite: bool,
     rope: str = "drop",
@@ -32,6 +35,7 @@ def convert_folder(
         out: a new or empty folder; with `overwrite` also one that holds a model, which is replaced.
         mixer: a key of ``distill.mixers.KINDS``.
         keep: layers that keep attention, ``"2,5"`` or a pattern such as ``"mmma"``; ``""`` for none.
+        heads: query heads that keep attention beside their layer's mixer, ``"3:0+2,5:1"``; ``""`` for none.
         seed: of what does not come from the teacher.
         overwrite: whether a model at `out` may be replaced.
         rope: ``keep`` or ``drop``, the teacher's rotary positions.
@@ -44,14 +48,19 @@ def convert_folder(
     check_new_folder(out, folder, "teacher", overwrite)
     config = read_config(folder or teacher)
     kept = _kept(keep, config.get_text_config().num_hidden_layers)
-    plan(config, mixer=mixer, keep_attention=kept, rope=rope, bidirectional=bidirectional)
+    layout: dict[str, Any] = {
+        "mixer": mixer,
+        "keep_attention": kept,
+        "keep_heads": read_heads(heads),
+        "rope": rope,
+        "bidirectional": bidirectional,
+    }
+    plan(config, **layout)
     tokenizer = read_tokenizer(folder or teacher)
     if folder:
         check_weights(stored_tensors(folder), config, folder)
     model = load_teacher(folder or teacher)
-    student, report = convert_with_report(
-        model, mixer=mixer, keep_attention=kept, seed=seed, rope=rope, bidirectional=bidirectional
-    )
+    student, report = convert_with_report(model, seed=seed, **layout)
     with whole_folder(out.resolve()) as partial:
         student.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

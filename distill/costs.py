@@ -52,8 +52,9 @@ from distill import activations
 from distill.data.batches import micro_batches
 from distill.decoder import attention_of, layers_of
 from distill.experts import idle_parameters
-from distill.layout import ATTENTION, mixer_layers
+from distill.layout import ATTENTION, kept_heads, mixer_layers
 from distill.mixers.based import n_features
+from distill.mixers.kept_heads import KeptHeads
 from distill.objectives import strips
 from distill.objectives.chunked import VOCABULARY_SLICE, chunk_rows
 from distill.recipe import HiddenStage, LogitsStage, MixingStage, Recipe, Stage
@@ -90,7 +91,10 @@ class Kept(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
-    """The numbers of the formulas above; parameters by role, of which ``idle`` are those of experts not met."""
+    """The numbers of the formulas above; parameters by role, of which ``idle`` are those of experts not met.
+
+    ``kept_heads`` keep attention beside mixers, in all layers together, with ``kept_weights`` of their own.
+    """
 
     n_layers: int
     n_kept: int
@@ -104,6 +108,8 @@ class Sizes:
     student: dict[str, int]
     idle: int = 0
     mixer: str = "mamba2"
+    kept_heads: int = 0
+    kept_weights: int = 0
 
     @property
     def n_changed(self) -> int:
@@ -117,6 +123,7 @@ class Sizes:
 def sizes_of(student: PreTrainedModel, block: int, teacher_roles: dict[str, int], roles: dict[str, int]) -> Sizes:
     """The sizes of a student, with the parameters by role of its teacher and its own."""
     text, mixer = student.config.get_text_config(), student.config.distill["mixer"]
+    kept = [module for module in student.modules() if isinstance(module, KeptHeads)]
     kind = next((kind for kind in student.config.distill["layers"] if kind != ATTENTION), "mamba2")
     return Sizes(
         n_layers=text.num_hidden_layers,
@@ -131,6 +138,8 @@ def sizes_of(student: PreTrainedModel, block: int, teacher_roles: dict[str, int]
         student=roles,
         idle=idle_parameters(student),
         mixer=kind,
+        kept_heads=sum(len(heads.heads) for heads in kept),
+        kept_weights=sum(parameter.numel() for heads in kept for parameter in heads.parameters()),
     )
 
 
@@ -173,14 +182,16 @@ def student_flops_per_token(sizes: Sizes, stage: Stage) -> float:
     if isinstance(stage, MixingStage):
         return 3 * (2 * n["mixer"] + s.n_changed * (s.block + s.rows) * s.heads * s.state_dim)
     mixers = 2 * n["mixer"] + s.n_changed * scan
+    scores = 4 * s.block * s.kept_heads * s.head_dim
+    beside = 2 * s.kept_weights + scores  # heads beside mixers; they do not train in stage 2
     mlp = 2 * n["mlp"] * s.n_changed / s.n_layers  # of the layers with a mixer
     frozen_mlp = 0 if "mlp" in stage.train else mlp
     if isinstance(stage, HiddenStage):
         if stage.target == "block":
-            return 3 * (mixers + mlp) - frozen_mlp
+            return 3 * (mixers + mlp) - frozen_mlp + beside
         unused = 2 * s.heads * s.head_dim * s.hidden * s.n_changed if stage.target == "heads" else 0
-        return 3 * (mixers - unused)
-    layers = 2 * (n["mixer"] + n["attention"] + n["mlp"]) + s.n_changed * scan + s.n_kept * _attention(s)
+        return 3 * (mixers - unused) + beside
+    layers = 2 * (n["mixer"] + n["attention"] + n["mlp"]) + s.n_changed * scan + s.n_kept * _attention(s) + scores
     frozen = sum(2 * n[role] for role in ("mixer", "attention", "mlp") if role not in stage.train)
     again = layers if stage.gradient_checkpointing else 0
     alone = 0.0  # the layers with a mixer once more, on the teacher's hidden states
@@ -288,10 +299,12 @@ def _head_gradient(stage: LogitsStage, sizes: Sizes) -> int:
 
 def _every_layer(sizes: Sizes, student: PreTrainedModel, dtype: torch.dtype) -> list[activations.Saved]:
     layers, kinds = layers_of(student), student.config.distill["layers"]
+    kept = kept_heads(student.config)
+    alike = [(kind, tuple(kept.get(index, ()))) for index, kind in enumerate(kinds)]
     saved = {
-        kind: activations.of_layer(layers[kinds.index(kind)], sizes.hidden, sizes.block, dtype) for kind in set(kinds)
+        each: activations.of_layer(layers[alike.index(each)], sizes.hidden, sizes.block, dtype) for each in set(alike)
     }
-    return [saved[kind] for kind in kinds]
+    return [saved[each] for each in alike]
 
 
 def _kept_by_layers(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrainedModel, sequences: int) -> Kept:

@@ -64,11 +64,13 @@ class Reader:
     Attributes:
         decoder: the student's.
         mixers: the layers that have one with a state of constant size, ascending.
+        with_heads: those of them that have attention heads besides.
         noted: what was read in front of a trunk that is running, for its decoder; None at all other times.
     """
 
     decoder: Any
     mixers: list[int]
+    with_heads: frozenset[int] = frozenset()
     noted: dict[str, Tensor | None] | None = None
 
 
@@ -79,9 +81,9 @@ def prepare_inputs_of(model: Any, mixers: Mapping[int, nn.Module]) -> None:
     """
     decoder, trunk = model.get_decoder(), trunk_of(model)
     passes_on = all(_passes_keywords_on(type(module).forward) for module in (decoder, *layers_of(model)))
-    reader = Reader(
-        decoder, sorted(index for index, mixer in mixers.items() if not getattr(mixer, "of_attention", False))
-    )
+    with_state = {index: mixer for index, mixer in mixers.items() if not getattr(mixer, "of_attention", False)}
+    with_heads = frozenset(index for index, mixer in with_state.items() if getattr(mixer, "kept_heads", ()))
+    reader = Reader(decoder, sorted(with_state), with_heads)
     prepare = functools.partial(prepare_sequence, reader=reader, names=_arguments(decoder), passes_on=passes_on)
     decoder.register_forward_pre_hook(prepare, with_kwargs=True)
     if trunk is not decoder:
@@ -289,4 +291,6 @@ def _with_room(cache: Any, reader: Reader, use_cache: bool | None) -> Any:
         use_cache = decoder.config.use_cache
     if cache is None and use_cache and not (decoder.training and decoder.gradient_checkpointing):
         cache = DynamicCache(config=decoder.config)
-    return adopt(cache, reader.mixers, decoder.config.num_hidden_layers) if isinstance(cache, Cache) else cache
+    if not isinstance(cache, Cache):
+        return cache
+    return adopt(cache, reader.mixers, decoder.config.num_hidden_layers, reader.with_heads)

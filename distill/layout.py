@@ -1,6 +1,7 @@
 """Which decoder layers keep their attention: a list, a repeated pattern, a ratio or a count, made into indices."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -71,6 +72,16 @@ def layer_kinds(n_layers: int, kept: Sequence[int], mixer: str) -> list[str]:
 def mixer_layers(config: PreTrainedConfig) -> list[int]:
     """Indices of the layers whose attention a mixer replaced."""
     return [index for index, kind in enumerate(config.distill["layers"]) if kind != ATTENTION]
+
+
+def kept_heads(config: PreTrainedConfig) -> dict[int, list[int]]:
+    """The query heads that keep attention beside a layer's mixer, by layer; layers without any are left out."""
+    return {int(index): list(kept["heads"]) for index, kept in config.distill.get("heads", {}).items()}
+
+
+def parts_of(layout: dict[str, Any]) -> list[str]:
+    """Names of all that a student's layout is put together from: kinds of layers, and ``heads`` where any are kept."""
+    return sorted({*layout["layers"], *(["heads"] if layout.get("heads") else [])})
 
 
 def _checked(layers: Sequence[int], n_layers: int) -> list[int]:

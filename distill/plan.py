@@ -188,6 +188,7 @@ def make_plan(
             facts.config,
             mixer=recipe.student.mixer,
             keep_attention=facts.kept,
+            keep_heads=recipe.student.keep_heads,
             state_dim=recipe.student.state_dim,
             conv_width=recipe.student.conv_width,
             window=recipe.student.window,

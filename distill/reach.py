@@ -34,12 +34,9 @@ def reached(student: PreTrainedModel, stage: Stage) -> set[str]:
     elif stage.target == "mixer":
         parameters = (parameter for mixer in mixers.values() for parameter in mixer.parameters())
     elif stage.target == "heads":
-        parameters = (
-            parameter
-            for mixer in mixers.values()
-            for name, parameter in mixer.named_parameters()
-            if not name.startswith("out_proj.")
-        )
+        unread = {id(parameter) for mixer in mixers.values() for parameter in mixer.out_proj.parameters()}
+        every = (parameter for mixer in mixers.values() for parameter in mixer.parameters())
+        parameters = (parameter for parameter in every if id(parameter) not in unread)
     else:
         parameters = (parameter for index in mixers for parameter in layers[index].parameters())
     ids = {id(parameter) for parameter in parameters}

@@ -32,8 +32,10 @@ from distill.recipe_fields import (
     Flag,
     Fraction,
     Integer,
+    Layer,
     Positive,
     Section,
+    Some,
     Text,
     Tokens,
 )
@@ -83,6 +85,7 @@ _CADENCE = ("eval_every", "checkpoint_every", "keep_checkpoints")
 # What does, where it is given.
 _DECIDING = ("keep_best", "stop_early")
 
+Heads = Annotated[tuple[Annotated[Integer, Field(ge=0)], ...], Some, Distinct]
 Misplaced = tuple[tuple[str | int, ...], object, str]
 """A key of the recipe, what it says, and what is wrong with that."""
 
@@ -156,6 +159,8 @@ class Student(Section):
     """What stands where attention stood: Mamba-2, MOHAWK's, Gated DeltaNet, BASED's, or attention with a window."""
     keep_attention: Keep = Keep(layers=())
     """The layers that keep attention: a list of indices, {pattern: ..}, {ratio: ..} or {count: ..}."""
+    keep_heads: dict[Layer, Heads] = Field(default={})
+    """Single query heads that keep attention beside their layer's mixer, by layer, such as {3: [0, 2]}."""
     seed_from_attention: Flag = True
     """Start the mixers from the teacher's attention weights instead of at random."""
     from_scratch: Flag = False
@@ -322,6 +327,8 @@ class Recipe(Section):
         if self.student.mixer != "sliding_window":  # then they are null; runs from before there were any go on
             content["student"].pop("window")
             content["student"].pop("sinks")
+        if not self.student.keep_heads:
+            content["student"].pop("keep_heads")
         content["stages"] = {
             name: {key: value for key, value in stage.items() if key not in (*_CUT, *_CADENCE, *_DECIDING)}
             | self._decided(name)

@@ -7,7 +7,19 @@ import re
 from decimal import Decimal
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, Strict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    Strict,
+    TypeAdapter,
+    ValidationError,
+)
+
+from distill.errors import UserError
 
 
 class Section(BaseModel):
@@ -24,6 +36,11 @@ def _token_count(value: object) -> object:
     if tokens is None or tokens != int(tokens):
         raise ValueError("must be a whole number of tokens such as 5000, 100K, 1.5M or 2B")
     return int(tokens)
+
+
+def _number_of_key(value: object) -> object:
+    """A key that is a number, which JSON writes as text."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 def as_list(value: object) -> object:
@@ -52,6 +69,7 @@ Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict(), Field(min_length=1)]
 Integer = Annotated[int, Strict()]
 Count = Annotated[Integer, Field(ge=1)]
+Layer = Annotated[Integer, BeforeValidator(_number_of_key), Field(ge=0)]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
@@ -62,3 +80,15 @@ Distinct = AfterValidator(_distinct)
 Some = AfterValidator(_some)
 Sources = Annotated[tuple[Text, ...], BeforeValidator(as_list), Some, PlainSerializer(_one_as_text)]
 MoreSources = Annotated[tuple[Text, ...], BeforeValidator(as_list), Distinct]
+
+
+def read_tokens(option: str, given: str) -> int:
+    """Tokens on a command line, written as in a recipe.
+
+    Raises:
+        UserError: they are not.
+    """
+    try:
+        return TypeAdapter(Tokens).validate_python(int(given) if given.isdecimal() else given)
+    except ValidationError:
+        raise UserError(f"{option} {given}: give tokens such as 500000, 500K or 4M") from None

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from distill.decoder import attention_of, layers_of
 from distill.layout import mixer_layers
+from distill.mixers.kept_heads import KeptHeads
 from distill.student import is_student
 from distill.vision import is_vision
 
@@ -21,9 +22,9 @@ def roles(model: PreTrainedModel) -> dict[str, Role]:
     """The role of every parameter, by its name in ``model.named_parameters()`` (tied parameters appear once).
 
     Decided by where a parameter stands, never by a substring of its name: what stands in attention's place is a
-    mixer or attention, what a norm module holds is a norm, what else a decoder layer holds belongs to its MLP (experts
-    too), and learned positions are embeddings. Around the decoder of a vision-language model stand its connector and
-    its vision tower.
+    mixer or attention (single heads beside a mixer are attention), what a norm module holds is a norm, what else a
+    decoder layer holds belongs to its MLP (experts too), and learned positions are embeddings. Around the decoder of a
+    vision-language model stand its connector and its vision tower.
     """
     decoder = model.get_decoder()
     changed = set(mixer_layers(model.config)) if is_student(model) else set()
@@ -35,6 +36,9 @@ def roles(model: PreTrainedModel) -> dict[str, Role]:
 
     mark(model.get_input_embeddings(), "embeddings")
     mark(model.get_output_embeddings(), "head")
+    for module in decoder.modules():
+        if isinstance(module, KeptHeads):
+            mark(module, "attention")
     for index, layer in enumerate(layers_of(model)):
         mark(attention_of(layer), "mixer" if index in changed else "attention")
     for module in decoder.modules():

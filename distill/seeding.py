@@ -68,8 +68,11 @@ _TAYLOR = Rows("v", "k", "q", unused="q")
 _DELTA = Rows("v", "k", "q", unused="k")
 
 
+Copied = Mamba2Mixer | DiscreteMamba2Mixer | GatedDeltaNetMixer | BasedMixer
+
+
 def _copy_projections(
-    mixer: Mamba2Mixer | DiscreteMamba2Mixer | GatedDeltaNetMixer | BasedMixer,
+    mixer: Copied,
     attention: AttentionView,
     trace: LayerTrace,
     named: Rows = _STATE_SPACE,
@@ -108,6 +111,9 @@ def _copy_projections(
     mixer.out_proj.weight.copy_(attention.o.weight)
     if attention.o.bias is not None:
         mixer.out_proj.bias.copy_(attention.o.bias)
+    state = (rows[named.q].stop - rows[named.q].start) // mixer.n_heads
+    if narrower := state < attention.head_dim:
+        _narrow_scores_(mixer, attention, trace, named, state)
     shared = (
         ""
         if attention.n_heads == attention.n_kv_heads
@@ -119,6 +125,7 @@ def _copy_projections(
         Seeded(f"in_proj {named.q}", f"q, × √scaling{_NORMED if attention.q_norm is not None else ''}"),
         Seeded("out_proj", "o"),
         Seeded("conv1d", "identity" + (", bias from q, k, v" if attention.q.bias is not None else "")),
+        *([Seeded(f"in_proj {named.q}, {named.k}", f"the nearest scores of rank {state}, head by head")] * narrower),
     ]
 
 
@@ -226,21 +233,18 @@ def _seed_gated_deltanet(mixer: Mixer, attention: AttentionView, trace: LayerTra
 
 def _seed_based(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> list[Seeded]:
     assert isinstance(mixer, BasedMixer)
-    seeded = _copy_projections(mixer, attention, trace, _TAYLOR)
-    if mixer.score_dim >= attention.head_dim:
-        return seeded
-    _narrow_scores_(mixer, attention, trace)
-    return [*seeded, Seeded("in_proj q, k", f"the nearest scores of rank {mixer.score_dim}, head by head")]
+    return _copy_projections(mixer, attention, trace, _TAYLOR)
 
 
-def _narrow_scores_(mixer: BasedMixer, attention: AttentionView, trace: LayerTrace) -> None:
+def _narrow_scores_(mixer: Copied, attention: AttentionView, trace: LayerTrace, named: Rows, d: int) -> None:
     """Queries and keys of d numbers whose scores u_t W u_s are as near to attention's, before rotation, as d allow.
 
     W = scaling · W_qᵀ W_k of a head, (D, D), and the nearest matrix of rank d is cut from its singular values
     (Eckart and Young), the square root of each given to both sides. Inputs count as if all directions were equally
     long, which behind a norm they nearly are. Biases, which have no place in W, are dropped.
     """
-    rows, d = mixer.in_rows(), mixer.score_dim
+    rows = mixer.in_rows()
+    first = min(rows[name].start for name in (named.v, named.k, named.q))
     q_HDP = _columns(attention, attention.q, attention.q_norm, trace)
     k_HDP = attention.per_query_head(_columns(attention, attention.k, attention.k_norm, trace), dim=0)
     # The singular values of W = Q_q (R_q R_kᵀ) Q_kᵀ are those of what stands in the middle, (P, P).
@@ -248,10 +252,11 @@ def _narrow_scores_(mixer: BasedMixer, attention: AttentionView, trace: LayerTra
     left_HPP, size_HP, right_HPP = torch.linalg.svd(attention.scaling * q_HPP @ k_HPP.mT)
     left_HDP, right_HPD = q_basis_HDP @ left_HPP, right_HPP @ k_basis_HDP.mT
     root_H1d = size_HP[:, None, :d].sqrt()
-    mixer.in_proj.weight[rows["q"]] = (left_HDP[:, :, :d] * root_H1d).mT.flatten(0, 1).to(mixer.in_proj.weight.dtype)
-    mixer.in_proj.weight[rows["k"]] = (right_HPD[:, :d] * root_H1d.mT).flatten(0, 1).to(mixer.in_proj.weight.dtype)
-    assert mixer.conv1d.bias is not None
-    mixer.conv1d.bias[: 2 * mixer.wide].zero_()
+    narrow = {named.q: (left_HDP[:, :, :d] * root_H1d).mT, named.k: right_HPD[:, :d] * root_H1d.mT}
+    for name, weight_HdD in narrow.items():
+        mixer.in_proj.weight[rows[name]] = weight_HdD.flatten(0, 1).to(mixer.in_proj.weight.dtype)
+        if mixer.conv1d.bias is not None:
+            mixer.conv1d.bias[rows[name].start - first : rows[name].stop - first].zero_()
 
 
 def _columns(attention: AttentionView, projection: Projection, norm: Any, trace: LayerTrace) -> Tensor:

@@ -23,10 +23,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from distill.auto_classes import auto_classes
 from distill.intact_code import fingerprint
 from distill.layout import ATTENTION
-from distill.mixers import KINDS
+from distill.mixers import BESIDE, KINDS
 
 PACKAGE = "distill-ssm"
 BASE, TABLE, GUARD = "distill.student_base", "distill.mixers", "distill.intact_code"
+_PARTS = {**KINDS, **BESIDE}
 _IMPORT = re.compile(r"^(\s*)from (distill[\w.]*) import ", flags=re.MULTILINE)
 
 _CLASS = '''\
@@ -63,6 +64,7 @@ _TABLE = '''\
 
 {imports}
 KINDS = {{{entries}}}
+BESIDE = {{{beside}}}
 '''
 
 
@@ -73,18 +75,18 @@ def auto_map(student: type[PreTrainedModel]) -> dict[str, str]:
     return {"AutoConfig": f"{module}.{config.__name__}", **loads}
 
 
-def write_code(folder: Path, student: type[PreTrainedModel], layers: Iterable[str]) -> list[Path]:
+def write_code(folder: Path, student: type[PreTrainedModel], parts: Iterable[str]) -> list[Path]:
     """Write a student's class and everything of this package it imports into ``folder``.
 
     Args:
         student: its class, of ``distill.student``.
-        layers: one name a layer, ``"attention"`` or a mixer's, as ``config.distill`` has them.
+        parts: what its layers are made of, as ``distill.layout.parts_of`` names it.
 
     Returns:
         The files, the one with the class last.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    kinds = sorted(set(layers) - {ATTENTION})
+    kinds = sorted(set(parts) - {ATTENTION})
     sources = {f"{_flat(module)}.py": _copy(module) for module in _needed(kinds)}
     sources[f"{_flat(TABLE)}.py"] = _header("") + _table(kinds)
     sources[f"{_module(student)}.py"] = _header("") + _class(student, sources)
@@ -103,7 +105,7 @@ def package_version() -> str:
 
 def _needed(kinds: Iterable[str]) -> list[str]:
     """The modules to copy: the student's base, its mixers, and what these import, directly or through others."""
-    queue = [BASE, GUARD, *(KINDS[kind].__module__ for kind in kinds)]
+    queue = [BASE, GUARD, *(_PARTS[kind].__module__ for kind in kinds)]
     found = {TABLE}  # written, not copied: it would bring every mixer
     while queue:
         module = queue.pop()
@@ -130,10 +132,12 @@ def _class(student: type[PreTrainedModel], sources: dict[str, str]) -> str:
 
 
 def _table(kinds: list[str]) -> str:
-    classes = {kind: KINDS[kind] for kind in kinds}
+    classes = {kind: _PARTS[kind] for kind in kinds}
+    entries = {kind: f'"{kind}": {made.__name__}' for kind, made in classes.items()}
     return _TABLE.format(
         imports="".join(f"from .{_flat(made.__module__)} import {made.__name__}\n" for made in classes.values()),
-        entries=", ".join(f'"{kind}": {made.__name__}' for kind, made in classes.items()),
+        entries=", ".join(entry for kind, entry in entries.items() if kind in KINDS),
+        beside=", ".join(entry for kind, entry in entries.items() if kind in BESIDE),
     )
 
 

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from distill.auto_classes import auto_class, auto_classes, stock_class
 from distill.decoder import attention_of, layers_of, learns_positions
 from distill.errors import UserError
-from distill.layout import ATTENTION, mixer_layers
+from distill.layout import ATTENTION, kept_heads, mixer_layers, parts_of
 from distill.mixers import Mixer
 from distill.standalone import auto_map, write_code
 from distill.student_base import Student
@@ -37,7 +37,7 @@ def save_with_code(
 ) -> None:
     """Save as any Hugging Face model, plus the code that loads the folder without this package."""
     if is_main_process:  # before the weights: with push_to_hub the folder is uploaded when they are written
-        write_code(Path(save_directory), type(student), student.config.distill["layers"])
+        write_code(Path(save_directory), type(student), parts_of(student.config.distill))
     student.config.auto_map = auto_map(type(student))
     PreTrainedModel.save_pretrained(student, save_directory, is_main_process, *args, **kwargs)
 
@@ -121,7 +121,12 @@ def _teacher_type(model_type: object) -> str | None:
 CONFIG_MAPPING._extra_content = _OnDemand(CONFIG_MAPPING._extra_content)
 
 
-def student_config(teacher: PreTrainedConfig, layers: Sequence[str], mixer: dict[str, Any]) -> PreTrainedConfig:
+def student_config(
+    teacher: PreTrainedConfig,
+    layers: Sequence[str],
+    mixer: dict[str, Any],
+    heads: dict[int, dict[str, Any]] | None = None,
+) -> PreTrainedConfig:
     """A student's config: its teacher's, with the layout under a key of our own.
 
     The teacher's name is left out: trainers that reload ``config._name_or_path`` as a reference model (TRL) would
@@ -133,6 +138,8 @@ def student_config(teacher: PreTrainedConfig, layers: Sequence[str], mixer: dict
         values.pop(key, None)
     values |= {key: 0.0 for key, value in values.items() if key.endswith(_DROPOUT) and isinstance(value, float)}
     layout = {"version": 1, "layers": list(layers), "mixer": dict(mixer), "teacher": teacher.model_type}
+    if heads:
+        layout["heads"] = {str(index): kept for index, kept in heads.items()}
     return student_config_class(type(teacher))(**values, distill=layout)  # type: ignore[call-arg]
 
 
@@ -171,7 +178,9 @@ def load_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
 def reads_any_length(model: PreTrainedModel) -> bool:
     """Whether nothing in a model counts positions: a student of mixers alone, whose family learns none."""
     layout = getattr(model.config, "distill", None)
-    return layout is not None and ATTENTION not in layout["layers"] and not learns_positions(model)
+    if layout is None or ATTENTION in layout["layers"] or kept_heads(model.config):
+        return False
+    return not learns_positions(model)
 
 
 def is_student(model: PreTrainedModel) -> bool:

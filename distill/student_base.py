@@ -12,14 +12,15 @@ from distill.decoder import attention_of, layers_of, replace_attention
 from distill.decoder_inputs import mask_for_generate, prepare_inputs_of
 from distill.errors import UserError
 from distill.layout import mixer_layers
-from distill.mixers import KINDS
+from distill.mixers import BESIDE, KINDS
 
 
 class Student:
     """Stands before a teacher's class in a student class's bases.
 
     ``config.distill`` holds ``layers`` (one name a layer: ``"attention"`` or a mixer's) and ``mixer`` (the arguments
-    the mixers are built with).
+    the mixers are built with); where single heads keep attention beside a mixer, ``heads`` has what these are built
+    with, by layer, as a string.
     """
 
     # A state cannot be rolled back, which assisted generation would need: generate refuses it by this flag.
@@ -42,6 +43,7 @@ def install_mixers(model: PreTrainedModel, layout: dict[str, Any]) -> None:
         UserError: the layout names a mixer that there is none of, in a folder's own code: one it was not written for.
     """
     layers, places = layers_of(model), mixer_layers(model.config)
+    beside = layout.get("heads", {})
     unknown = {layout["layers"][index] for index in places} - KINDS.keys()
     if unknown:
         raise UserError(
@@ -55,6 +57,8 @@ def install_mixers(model: PreTrainedModel, layout: dict[str, Any]) -> None:
         else:
             hidden_size = model.config.get_text_config().hidden_size
             mixer = made(hidden_size=hidden_size, layer_idx=index, **layout["mixer"])
+        if str(index) in beside:
+            mixer = BESIDE["heads"](mixer, attention_of(layers[index]), **beside[str(index)])
         replace_attention(layers[index], mixer.to(dtype=model.dtype))
     # Also where all attention is kept: whether packed documents stay apart must not depend on the layout.
     prepare_inputs_of(model, {index: attention_of(layers[index]) for index in places})

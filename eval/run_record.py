@@ -83,6 +83,7 @@ class RunRecord:
         planned: the names of all stages the recipe asks for, conversion first.
         layers: one kind a layer, ``"attention"`` or the mixer's name; empty where unknown.
         parameters: the student's parameters by role; empty where unknown.
+        heads: by layer, the attention heads that are kept beside its mixer.
     """
 
     folder: Path
@@ -95,6 +96,7 @@ class RunRecord:
     layers: list[str]
     parameters: dict[str, int]
     memory: Memory | None
+    heads: dict[int, list[int]] = field(default_factory=dict)
 
     @property
     def missing(self) -> list[str]:
@@ -153,6 +155,7 @@ def read_run(folder: str | Path) -> RunRecord:
         layers=[str(kind) for kind in conversion.get("layers", [])],
         parameters=conversion.get("parameters_after", {}),
         memory=_memory(conversion),
+        heads={int(layer): heads for layer, heads in conversion.get("heads", {}).items()},
     )
 
 

@@ -30,10 +30,10 @@ def mixer_name(run: RunRecord) -> str:
 
 
 def student_name(run: RunRecord) -> str:
-    """What became of the teacher: a hybrid if any layer keeps attention."""
+    """What became of the teacher: a hybrid if any layer, or any single head, keeps attention."""
     if run.layers and set(run.layers) == {"attention"}:
         return "the same Transformer"
-    return f"{mixer_name(run)} hybrid" if "attention" in run.layers else mixer_name(run)
+    return f"{mixer_name(run)} hybrid" if "attention" in run.layers or run.heads else mixer_name(run)
 
 
 def description(run: RunRecord) -> str:
@@ -49,6 +49,9 @@ def description(run: RunRecord) -> str:
     text = f"{which} run {mixer_name(run)} in place of attention"
     if kept:
         text += f"; {'layer' if len(kept) == 1 else 'layers'} {words.runs(kept)} kept it"
+    if run.heads:
+        named = [f"{words.runs(heads)} of layer {layer}" for layer, heads in sorted(run.heads.items())]
+        text += f"; beside the mixers attention heads {words.listed(named)} kept it"
     total = sum(run.parameters.values())
     return f"{text}. {words.amount(total)} parameters." if total else f"{text}."
 

@@ -9,30 +9,22 @@ and where it is not, stands in docs/comparison.md.
 """
 
 import json
-import os
-import signal
-import sys
-import threading
-import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import typer
-from pydantic import TypeAdapter, ValidationError
 
 from distill.errors import UserError
 from distill.evaluation_record import json_numbers
 from distill.programs import quiet_unless_watched, report_user_errors
-from distill.recipe_fields import Tokens
-from scripts.comparison_runs import RECIPES, Common, Fields, Wanted, carry_out, cut_recipe, prepare, slug
+from distill.recipe_fields import read_tokens
+from scripts.comparison_pool import carried_out, processes
+from scripts.comparison_runs import RECIPES, Common, Fields, Wanted, cut_recipe, prepare, slug
 from scripts.comparison_table import draw, gap, table
 from scripts.measure import circumstances
 
-GRID = (0.3, 1.0, 3.0)
-GRACE = 30  # seconds for a step to end and be saved
+GRID = [0.3, 1.0, 3.0]
 
 
 class Teacher(NamedTuple):
@@ -66,8 +58,13 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of each.")] = 1,
     seeds_above: Annotated[int | None, typer.Option(min=1, help="Seeds at budgets but the smallest; --seeds.")] = None,
     tune: Annotated[
-        bool, typer.Option(help=f"Choose each recipe's learning rates: × {GRID} at the smallest budget, one seed.")
+        bool, typer.Option(help="Choose each recipe's learning rates, × each --factor, by its gap with seed 0.")
     ] = False,
+    factor: Annotated[list[float], typer.Option(min=1e-3, help="What --tune multiplies learning rates by.")] = GRID,
+    tune_budget: Annotated[str | None, typer.Option(help="Where --tune chooses; the smallest budget.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Sequences of the text's block a step, for all; their own unless given.")
+    ] = None,
     teacher_path: Annotated[str | None, typer.Option(help="Where the teacher lies, if elsewhere.")] = None,
     source: Annotated[str | None, typer.Option(help="Where its text lies, if elsewhere.")] = None,
     keep_attention: Annotated[str, typer.Option(help="Layers that keep attention, for all: [1] or {count: 1}.")] = "[]",
@@ -83,73 +80,37 @@ def main(
         teacher=asked.recipe,
         overrides=tuple(f"{key}={json.dumps(place)}" for key, place in moved.items() if place is not None),
         keep_attention=keep_attention,
-        evaluation_tokens=_tokens("--evaluation-tokens", evaluation_tokens),
+        evaluation_tokens=read_tokens("--evaluation-tokens", evaluation_tokens),
         points=points,
         recall=asked.recall,
         output=output,
+        batch_size=batch_size,
     )
-    budgets, recipes = sorted({_tokens("--budget", given) for given in budget}), _distinct(recipe)
-    grid = GRID if tune else (1.0,)
+    budgets, recipes = sorted({read_tokens("--budget", given) for given in budget}), _distinct(recipe)
+    tuned_at = read_tokens("--tune-budget", tune_budget) if tune_budget else budgets[0]
+    grid = sorted(factor) if tune else [1.0]
     for name in recipes:  # whatever is wrong with any of them shows before the first is trained
-        for tokens in budgets:
+        for tokens in (*budgets, tuned_at):
             cut_recipe(common, Wanted(name, tokens, 1.0, 0))
     facts = prepare(common, Wanted(recipes[0], budgets[0], 1.0, 0))
 
-    settings = {"keep_attention": keep_attention, "evaluation_tokens": common.evaluation_tokens, "grid": list(grid)}
+    settings = {
+        "keep_attention": keep_attention,
+        "evaluation_tokens": common.evaluation_tokens,
+        "batch_size": batch_size,
+        "grid": grid,
+        "tuned_at": tuned_at,
+    }
     found: Fields = {"teacher": {"name": teacher, **facts}, "settings": settings, "results": []}
-    with _processes(jobs) as pool:
-        tried = _carried_out(pool, common, [Wanted(name, budgets[0], f, 0) for name in recipes for f in grid])
+    with processes(jobs) as pool:
+        tried = carried_out(pool, common, [Wanted(name, tuned_at, f, 0) for name in recipes for f in grid])
         factors = {name: _best(tried, name, facts["loss"]) for name in recipes}
         for tokens in budgets:
             number = seeds if tokens == budgets[0] else seeds_above or seeds
             wanted = [Wanted(name, tokens, factors[name], seed) for seed in range(number) for name in recipes]
-            found["results"] += _carried_out(pool, common, wanted)
+            found["results"] += carried_out(pool, common, wanted)
             _write(output, {**found, "tried": tried})  # already here: the larger budgets take longest
     print(f"{output}/results.json, table.md, gap.png")
-
-
-def _carried_out(pool: ProcessPoolExecutor, common: Common, wanted: Sequence[Wanted]) -> list[Fields]:
-    """The results of all, in the order given."""
-    running = {pool.submit(carry_out, common, one): one for one in dict.fromkeys(wanted)}
-    done: dict[Wanted, Fields] = {}
-    try:
-        for future in as_completed(running):
-            one = running[future]
-            done[one] = future.result()
-            print(
-                f"{len(done)}/{len(running)} {one.folder(common.output)}: {_said(done[one])}",
-                file=sys.stderr,
-                flush=True,
-            )
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in active_children():  # those at work save what they have
-            process.terminate()
-        raise
-    return [done[one] for one in wanted]
-
-
-def _said(result: Fields) -> str:
-    return result["failed"] if "failed" in result else f"loss {result['loss']:.4f}, KL {result['kl']:.4f}"
-
-
-def _processes(jobs: int) -> ProcessPoolExecutor:
-    """Fresh ones with a thread each: sums over several threads would not be the same on every machine."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_begin, initargs=(os.getpid(),))
-
-
-def _begin(parent: int) -> None:
-    """In a process of the pool: it stops, its run saved, when the comparison is killed; else it would hold the run."""
-    quiet_unless_watched()
-
-    def watch() -> None:
-        while True:
-            time.sleep(1 if os.getppid() == parent else GRACE)
-            if os.getppid() != parent:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _best(tried: Iterable[Fields], recipe: str, teacher_loss: float) -> float:
@@ -166,13 +127,6 @@ def _write(output: Path, found: Fields) -> None:
     (output / "table.md").write_text(f"{text}\n")
     draw(found, output / "gap.png")
     print(f"{text}\n", flush=True)
-
-
-def _tokens(option: str, given: str) -> int:
-    try:
-        return TypeAdapter(Tokens).validate_python(int(given) if given.isdecimal() else given)
-    except ValidationError:
-        raise UserError(f"{option} {given}: give tokens such as 500000, 500K or 4M") from None
 
 
 def _distinct(recipes: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ A stage reads the text in an order that the seed and the stage's name decide (`R
 recipes do in a stage they do on the same text.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -32,6 +33,7 @@ RECIPES = Path("recipes")
 PUBLISHED = RECIPES / "published"
 RECALL = [("associative", 8, 64), ("associative", 32, 128), ("phonebook", 12, 0)]
 EXAMPLES = 48  # of each
+LONGEST_NAME = 100
 
 Fields = dict[str, Any]
 
@@ -47,6 +49,8 @@ class Common:
         evaluation_tokens: held-out tokens that are scored, at the end and on the way.
         points: evaluations on the way, about; those at the borders of stages come on top.
         recall: whether the teacher answers rows of `distill.recall` in its own ids.
+        batch_size: sequences of the text's own block that every stage reads a step, whatever recipes say; None leaves
+            them theirs. Where a stage cuts blocks in four it reads four times as many.
     """
 
     teacher: Path
@@ -56,6 +60,7 @@ class Common:
     points: int
     recall: bool
     output: Path
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,13 @@ class Wanted:
 
 
 def slug(recipe: str) -> str:
-    """A recipe as the name of a folder."""
-    return re.sub(r"[^A-Za-z0-9._=-]+", "_", recipe).strip("_.")
+    """A recipe as the name of a folder; one of many settings by its beginning and a hash, for names have a limit."""
+    name = re.sub(r"[^A-Za-z0-9._=-]+", "_", recipe).strip("_.")
+    return (
+        name
+        if len(name) <= LONGEST_NAME
+        else f"{name[:LONGEST_NAME]}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
+    )
 
 
 def recipe_file(given: str) -> tuple[Path, list[str]]:
@@ -123,6 +133,10 @@ def cut_recipe(common: Common, wanted: Wanted) -> tuple[Path, list[str]]:
     ]
     recipe = load_recipe(path, settings)
     _require_comparable(wanted, recipe)
+    if common.batch_size is not None:
+        wider = {name: recipe.data.block // recipe.block_of(stage) for name, stage in recipe.stages.named().items()}
+        settings += [f"stages.{name}.batch_size={common.batch_size * times}" for name, times in wider.items()]
+        recipe = load_recipe(path, settings)
     for name, tokens in _tokens(recipe, wanted).items():
         stage = recipe.stages.named()[name]
         steps = steps_for(tokens, stage.batch_size, recipe.block_of(stage))

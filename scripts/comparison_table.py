@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
+from textwrap import fill
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 from distill.units import count
 
 Fields = dict[str, Any]
+LABEL = 48  # characters of a recipe on a line of the legend
 
 
 def gap(result: Fields, teacher_loss: float) -> float:
@@ -46,7 +48,22 @@ def table(found: Fields) -> str:
             seeds,
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_rates(found)])
+
+
+def _rates(found: Fields) -> list[str]:
+    """Lines on how each recipe's rates were chosen, if they were."""
+    settings, teacher_loss = found["settings"], found["teacher"]["loss"]
+    grid = settings["grid"]
+    if len(grid) == 1:
+        return []
+    gaps = {(one["recipe"], one["factor"]): gap(one, teacher_loss) for one in found["tried"]}
+    head = [f"gap at {count(settings['tuned_at'])} by factor on the rates", *(f"{factor:g}" for factor in grid)]
+    rows = [
+        [recipe, *(f"{gaps[recipe, factor]:.3f}" for factor in grid)]
+        for recipe in dict.fromkeys(name for name, _ in gaps)
+    ]
+    return ["", *(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))]
 
 
 def draw(found: Fields, path: Path) -> None:
@@ -70,7 +87,7 @@ def draw(found: Fields, path: Path) -> None:
                     linewidth=1 + budgets.index(budget),
                     marker="o",
                     markevery=[-1],
-                    label=recipe if budget == budgets[-1] else None,
+                    label=fill(recipe, LABEL) if budget == budgets[-1] else None,
                 )
     for ax, label in zip(axes, ("training tokens", "CPU seconds of training"), strict=True):
         ax.set(xscale="log", yscale="log", xlabel=label)

@@ -3,8 +3,9 @@
     python -m stages.mixing recipes/quickstart.yaml
 
 For layer l with teacher hidden state u:  min ‖ softmax-attention(u) − mixing-matrix(u) ‖_F, a mean over heads, or one
-of the other forms of `distill.objectives.mixing`. Every mixer reads the teacher's hidden state, so layers train alone
-and one layer's graph is alive at a time. Neither matrix is ever written out: memory grows with T, not with T².
+of the other forms of `distill.objectives.mixing`; heads that are kept beside a mixer have their matrix and are no part.
+Every mixer reads the teacher's hidden state, so layers train alone and one layer's graph is alive at a time. Neither
+matrix is ever written out: memory grows with T, not with T².
 """
 
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from distill.attention import views
 from distill.capture import LayerTrace, sequence_arguments, traced_layers
 from distill.decoder import layers_of
 from distill.handover import StageRecord
+from distill.layout import kept_heads
 from distill.objectives import Form, streamed_mixing_distance
 from distill.recipe import MixingStage
 from distill.run import Run
@@ -38,6 +40,12 @@ class MixingObjective:
         self.form: Form = settings.form
         self.mixers = mixers_of(student)
         self.layers, self.attention = layers_of(teacher), views(teacher, self.mixers)
+        kept = kept_heads(student.config)
+        self.matched = {
+            index: [head for head in range(attention.n_heads) if head not in kept[index]]
+            for index, attention in self.attention.items()
+            if index in kept
+        }
 
     def begin(self, done: float) -> None:
         """Every step has the same loss."""
@@ -59,6 +67,8 @@ class MixingObjective:
             q_BHTP, k_BKTP = within(
                 self.layers[index], attention.queries_and_shared_keys, trace.attention_input, trace.position_embeddings
             )
+            if (matched := self.matched.get(index)) is not None:  # heads kept beside the mixer have their matrix
+                q_BHTP, k_BKTP = q_BHTP[:, matched], attention.per_query_head(k_BKTP, dim=1)[:, matched]
 
         def distance(u_BTD: Tensor) -> Tensor:
             positions = trace.position_embeddings
@@ -76,7 +86,9 @@ class MixingObjective:
             )
 
         # All of it within the mixer: D is one of its weights, which engines take away when its forward ends.
-        return within(mixer, distance, trace.attention_input.to(self.dtype))
+        inner = getattr(mixer, "mixer", None)  # of one with heads beside it
+        call = distance if inner is None else partial(within, inner, distance)
+        return within(mixer, call, trace.attention_input.to(self.dtype))
 
 
 def main(run: Run) -> StageRecord:

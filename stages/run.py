@@ -91,6 +91,10 @@ def summary(numbers: dict) -> Table:
 
 def _announce(run: Run, console: Console) -> None:
     kept = ", ".join(map(str, run.facts.kept)) or "none"
+    if heads := run.recipe.student.keep_heads:
+        kept += (
+            " (single heads: " + "; ".join(f"{layer}: {', '.join(map(str, at))}" for layer, at in heads.items()) + ")"
+        )
     console.print(
         f"{run.recipe.name}: {run.recipe.teacher.path} → {run.recipe.student.mixer} in {run.facts.n_layers} layers, "
         f"attention kept in: {kept}; everything goes to {run.recipe.run_dir}"

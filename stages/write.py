@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from distill.data.recipe_text import recipe_text
 from distill.engines import processes
 from distill.errors import UserError
 from distill.programs import quiet_unless_watched, report_user_errors
-from distill.recipe_fields import Tokens
+from distill.recipe_fields import read_tokens
 from distill.run import Run, open_run
 from distill.writing import Writing, beginnings_of_training_documents, write_documents
 from stages.command import Overrides, RecipePath
@@ -41,7 +40,7 @@ def main(
     quiet_unless_watched()
     with report_user_errors():
         run = open_run(recipe, [*(overrides or []), "data.training_only=[]"])
-        wanted = _read(tokens)
+        wanted = read_tokens("--tokens", tokens)
         writing = Writing(length or run.recipe.data.block, prompt_tokens, temperature, top_p, seed, batch_size)
         rows, beginning = _rows(run, writing, wanted)
         written = write_documents(
@@ -75,13 +74,6 @@ def _rows(run: Run, writing: Writing, tokens: int) -> tuple[list[list[int]], str
     number = -(-tokens // (writing.length - writing.prompt_tokens)) + writing.batch_size
     rows = beginnings_of_training_documents(recipe_text(data), run.tokenizer, number, writing.prompt_tokens, data.bos)
     return rows, f"begun with {writing.prompt_tokens} tokens of {len(rows):,} training documents"
-
-
-def _read(tokens: str) -> int:
-    try:
-        return TypeAdapter(Tokens).validate_python(int(tokens) if tokens.isdecimal() else tokens)
-    except ValidationError as error:
-        raise UserError(f"--tokens is {tokens}; it must be a number of tokens such as 5000, 100K or 4M") from error
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def test_imports_run_one_way(path):
 
 @pytest.mark.parametrize("path", sorted((CHECKOUT / "stages").glob("*.py")), ids=lambda path: path.name)
 def test_no_stage_imports_another(path):
-    if path.name != "run.py":
+    if path.name not in ("run.py", "select.py"):  # which carry stages out
         others = {name for name in imported(path) if name.startswith("stages.")}
         assert not [name for name in others if name.split(".")[1] != "command"]
 

@@ -12,7 +12,8 @@ from tests.conftest import CHECKOUT, outside
 
 SHAPES = sorted((CHECKOUT / "recipes" / "shapes").glob("*.yaml"))
 PUBLISHED = sorted((CHECKOUT / "recipes" / "published").glob("*.yaml"))
-RECIPES = [*sorted((CHECKOUT / "recipes").glob("*.yaml")), *PUBLISHED, *SHAPES]
+TEACHERS = sorted((CHECKOUT / "recipes" / "teachers").glob("*.yaml"))
+RECIPES = [*sorted((CHECKOUT / "recipes").glob("*.yaml")), *PUBLISHED, *SHAPES, *TEACHERS]
 LAUNCH = sorted((CHECKOUT / "recipes" / "launch").glob("*.yaml"))
 
 
@@ -22,7 +23,11 @@ def test_all_are_found():
     assert not list((CHECKOUT / "recipes").rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def named(path: Path) -> str:
+    return str(path.relative_to(CHECKOUT / "recipes").with_suffix(""))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=named)
 def test_a_recipe_loads_and_dumps_to_itself(path, tmp_path):
     recipe = load_recipe(path)
     assert recipe.name == path.stem
@@ -31,19 +36,21 @@ def test_a_recipe_loads_and_dumps_to_itself(path, tmp_path):
     assert load_recipe(again) == recipe
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=named)
 def test_a_recipe_passes_its_checks(path, tmp_path, monkeypatch):
     monkeypatch.chdir(CHECKOUT)
     changes = [f"run_dir={tmp_path / 'run'}"]
     if path.stem == "recall-hybrid":
         write_text(tmp_path / "rows.txt", 1000, VOCABULARY, seed=0)
         changes.append(f"data.source={tmp_path / 'rows.txt'}")
+    if path in TEACHERS:
+        changes.append(f"teacher.path=recipes/shapes/{path.stem}")
     recipe = load_recipe(path, changes)
     for place in (recipe.teacher.path, *recipe.data.source):
         if place.startswith("../shared/"):
             outside(place.removeprefix("../shared/"))
     # A shape has nothing but the config of its teacher: it can be planned, and not run.
-    facts = check(recipe, planning=path in SHAPES)
+    facts = check(recipe, planning=path in SHAPES + TEACHERS)
     assert facts.steps.keys() == recipe.stages.named().keys()
     assert not (tmp_path / "run").exists()
 

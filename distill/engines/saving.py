@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from distill.engines import processes, zero
+from distill.layout import parts_of
 from distill.standalone import auto_map, write_code
 from distill.student import student_class, teacher_class
 
@@ -30,7 +31,7 @@ def save_student(student: PreTrainedModel, folder: Path) -> None:
         return
     if processes.is_main():
         own_class = student_class(teacher_class(student.config))  # fully_shard changes an instance's class
-        write_code(folder, own_class, student.config.distill["layers"])
+        write_code(folder, own_class, parts_of(student.config.distill))
         student.config.auto_map = auto_map(own_class)
         student.config.architectures = [own_class.__name__]
         student.config.dtype = str(student.dtype).removeprefix("torch.")

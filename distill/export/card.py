@@ -19,7 +19,7 @@ from distill.export.footprint import CONTEXTS, Footprint, footprint_of
 from distill.export.metadata import metadata
 from distill.export.usage import how_to_load
 from distill.export.written import Written
-from distill.layout import ATTENTION, NAMES
+from distill.layout import ATTENTION, NAMES, kept_heads
 from distill.standalone import package_version
 from distill.units import count, duration, size
 from distill.vision import is_vision
@@ -63,6 +63,8 @@ def _introduction(account: Account, written: Written) -> str:
         if kept and mixers
         else f"all of its {len(layout)} layers are {what} layers"
     )
+    if heads := sum(map(len, kept_heads(account.config).values())):
+        layers += f"; beside them {heads} single attention head{'s are' if heads > 1 else ' is'} kept"
     kind = "A hybrid of state-space layers and attention" if kept and mixers else "A language model"
     text = f"# {written.name}\n\n{kind}, distilled from {_teacher(account)}: {layers}."
     warning = _warning(account)

@@ -16,7 +16,7 @@ from distill.conversion import empty_model
 from distill.decoder import attention_of, layers_of
 from distill.export.changes import MixerSize
 from distill.families import Family, family_of
-from distill.layout import ATTENTION, mixer_layers
+from distill.layout import ATTENTION, kept_heads, mixer_layers
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,11 @@ class StudentFacts:
         return mixer_layers(self.config)
 
     @property
+    def heads(self) -> dict[int, list[int]]:
+        """Heads that keep attention beside a mixer, by layer."""
+        return kept_heads(self.config)
+
+    @property
     def mixer(self) -> dict[str, Any]:
         """The arguments the mixers are built with."""
         return self.config.distill["mixer"]
@@ -125,6 +130,7 @@ class StudentFacts:
         """The facts if every layer kept its attention."""
         config = copy.deepcopy(self.config)
         config.distill["layers"] = [ATTENTION] * len(self.kinds)
+        config.distill.pop("heads", None)
         return facts_of(config)
 
     @property

@@ -26,6 +26,7 @@ from distill.attention import AttentionView, views
 from distill.conversion import empty_model
 from distill.layout import ATTENTION
 from distill.mixers.based import n_features
+from distill.mixers.kept_heads import KeptHeads
 from distill.student import state_bytes, teacher_class
 
 CONTEXTS = (1024, 4096, 32768, 131072)
@@ -55,6 +56,7 @@ class Footprint:
         scan_operations: of all mixers, a token.
         layers: what attention costs in each layer, kept or not.
         kept: the layers that keep attention.
+        heads: what single heads beside mixers cost, a layer each.
     """
 
     parameters: int
@@ -62,6 +64,7 @@ class Footprint:
     scan_operations: int
     layers: tuple[AttentionCost, ...]
     kept: tuple[int, ...]
+    heads: tuple[AttentionCost, ...] = ()
 
     def student_bytes(self, tokens: int) -> int:
         return self.state_bytes + sum(layer.kv_bytes * _seen(layer, tokens) for layer in self._kept())
@@ -76,7 +79,7 @@ class Footprint:
         return sum(layer.operations * _seen(layer, tokens) for layer in self.layers)
 
     def _kept(self) -> list[AttentionCost]:
-        return [self.layers[index] for index in self.kept]
+        return [*(self.layers[index] for index in self.kept), *self.heads]
 
 
 def footprint_of(config: PreTrainedConfig) -> Footprint:
@@ -90,6 +93,7 @@ def footprint_of(config: PreTrainedConfig) -> Footprint:
         scan_operations=sum(_mixing(kind, config.distill["mixer"]) for kind in kinds if kind != ATTENTION),
         layers=tuple(_cost(attention[index], dtype) for index in range(len(kinds))),
         kept=tuple(index for index, kind in enumerate(kinds) if kind == ATTENTION),
+        heads=tuple(_cost_of_heads(module, dtype) for module in student.modules() if isinstance(module, KeptHeads)),
     )
 
 
@@ -114,6 +118,11 @@ def _cost(attention: AttentionView, dtype: torch.dtype) -> AttentionCost:
     width = attention.head_dim
     kv_bytes = 2 * attention.n_kv_heads * width * dtype.itemsize
     return AttentionCost(kv_bytes, 4 * attention.n_heads * width, attention.sliding_window)
+
+
+def _cost_of_heads(kept: KeptHeads, dtype: torch.dtype) -> AttentionCost:
+    kv_bytes = 2 * len(kept.kv_heads) * kept.head_dim * dtype.itemsize
+    return AttentionCost(kv_bytes, 4 * len(kept.heads) * kept.head_dim, kept.window)
 
 
 def _seen(layer: AttentionCost, tokens: int) -> int:

@@ -103,6 +103,10 @@ def _layout(facts: StudentFacts, limits: Limits) -> Iterator[Refusal]:
     for kind in sorted({facts.kinds[index] for index in facts.mixers} - {"mamba2"}):
         layers = tuple(index for index in facts.mixers if facts.kinds[index] == kind)
         yield Refusal(layers, f"{kind} mixers{_NO_CLASS.get(kind, '')}", "set student.mixer: mamba2")
+    if facts.heads:
+        shown = "; ".join(f"layer {index}: {', '.join(map(str, heads))}" for index, heads in facts.heads.items())
+        reason = f"single attention heads beside a mixer ({shown})"
+        yield Refusal(tuple(facts.heads), reason, "set student.keep_heads: {}, or --to standalone, which keeps them")
     if limits.needs_attention and not facts.kept:
         reason = f"no layer keeps attention, which {limits.program} does not run without"
         yield Refusal((), reason, KEEP_ONE)

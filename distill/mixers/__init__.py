@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from distill.mixers.based import BasedMixer
 from distill.mixers.discrete_mamba2 import DiscreteMamba2Mixer
 from distill.mixers.gated_deltanet import GatedDeltaNetMixer
+from distill.mixers.kept_heads import HeadHybrid
 from distill.mixers.mamba2 import Mamba2Mixer
 from distill.mixers.rotary import Rotation
 from distill.mixers.sliding_window import SlidingWindowMixer
@@ -103,12 +104,17 @@ MIXERS: dict[str, type[nn.Module]] = {
 KINDS: dict[str, type[nn.Module]] = {**MIXERS, "sliding_window": SlidingWindowMixer}
 """All; where ``of_attention`` is set a mixer is built from the attention that it replaces."""
 
+BESIDE: dict[str, type[nn.Module]] = {"heads": HeadHybrid}
+"""What a layer of a kind in ``MIXERS`` becomes where something stands beside its mixer."""
+
 __all__ = [
+    "BESIDE",
     "KINDS",
     "MIXERS",
     "BasedMixer",
     "DiscreteMamba2Mixer",
     "GatedDeltaNetMixer",
+    "HeadHybrid",
     "Mamba2Mixer",
     "Mixer",
     "SlidingWindowMixer",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from distill.decoder_inputs import CACHES
 from distill.mixers.rotary import Rotation
+from distill.visible import visible
 from distill.window import Window, put_window
 
 
@@ -92,22 +93,10 @@ class SlidingWindowMixer(nn.Module):
         """What a decoder would hand out: eager attention adds its mask, and knows nothing of causality without one."""
         config: Any = self.attention.config
         if config._attn_implementation != "eager":
-            return None if valid_BT is None and resets_BT is None else _visible(hidden_BTD, valid_BT, resets_BT)
-        hidden = ~_visible(hidden_BTD, valid_BT, resets_BT)
+            return None if valid_BT is None and resets_BT is None else visible(hidden_BTD, valid_BT, resets_BT)
+        hidden = ~visible(hidden_BTD, valid_BT, resets_BT)
         return torch.zeros_like(hidden, dtype=hidden_BTD.dtype).masked_fill(hidden, torch.finfo(hidden_BTD.dtype).min)
 
     def state_numel(self) -> int:
         """Numbers remembered per sequence: keys and values."""
         return 2 * self.n_kv_heads * self.head_dim * (self.window + self.sinks)
-
-
-def _visible(hidden_BTD: Tensor, valid_BT: Tensor | None, resets_BT: Tensor | None) -> Tensor:
-    """(B or 1, 1, T, T) bool, where a query may see a key. Padding sees itself alone, so that no row is empty."""
-    length, device = hidden_BTD.shape[1], hidden_BTD.device
-    seen_1TT = torch.ones(1, length, length, dtype=torch.bool, device=device).tril()
-    if resets_BT is not None:
-        document_BT = resets_BT.cumsum(-1)
-        seen_1TT = seen_1TT & (document_BT[:, :, None] == document_BT[:, None, :])
-    if valid_BT is not None:
-        seen_1TT = (seen_1TT & valid_BT[:, None, :]) | torch.eye(length, dtype=torch.bool, device=device)
-    return seen_1TT[:, None]

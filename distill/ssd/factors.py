@@ -1,5 +1,6 @@
 """What a mixing matrix is made of: T·(2 N + 2) numbers a head instead of T²."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -26,3 +27,15 @@ class MatrixFactors:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """All of them, in the order above."""
         return self.log_decay_BTH, self.B_BTHN, self.C_BTHN, self.step_BTH, self.skip_H
+
+    def of_heads(self, heads: Sequence[int]) -> "MatrixFactors":
+        """The same of some heads alone, in their order."""
+        at = list(heads)
+        step_BTH, skip_H = self.step_BTH, self.skip_H
+        return MatrixFactors(
+            self.log_decay_BTH[:, :, at],
+            self.B_BTHN[:, :, at],
+            self.C_BTHN[:, :, at],
+            None if step_BTH is None else step_BTH[:, :, at],
+            None if skip_H is None else skip_H[at],
+        )

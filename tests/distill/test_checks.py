@@ -127,6 +127,18 @@ def test_a_public_teacher(run_check: Check) -> None:
     [
         (["student.keep_attention=[4]"], "student.keep_attention names layer 4; the teacher has 4 layers"),
         (["student.keep_attention={count: 5}"], "student.keep_attention.count is 5; the teacher has 4 layers"),
+        (
+            ["student.keep_heads={1: [4]}"],
+            "student.keep_heads has [4] in layer 1; give at least one of the heads 0 to 3",
+        ),
+        (
+            ["student.keep_attention=[1]", "student.keep_heads={1: [0]}"],
+            "student.keep_heads names layer 1, which keeps attention",
+        ),
+        (
+            ["student.keep_heads={1: [0, 1, 2, 3]}", "stages.mixing.tokens=10K"],
+            "student.keep_heads has all 4 heads of layer 1, which leaves nothing there for mixing to match",
+        ),
         (["student.keep_attention={ratio: 1.0}"], "student.keep_attention leaves nothing for hidden to train"),
         (["student.rope=keep", "student.state_dim=4"], "student.rope is keep and state_dim 4, but the teacher turns 8"),
         (

@@ -189,6 +189,15 @@ def test_convert_by_pattern(run: Command, teacher: Path) -> None:
     assert "m a m a  2 of 4 become discrete_mamba2 (m); layers" in result.out
 
 
+def test_convert_keeps_single_heads(run: Command, teacher: Path) -> None:
+    result = run("convert", teacher, "out", "--keep-attention", "0", "--keep-heads", "1:0+2,3:1")
+    assert (result.code, result.err) == (0, "")
+    shown = " ".join(result.out.split())
+    assert "a h m h" in shown
+    assert "heads that keep attention beside a mixer (h), by layer: 1: 0, 2; 3: 1" in shown
+    assert json.loads(Path("out/conversion.json").read_text())["heads"] == {"1": [0, 2], "3": [1]}
+
+
 def test_convert_with_rotary_positions(run: Command, teacher: Path) -> None:
     result = run("convert", teacher, "out", "--rope", "keep", "--keep-attention", "0")
     assert "3 of 4 become mamba2 (m) with rotary positions; layer 0" in result.out
@@ -223,6 +232,11 @@ def test_convert_replaces_nothing_by_accident(run: Command, teacher: Path) -> No
         (["--keep-attention", "1,x"], "--keep-attention is '1,x'; give layers such as 2,5 or a pattern such as mmma"),
         (["--keep-attention", "4"], "keep_attention names layer 4; the teacher has 4 layers"),
         (["--keep-attention", "mma"], "which do not repeat evenly over 4 layers"),
+        (
+            ["--keep-heads", "1:0,1:2"],
+            "keep_heads is '1:0,1:2'; give heads by layer, each layer once, such as 3:0+2,5:1",
+        ),
+        (["--keep-heads", "1"], "keep_heads is '1'; give heads by layer"),
         (["--rope", "yes"], "rope is 'yes'; allowed are drop, keep"),
         (
             ["--mixer", "mamba"],

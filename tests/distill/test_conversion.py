@@ -148,15 +148,36 @@ def test_based_starts_with_the_nearest_scores_of_its_rank(family, d):
     """Rank d or less of a head's W_qᵀ W_k, by its singular values; all of it from d = P on."""
     teacher = tiny(family)
     for index, mixer in mixers_of(convert(teacher, mixer="based", state_dim=d)).items():
-        attention = view(teacher.get_decoder().layers[index].self_attn, family_of(teacher.config))
-        q = attention.q.weight.unflatten(0, (4, -1))
-        k = attention.per_query_head(attention.k.weight.unflatten(0, (attention.n_kv_heads, -1)), dim=0)
-        whole = attention.scaling * q.mT @ k
-        left, size, right = torch.linalg.svd(whole)
-        nearest = left[..., :d] * size[:, None, :d] @ right[:, :d]
-        rows = mixer.in_rows()
-        ours_q, ours_k = (mixer.in_proj.weight[rows[name]].unflatten(0, (4, d)) for name in "qk")
-        torch.testing.assert_close(ours_q.mT @ ours_k, nearest, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            scores(mixer, "qk", d), nearest_scores(teacher, family, index, d), rtol=1e-3, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"), [("mamba2", "CB"), ("discrete_mamba2", "CB"), ("gated_deltanet", "qk"), ("gated_deltanet", "kq")]
+)
+def test_a_narrower_state_starts_with_the_nearest_scores_of_its_rank(kind, named):
+    """But for the size of each head, which a mixer has elsewhere; read the wrong way round they are not."""
+    teacher = tiny("llama")
+    for index, mixer in mixers_of(convert(teacher, mixer=kind, state_dim=3)).items():
+        both = scores(mixer, named, 3), nearest_scores(teacher, "llama", index, 3)
+        ours, theirs = (torch.nn.functional.normalize(found.flatten(1)) for found in both)
+        torch.testing.assert_close((ours * theirs).sum(-1) > 0.999, torch.full((4,), named != "kq"))
+
+
+def scores(mixer, named: str, d: int) -> torch.Tensor:
+    """(H, D, D) of the rows called so."""
+    q, k = (mixer.in_proj.weight[mixer.in_rows()[name]].unflatten(0, (4, d)) for name in named)
+    return q.mT @ k
+
+
+def nearest_scores(teacher, family: str, index: int, d: int) -> torch.Tensor:
+    """(H, D, D): attention's W_qᵀ W_k, head by head, cut to rank d."""
+    attention = view(teacher.get_decoder().layers[index].self_attn, family_of(teacher.config))
+    q = attention.q.weight.unflatten(0, (4, -1))
+    k = attention.per_query_head(attention.k.weight.unflatten(0, (attention.n_kv_heads, -1)), dim=0)
+    left, size, right = torch.linalg.svd(attention.scaling * q.mT @ k)
+    return left[..., :d] * size[:, None, :d] @ right[:, :d]
 
 
 def test_the_open_gate_of_mamba2_does_nothing_on_real_input(stories_teacher, stories_text):

@@ -70,6 +70,29 @@ def test_operations_of_the_logits_stage(mixer: str, kept: tuple[int, ...]) -> No
     assert flops_per_token(sizes, LogitsStage(tokens=1)) == pytest.approx(real, rel=0.05)
 
 
+@pytest.mark.parametrize("stage", [LogitsStage(tokens=1), HiddenStage(tokens=1)], ids=["logits", "hidden"])
+def test_operations_of_heads_beside_a_mixer(stage: LogitsStage | HiddenStage) -> None:
+    """On top of those of the same student without; in stage 2 they do not train."""
+    torch.manual_seed(0)
+    teacher = LlamaForCausalLM(tiny_config())
+    planned, real = [], []
+    for heads in ({}, {0: [1], 2: [0, 3]}):
+        student, made = convert_with_report(teacher, keep_heads=heads)
+        planned.append(flops_per_token(sizes_of(student, BLOCK, made.parameters_before, made.parameters_after), stage))
+    hidden_BTD = torch.randn(BATCH, BLOCK, 64, requires_grad=isinstance(stage, LogitsStage))
+    cos_BTP = torch.zeros(1, BLOCK, 16)
+    for index in (0, 2):
+        kept = student.get_decoder().layers[index].self_attn.kept.requires_grad_(isinstance(stage, LogitsStage))
+        kept.softcap = 1e9  # the fused kernel hides its products from the counter
+
+        def run(kept: torch.nn.Module = kept) -> None:
+            output = kept(hidden_BTD, position_embeddings=(cos_BTP, cos_BTP))
+            output.sum().backward() if output.requires_grad else None
+
+        real.append(counted(run))
+    assert planned[1] - planned[0] == pytest.approx(sum(real), rel=0.02)
+
+
 @pytest.mark.parametrize("kept", [(), (1,)])
 def test_checkpointing_costs_a_forward_of_the_layers_less_the_last_product_of_each(kept: tuple[int, ...]) -> None:
     teacher, student, sizes = models("mamba2", kept)

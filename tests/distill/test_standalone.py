@@ -89,6 +89,17 @@ def test_the_folders_own_code_is_the_same_model_and_saves_itself_again(tmp_path,
         assert torch.equal(again(LETTERS).logits, student(LETTERS).logits)
 
 
+def test_kept_heads_travel_with_the_folder(tmp_path, family, own_code):
+    student = convert(tiny(family), keep_heads={0: [1], 2: [0, 3]})
+    student.save_pretrained(tmp_path / "student")
+    loaded = own_code(tmp_path / "student")
+    assert torch.equal(loaded(LETTERS).logits, student(LETTERS).logits)
+    again = loaded.generate(LETTERS, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert torch.equal(again, student.generate(LETTERS, max_new_tokens=5, do_sample=False, eos_token_id=None))
+    loaded.save_pretrained(tmp_path / "again")
+    assert code_in(tmp_path / "again") == code_in(tmp_path / "student")
+
+
 def test_bf16_by_the_folders_own_code(saved, own_code):
     _, folder = saved
     loaded = own_code(folder, dtype=torch.bfloat16)

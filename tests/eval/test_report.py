@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from html_page import Page
 
 from distill.errors import UserError
 from distill.evaluation_record import MatrixPair, read_evaluation, write_evaluation
-from eval import report
+from eval import report, verdict
 from eval.figures import closeness_charts
 from eval.page import parted
 from eval.report import make_report
@@ -284,3 +285,12 @@ def test_the_program_runs_from_the_checkout(run_dir):
 )
 def test_where_two_texts_part(student, teacher, same, own):
     assert parted(student, teacher) == (same, own)
+
+
+def test_a_student_with_single_heads_is_a_hybrid(run_dir):
+    run = replace(read_run(run_dir), layers=["mamba2"] * 3, heads={2: [0, 1, 3]})
+    assert verdict.student_name(run) == "Mamba-2 hybrid"
+    said = (
+        "All 3 layers run Mamba-2 in place of attention; beside the mixers attention heads 0–1 and 3 of layer 2 kept it"
+    )
+    assert verdict.description(run).startswith(f"{said}.")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,9 @@ def test_a_recipe_by_name_by_file_and_with_settings(monkeypatch):
     assert recipe_file("scratch student.rope=keep seed=1")[1] == ["student.rope=keep", "seed=1"]
     assert recipe_file("some/where.yaml") == (Path("some/where.yaml"), [])
     assert slug("ours student.keep_attention=[0, 3]") == "ours_student.keep_attention=_0_3"
+    many = [f"ours {' '.join(f'stages.logits.betas=[0.9,0.{n}]' for n in range(20))} seed={seed}" for seed in (0, 1)]
+    assert len({slug(recipe) for recipe in many}) == 2
+    assert all(len(slug(recipe)) < 120 for recipe in many)
 
 
 RESULT = {"recipe": "a", "budget": 1000, "factor": 1.0, "seed": 0, "agreement": 0.5, "cpu_seconds": 2.0, "curve": []}
@@ -77,8 +81,9 @@ def test_the_table_gives_medians_ranges_and_failures():
     results += [{"recipe": "c", "budget": 1000, "factor": 0.3, "seed": 0, "curve": [], "failed": "not finite"}]
     found = {
         "teacher": {"name": "t", "loss": 2.0, "recall": None},
-        "settings": {"keep_attention": "[]", "evaluation_tokens": 4000, "grid": [0.3, 1.0, 3.0]},
+        "settings": {"keep_attention": "[]", "evaluation_tokens": 4000, "grid": [0.3, 1.0, 3.0], "tuned_at": 500},
         "results": results,
+        "tried": [{**RESULT, "factor": factor, "loss": 2 + factor} for factor in (0.3, 1.0, 3.0)],
     }
     rows = table(found).splitlines()[4:]
     assert rows == [
@@ -86,6 +91,10 @@ def test_the_table_gives_medians_ranges_and_failures():
         "| 1K | a | 0.2000 (0.1000 to 0.5000) | 2.0000 (1.0000 to 3.0000) | 50.0% (50.0% to 50.0%) | 2 (2 to 2) "
         "| 1 | 3 |",
         "| 1K | c | failed | failed | failed | failed | 0.3, edge | 1, 1 failed |",
+        "",
+        "| gap at 500 by factor on the rates | 0.3 | 1 | 3 |",
+        "| --- | --- | --- | --- |",
+        "| a | 0.300 | 1.000 | 3.000 |",
     ]
 
 
@@ -118,6 +127,15 @@ def test_mistakes_end_with_two_before_anything_is_trained(common, capsys, argume
     assert ended.exit_code == 2, ended.output
     assert said in ended.stderr
     assert not common.output.exists()
+
+
+def test_all_recipes_can_be_given_the_same_step(common):
+    """Tokens a step: where a stage cuts the text's blocks in four it reads four times as many."""
+    path, settings = cut_recipe(
+        replace(common, overrides=("data.block=256",), batch_size=2), Wanted("radlads", 8192, 1.0, 0)
+    )
+    stages = load_recipe(path, settings).stages.named()
+    assert {name: stage.batch_size for name, stage in stages.items()} == {"hidden": 8, "logits": 2}
 
 
 def test_the_rates_with_the_smallest_gap_are_taken():

@@ -56,6 +56,14 @@ def test_no_native_class_has_the_other_mixers(mixer: str, why: str) -> None:
         assert reasons(student([3], mixer=mixer), to)[0].partition(" mixers")[2].lstrip().startswith(why)
 
 
+def test_no_native_class_has_single_heads_beside_a_mixer() -> None:
+    for to in LIMITS:
+        assert reasons(student([3], keep_heads={1: [0, 2]}), to) == [
+            "layer 1: single attention heads beside a mixer (layer 1: 0, 2); set student.keep_heads: {}, or --to"
+            " standalone, which keeps them"
+        ]
+
+
 def test_sliding_windows_matter_where_attention_is_kept() -> None:
     mistral = MistralConfig(**SIZES, sliding_window=16)
     assert reasons(student([1, 3], mistral)) == [

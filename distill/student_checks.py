@@ -1,0 +1,60 @@
+"""What can be wrong with the student that a recipe asks for, found without a weight: by planning its conversion."""
+
+from typing import TYPE_CHECKING
+
+from distill.errors import UserError
+from distill.recipe import Recipe, Student
+
+if TYPE_CHECKING:  # as in `distill.checks`
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+def check_window(student: Student) -> None:
+    if student.mixer != "sliding_window" and (student.window, student.sinks) != (None, None):
+        raise UserError(f"window and sinks are for student.mixer: sliding_window, not {student.mixer}; leave them out")
+
+
+def check_exportable_student(
+    recipe: Recipe, config: "PreTrainedConfig", kept: tuple[int, ...], tokenizer: "PreTrainedTokenizerBase | None"
+) -> None:
+    """The student can be written in the format that the recipe names, by its config and, for gguf, its tokenizer."""
+    student = recipe.student
+    if student.exportable is None:
+        return
+    from distill.conversion import plan
+    from distill.export.refusals import check_exportable
+    from distill.export.vocabulary import vocabulary
+
+    made = plan(
+        config,
+        mixer=student.mixer,
+        keep_attention=kept,
+        keep_heads=student.keep_heads,
+        state_dim=student.state_dim,
+        conv_width=student.conv_width,
+        rope=student.rope,
+    )
+    check_exportable(made, student.exportable)
+    if student.exportable == "gguf" and tokenizer is not None:
+        vocabulary(tokenizer, config.get_text_config().vocab_size)
+
+
+def check_rope(student: Student, config: "PreTrainedConfig", kept: tuple[int, ...]) -> None:
+    """What a mixer could not rotate is refused by the plan of the conversion, with the reason."""
+    if student.rope == "keep":
+        from distill.conversion import plan
+
+        plan(config, mixer=student.mixer, keep_attention=kept, state_dim=student.state_dim, rope=student.rope)
+
+
+def check_kept_heads(recipe: Recipe, config: "PreTrainedConfig", kept: tuple[int, ...]) -> None:
+    """The heads are there, in layers with a mixer, and stage 1 has others to match."""
+    from distill.conversion import plan
+    from distill.heads import require_unmatched
+
+    student = recipe.student
+    if student.keep_heads:
+        heads, both_ways = student.keep_heads, student.bidirectional
+        made = plan(config, mixer=student.mixer, keep_attention=kept, keep_heads=heads, bidirectional=both_ways)
+        if recipe.stages.mixing is not None:
+            require_unmatched(heads, made.distill["mixer"]["n_heads"])

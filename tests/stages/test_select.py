@@ -1,0 +1,155 @@
+"""stages.select from the recipe to what it writes: mistakes, a whole selection, and one that was cut off."""
+
+import json
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+import distill.selection.measures
+from distill.errors import UserError
+from distill.recipe import load_recipe
+from distill.selection.asked import ask
+from distill.selection.record import FILES, write
+from distill.selection.runs import choice_folder
+from stages import select
+from tests.conftest import CHECKOUT
+from tests.stages.run_folder import contents
+
+# 10 steps of each stage that aligns, and a block for each forward pass.
+SETTINGS = {"keep": 1, "total": 3000, "score": 64}
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch):
+    monkeypatch.chdir(CHECKOUT)
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"keep": 3},
+            "--keep is 3; allowed are 1 to 2: of 3 layers 3 may keep attention, and one",
+        ),
+        ({"keep": 0}, "--keep is 0; allowed are 1 to 2"),
+        ({"among": "0", "keep": 2}, "--keep is 2; allowed are 1 to 1: of 3 layers 1 may keep attention"),
+        ({"among": "0,7"}, "--among names layer 7; the teacher has 3 layers, numbered 0 to 2"),
+        ({"among": "1,1"}, "--among is '1,1'; give different layers such as 2,5,8"),
+        ({"among": "last"}, "--among is 'last'; give different layers"),
+        ({"method": "best"}, "--method is 'best'; allowed are restore, greedy, mixing, hidden, probe, uniform, last"),
+        ({"method": "last", "refine": 512}, "--refine is for a ranking with scores, and last has none"),
+        ({"total": 500}, "180 of 500 tokens are left to align the student, less than one step of 128 in mixing"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(recipe, settings, said):
+    before = contents(recipe.parent)
+    with pytest.raises(UserError, match=said):
+        ask(recipe, (), output=recipe.parent / "out", **{**SETTINGS, **settings})
+    assert contents(recipe.parent) == before
+
+
+def test_a_mixer_without_a_matrix_is_not_ranked_by_it(recipe):
+    overrides = ["student.mixer=sliding_window", "stages.mixing=null"]
+    with pytest.raises(UserError, match="--method mixing is not for sliding_window: "):
+        ask(recipe, overrides, output=recipe.parent / "out", **SETTINGS, method="mixing")
+
+
+def test_the_program_ends_with_exit_code_2(recipe):
+    app = typer.Typer()
+    app.command()(select.main)
+    before = contents(recipe.parent)
+    output = str(recipe.parent / "out")
+    for arguments in (["--keep", "5"], ["--keep", "1", "--budget", "much"], ["--keep", "1", "stages.hidden=null"]):
+        ended = CliRunner().invoke(app, [str(recipe), "--output", output, *arguments])
+        assert ended.exit_code == 2, ended.output
+    assert contents(recipe.parent) == before
+
+
+@pytest.mark.parametrize("method", ["uniform", "last", "first_last"])
+def test_a_baseline_measures_nothing(recipe, method):
+    output = recipe.parent / "out"
+    found = select.select(ask(recipe, (), output=output, keep=2, method=method))
+    write(found, output)
+    assert {path.name for path in output.iterdir()} == set(FILES)
+    assert found.tokens == 0
+    assert load_recipe(output / "recipe.yaml").student.keep_attention.layers == found.layers
+
+
+class CutOffError(Exception):
+    pass
+
+
+@pytest.mark.slow
+def test_a_selection_that_was_cut_off_goes_on_and_ends_as_one_that_was_not(recipe, monkeypatch):
+    """One run through everything: alignment, every layer, choices trained, files; twice, once with interruptions."""
+    refine = {"refine": 256, "refined": 2, "total": 4500, "score": 64, "keep": 1}
+    original, calls = distill.selection.measures.divergence, []
+
+    def counted(student, teacher, layers, batches):
+        calls.append(layers)
+        return original(student, teacher, layers, batches)
+
+    monkeypatch.setattr(distill.selection.measures, "divergence", counted)
+    whole = recipe.parent / "whole"
+    found = select.select(ask(recipe, (), output=whole, **refine))
+    write(found, whole)
+    told = json.loads((whole / "selection.json").read_text())
+    made = len(calls)
+
+    assert found.tokens <= 4500
+    assert told["cost"]["scoring"] == 64 * made
+    assert told["cost"]["refinement"] == 2 * 256
+    assert found.tokens == sum(told["cost"][part] for part in ("scoring", "refinement")) + sum(found.alignment.values())
+    assert len(found.refined) == 2
+    assert found.refined[0].kl_after <= found.refined[1].kl_after
+    assert found.layers == found.refined[0].layers
+    assert all(one.kl_after < one.kl_before for one in found.refined)  # training did something
+    assert [entry["layer"] for entry in told["ranking"]] == list(found.ranking.order)
+    written = load_recipe(whole / "recipe.yaml")
+    given = load_recipe(recipe)
+    assert written.student.keep_attention.layers == found.layers
+    assert (written.stages, written.data, written.teacher) == (given.stages, given.data, given.teacher)
+    assert written.run_dir != given.run_dir
+    comment = (whole / "recipe.yaml").read_text().splitlines()[:3]
+    assert all(line.startswith("# ") for line in comment)
+    assert "`stages.select --method restore` chose; 2 choices refined" in comment[0]
+    assert not any((whole / "choices").iterdir())
+
+    limits = [2, made - 1]  # between two layers; after a choice was trained and before it was measured
+
+    def cutting(student, teacher, layers, batches):
+        if limits and len(calls) == limits[0]:
+            raise CutOffError
+        return counted(student, teacher, layers, batches)
+
+    monkeypatch.setattr(distill.selection.measures, "divergence", cutting)
+    again = recipe.parent / "again"
+    calls.clear()
+    while limits:
+        with pytest.raises(CutOffError):
+            select.select(ask(recipe, (), output=again, **refine))
+        limits.pop(0)
+    assert next((again / "choices").iterdir()) in [choice_folder(again, one.layers) for one in found.refined]
+    resumed = select.select(ask(recipe, (), output=again, **refine))
+    write(resumed, again)
+    assert len(calls) == made  # nothing twice
+    for name in ("selection.json", "recipe.yaml", "selection.png"):
+        assert (again / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_distances_and_the_probe_rank_all_layers(recipe):
+    for method in ("mixing", "hidden", "probe"):  # the first two on one student
+        output = recipe.parent / ("probe" if method == "probe" else "out")
+        asked = ask(recipe, (), output=output, keep=2, method=method, total=1200, score=64)
+        found = select.select(asked)
+        write(found, asked.output)
+        assert sorted(found.ranking.scores) == [0, 1, 2]
+        assert found.scoring == asked.budget.passes * 64
+        assert found.tokens <= 1200
+        assert bool(found.alignment) == (method != "probe")
+    assert (recipe.parent / "probe" / "aligned" / "data").is_dir()
+    assert not (recipe.parent / "probe" / "aligned" / "convert").exists()
