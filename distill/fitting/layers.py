@@ -6,11 +6,12 @@
 
 Y is what a mixer's heads make, A what attention adds to the stream. In sequence a state that leaves a fitted layer's
 attention is as near to the teacher's as the projection allows; that holds where a layer adds attention's output to the
-stream as it is, which is looked at first.
+stream as it is, which is looked at first. What heads that are kept beside a mixer add counts as done already.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.attention import AttentionView, views
-from distill.capture import Batch, LayerTrace, as_decoder_calls, layer_traces, sequence_arguments, traced_layers
+from distill.capture import Batch, as_decoder_calls, layer_traces, sequence_arguments, traced_layers
 from distill.decoder import attention_of, layers_of
 from distill.errors import UserError
 from distill.fitting.memories import SET_MEMORY, fit_memories_, memories_of
@@ -74,7 +75,7 @@ def calibrate_student(
         UserError: the mixers cannot be fitted, or in sequence, where the teacher's layers do something else with
             attention's output than to add it.
     """
-    mixers: dict[int, Any] = mixers_of(student)
+    mixers = _bare_mixers(student)
     if not mixers:
         return {}
     refuse_unfitted(next(iter(mixers.values())), memories)
@@ -110,15 +111,15 @@ def _fit_memories(mixers: dict[int, Any], teacher: PreTrainedModel, batches: Seq
 def _in_parallel(
     student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Batch], ridge: float
 ) -> Iterator[tuple[int, Errors]]:
-    mixers: dict[int, Any] = mixers_of(student)
+    mixers, slots = _bare_mixers(student), mixers_of(student)
     sums = {index: _sums_for(mixer) for index, mixer in mixers.items()}
     for batch in batches:
         arguments = sequence_arguments(batch)
         for index, trace in traced_layers(teacher, batch, mixers, wants=["attention_input", "attention_output"]):
-            heads_BTI = mixers[index].head_outputs(
-                trace.attention_input.to(student.dtype), position_embeddings=trace.position_embeddings, **arguments
-            )
-            sums[index].add(*_valid(batch, heads_BTI, trace.attention_output))
+            with _watched(slots[index], mixers[index]) as seen:
+                u_BTD = trace.attention_input.to(student.dtype)
+                slots[index](u_BTD, position_embeddings=trace.position_embeddings, **arguments)
+            sums[index].add(*_valid(batch, seen.heads, trace.attention_output - seen.others))
     for index, mixer in mixers.items():
         yield index, _fit(mixer, sums[index], ridge)
 
@@ -126,7 +127,7 @@ def _in_parallel(
 def _in_sequence(
     student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Batch], ridge: float
 ) -> Iterator[tuple[int, Errors]]:
-    mixers: dict[int, Any] = mixers_of(student)
+    mixers, slots = _bare_mixers(student), mixers_of(student)
     _require_plain_sum(teacher, batches[0])
     arguments = [sequence_arguments(batch) for batch in batches]
     below = range(max(mixers) + 1)
@@ -140,9 +141,10 @@ def _in_sequence(
         if index in mixers:
             sums = _sums_for(mixers[index])
             for batch, trace, stream_BTD, told in zip(batches, traces, streams, arguments, strict=True):
-                heads_BTI = _heads_inside(layer, stream_BTD, trace, told)
-                target_BTD = trace.attention_output + trace.layer_input - stream_BTD
-                sums.add(*_valid(batch, heads_BTI, target_BTD))
+                with _watched(slots[index], mixers[index]) as seen:
+                    as_decoder_calls(layer, stream_BTD, trace, told)
+                target_BTD = trace.attention_output + trace.layer_input - stream_BTD - seen.others
+                sums.add(*_valid(batch, seen.heads, target_BTD))
             yield index, _fit(mixers[index], sums, ridge)
         streams = [
             as_decoder_calls(layer, stream_BTD, trace, told)
@@ -165,15 +167,41 @@ def _valid(batch: Batch, *tensors_BTC: Tensor) -> list[Tensor]:
     return [tensor_BTC[batch["valid"]] for tensor_BTC in tensors_BTC]
 
 
-def _heads_inside(layer: Any, stream_BTD: Tensor, trace: LayerTrace, told: dict[str, Tensor | None]) -> Tensor:
-    """What the output projection of a student's layer reads, (B, T, I), when the layer reads the stream."""
-    seen: list[Tensor] = []
-    handle = attention_of(layer).out_proj.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+def _bare_mixers(student: PreTrainedModel) -> dict[int, Any]:
+    """The mixers alone, without the heads that may be kept beside them."""
+    return {index: getattr(slot, "mixer", slot) for index, slot in mixers_of(student).items()}
+
+
+@dataclass
+class _Seen:
+    """What stands where attention stood was seen to make.
+
+    Attributes:
+        heads: what the mixer's output projection read, (B, T, I).
+        others: what was added to what it made, (B, T, D): by kept heads, else zeros.
+    """
+
+    heads: Tensor = field(init=False)
+    others: Tensor = field(init=False)
+
+
+@contextmanager
+def _watched(slot: Any, mixer: Any) -> Iterator[_Seen]:
+    """Inside, a call of ``slot``, which is the mixer or holds it, is seen."""
+    seen = _Seen()
+
+    def projected(_projection: Any, args: tuple[Tensor, ...], output_BTD: Tensor) -> None:
+        seen.heads, seen.others = args[0], -output_BTD
+
+    def made(_slot: Any, _args: Any, output: tuple[Tensor, None]) -> None:
+        seen.others = seen.others + output[0]
+
+    handles = mixer.out_proj.register_forward_hook(projected), slot.register_forward_hook(made)
     try:
-        as_decoder_calls(layer, stream_BTD, trace, told)
+        yield seen
     finally:
-        handle.remove()
-    return seen[0]
+        for handle in handles:
+            handle.remove()
 
 
 def _require_plain_sum(teacher: PreTrainedModel, batch: Batch) -> None:

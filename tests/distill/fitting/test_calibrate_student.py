@@ -86,6 +86,24 @@ def test_parallel_errors_are_those_of_the_layers_on_the_teachers_states(name, fa
         assert layer.error_after < min(1, layer.error_before)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_kept_heads_count_as_done(order):
+    """With all heads kept nothing is left to fit, and the projection, which starts at zero, stays there."""
+    teacher = tiny("qwen2").double()
+    student = convert(teacher, keep_heads={0: [0, 1, 2, 3], 1: [1]}, rope="keep")
+    before = copy.deepcopy(student.state_dict())
+    told = calibrate_student(student, teacher, batches(), layers=order)
+    assert not before["model.layers.0.self_attn.mixer.out_proj.weight"].any()
+    assert student.get_submodule("model.layers.0.self_attn.mixer.out_proj").weight.abs().max() < 1e-9
+    assert told[1].error_after < told[1].error_before
+    if order == "parallel":
+        after = measured(teacher, student)
+        ids = batches()[0]["input_ids"]
+        assert after[0] < 1e-20
+        assert after[1] < 0.9
+        assert student(ids).logits.isfinite().all()
+
+
 def measured(teacher, student) -> dict[int, float]:
     rest: dict[int, float] = dict.fromkeys(mixers_of(student), 0.0)
     size = dict(rest)
