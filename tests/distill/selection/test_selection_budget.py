@@ -14,9 +14,14 @@ from tests.conftest import CHECKOUT
 QUICKSTART = CHECKOUT / "recipes" / "quickstart.yaml"
 
 
+# Shares and steps of a recipe, whatever the shipped one says.
+TOKENS = {"mixing": "100K", "hidden": "400K", "logits": "2M"}
+STAGES = [f"stages.{name}={{tokens: {number}, batch_size: 16}}" for name, number in TOKENS.items()]
+
+
 @pytest.fixture
 def recipe():
-    return load_recipe(QUICKSTART)
+    return load_recipe(QUICKSTART, STAGES)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -86,7 +91,7 @@ def test_passes_are_those_that_methods_make():
     ],
 )
 def test_what_does_not_fit_is_said(stages, asked, said):
-    recipe = load_recipe(QUICKSTART, [] if stages is None else [f"stages.{stages}=null"])
+    recipe = load_recipe(QUICKSTART, STAGES if stages is None else [*STAGES, f"stages.{stages}=null"])
     with pytest.raises(UserError, match=said.replace("(", r"\(")):
         divide(recipe, **{"method": "restore", "candidates": 8, "keep": 1, "refined": 4, "sets": 6, **asked})
 
