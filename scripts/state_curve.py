@@ -69,9 +69,7 @@ def main(
     wanted = [replace(plain, recipe=_recipe(recipe, kind, size, head)) for kind, size in sizes]
     with processes(jobs) as pool:
         results = carried_out(pool, common, wanted)
-    points = [
-        _of_student(common, one, result, kind) for (kind, _), one, result in zip(sizes, wanted, results, strict=True)
-    ]
+    points = [_of_student(common, one, result, *size) for one, result, size in zip(wanted, results, sizes, strict=True)]
     points += _of_windows(common, plain, sorted(window), sinks)
     found = {"teacher": {"name": teacher, **facts}, "points": points, "measured_on": circumstances()}
     (output / "results.json").write_text(f"{json.dumps(found, indent=1)}\n")
@@ -85,9 +83,9 @@ def _recipe(recipe: str, mixer: str, state: int, head: int) -> str:
     return f"{recipe} student.mixer={mixer} student.state_dim={state} student.rope={rope}"
 
 
-def _of_student(common: Common, wanted: Wanted, result: Fields, size: tuple[str, int]) -> Fields:
+def _of_student(common: Common, wanted: Wanted, result: Fields, kind: str, size: int) -> Fields:
     student = load_student(wanted.folder(common.output) / result["stage"])
-    return {"kind": size[0], "size": size[1], "bytes": state_bytes(student), **_worth(result)}
+    return {"kind": kind, "size": size, "bytes": state_bytes(student), **_worth(result)}
 
 
 def _of_windows(common: Common, wanted: Wanted, sizes: list[int], sinks: int) -> list[Fields]:
@@ -96,17 +94,14 @@ def _of_windows(common: Common, wanted: Wanted, sizes: list[int], sinks: int) ->
     path, settings = cut_recipe(common, wanted)
     with at_work_on(path, [*settings, f"run_dir={common.output}"]) as run:
         layers = list(range(run.teacher.config.get_text_config().num_hidden_layers))
-        numbers = sum(
-            2 * attention.n_kv_heads * attention.head_dim for attention in views(run.teacher, layers).values()
-        )
+        heads = [(attention.n_kv_heads, attention.head_dim) for attention in views(run.teacher, layers).values()]
+        a_token = run.teacher.dtype.itemsize * sum(2 * number * width for number, width in heads)
         for size in sizes:
             model = windowed(run.teacher, layers, window=size, sinks=sinks)
             metrics = evaluate(model, run.teacher, run.held_out())
             recall = recalled(model) if common.recall else None
             worth = _worth({"loss": metrics.loss, "kl": metrics.kl, "agreement": metrics.agreement, "recall": recall})
-            points.append(
-                {"kind": WINDOW, "size": size, "bytes": numbers * run.teacher.dtype.itemsize * (size + sinks), **worth}
-            )
+            points.append({"kind": WINDOW, "size": size, "bytes": a_token * (size + sinks), **worth})
     return points
 
 

@@ -6,13 +6,12 @@
 
 Y is what a mixer's heads make, A what attention adds to the stream. In sequence a state that leaves a fitted layer's
 attention is as near to the teacher's as the projection allows; that holds where a layer adds attention's output to the
-stream as it is, which is looked at first.
-
-Heads that are kept beside a mixer are the teacher's; A is then what they leave of attention's output.
+stream as it is, which is looked at first. What heads that are kept beside a mixer add counts as done already.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.attention import AttentionView, views
-from distill.capture import Batch, LayerTrace, as_decoder_calls, layer_traces, sequence_arguments, traced_layers
+from distill.capture import Batch, as_decoder_calls, layer_traces, sequence_arguments, traced_layers
 from distill.decoder import attention_of, layers_of
 from distill.errors import UserError
 from distill.fitting.memories import SET_MEMORY, fit_memories_, memories_of
@@ -76,17 +75,17 @@ def calibrate_student(
         UserError: the mixers cannot be fitted, or in sequence, where the teacher's layers do something else with
             attention's output than to add it.
     """
-    mixers: dict[int, Any] = mixers_of(student)
+    mixers = _bare_mixers(student)
     if not mixers:
         return {}
-    refuse_unfitted(_itself(next(iter(mixers.values()))), memories)
+    refuse_unfitted(next(iter(mixers.values())), memories)
     batches = [{name: tensor.to(student.device) for name, tensor in batch.items()} for batch in batches]
     if memories:
         _fit_memories(mixers, teacher, batches)
     fit = _in_parallel if layers == "parallel" else _in_sequence
     errors: dict[int, Errors] = dict(fit(student, teacher, batches, ridge)) if outputs else {}
     return {
-        index: Calibrated(memories_of(_itself(mixer)).tolist() if memories else None, *errors.get(index, (None, None)))
+        index: Calibrated(memories_of(mixer).tolist() if memories else None, *errors.get(index, (None, None)))
         for index, mixer in mixers.items()
     }
 
@@ -106,28 +105,21 @@ def _fit_memories(mixers: dict[int, Any], teacher: PreTrainedModel, batches: Seq
     read: dict[int, AttentionView] = views(teacher, mixers)
     arguments = sequence_arguments(batch)
     for index, trace in traced_layers(teacher, batch, mixers, wants=["attention_input"]):
-        fit_memories_(_itself(mixers[index]), read[index], [(trace, arguments)])
-
-
-def _itself(mixer: Any) -> Any:
-    """A mixer without the heads beside it."""
-    return getattr(mixer, "mixer", mixer)
+        fit_memories_(mixers[index], read[index], [(trace, arguments)])
 
 
 def _in_parallel(
     student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Batch], ridge: float
 ) -> Iterator[tuple[int, Errors]]:
-    mixers: dict[int, Any] = mixers_of(student)
+    mixers, slots = _bare_mixers(student), mixers_of(student)
     sums = {index: _sums_for(mixer) for index, mixer in mixers.items()}
     for batch in batches:
         arguments = sequence_arguments(batch)
         for index, trace in traced_layers(teacher, batch, mixers, wants=["attention_input", "attention_output"]):
-            u_BTD, told = trace.attention_input.to(student.dtype), {"position_embeddings": trace.position_embeddings}
-            heads_BTI = _itself(mixers[index]).head_outputs(u_BTD, **told, **arguments)
-            target_BTD = trace.attention_output
-            if (kept := getattr(mixers[index], "kept", None)) is not None:
-                target_BTD = target_BTD - kept(u_BTD, **told, **arguments)
-            sums[index].add(*_valid(batch, heads_BTI, target_BTD))
+            with _watched(slots[index], mixers[index]) as seen:
+                u_BTD = trace.attention_input.to(student.dtype)
+                slots[index](u_BTD, position_embeddings=trace.position_embeddings, **arguments)
+            sums[index].add(*_valid(batch, seen.heads, trace.attention_output - seen.others))
     for index, mixer in mixers.items():
         yield index, _fit(mixer, sums[index], ridge)
 
@@ -135,7 +127,7 @@ def _in_parallel(
 def _in_sequence(
     student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Batch], ridge: float
 ) -> Iterator[tuple[int, Errors]]:
-    mixers: dict[int, Any] = mixers_of(student)
+    mixers, slots = _bare_mixers(student), mixers_of(student)
     _require_plain_sum(teacher, batches[0])
     arguments = [sequence_arguments(batch) for batch in batches]
     below = range(max(mixers) + 1)
@@ -149,9 +141,10 @@ def _in_sequence(
         if index in mixers:
             sums = _sums_for(mixers[index])
             for batch, trace, stream_BTD, told in zip(batches, traces, streams, arguments, strict=True):
-                heads_BTI, kept_BTD = _inside(layer, stream_BTD, trace, told)
-                target_BTD = trace.attention_output + trace.layer_input - stream_BTD - kept_BTD
-                sums.add(*_valid(batch, heads_BTI, target_BTD))
+                with _watched(slots[index], mixers[index]) as seen:
+                    as_decoder_calls(layer, stream_BTD, trace, told)
+                target_BTD = trace.attention_output + trace.layer_input - stream_BTD - seen.others
+                sums.add(*_valid(batch, seen.heads, target_BTD))
             yield index, _fit(mixers[index], sums, ridge)
         streams = [
             as_decoder_calls(layer, stream_BTD, trace, told)
@@ -174,25 +167,41 @@ def _valid(batch: Batch, *tensors_BTC: Tensor) -> list[Tensor]:
     return [tensor_BTC[batch["valid"]] for tensor_BTC in tensors_BTC]
 
 
-def _inside(
-    layer: Any, stream_BTD: Tensor, trace: LayerTrace, told: dict[str, Tensor | None]
-) -> tuple[Tensor, Tensor | float]:
-    """When a student's layer reads the stream: what its output projection reads, and what heads beside the mixer add.
+def _bare_mixers(student: PreTrainedModel) -> dict[int, Any]:
+    """The mixers alone, without the heads that may be kept beside them."""
+    return {index: getattr(slot, "mixer", slot) for index, slot in mixers_of(student).items()}
 
-    (B, T, I) and (B, T, D); the second is 0 where there are no such heads.
+
+@dataclass
+class _Seen:
+    """What stands where attention stood was seen to make.
+
+    Attributes:
+        heads: what the mixer's output projection read, (B, T, I).
+        others: what was added to what it made, (B, T, D): by kept heads, else zeros.
     """
-    mixer = attention_of(layer)
-    read: list[Tensor] = []
-    added: list[Tensor] = []
-    handles = [mixer.out_proj.register_forward_pre_hook(lambda _module, args: read.append(args[0]))]
-    if (kept := getattr(mixer, "kept", None)) is not None:
-        handles.append(kept.register_forward_hook(lambda _module, _args, output: added.append(output)))
+
+    heads: Tensor = field(init=False)
+    others: Tensor = field(init=False)
+
+
+@contextmanager
+def _watched(slot: Any, mixer: Any) -> Iterator[_Seen]:
+    """Inside, a call of ``slot``, which is the mixer or holds it, is seen."""
+    seen = _Seen()
+
+    def projected(_projection: Any, args: tuple[Tensor, ...], output_BTD: Tensor) -> None:
+        seen.heads, seen.others = args[0], -output_BTD
+
+    def made(_slot: Any, _args: Any, output: tuple[Tensor, None]) -> None:
+        seen.others = seen.others + output[0]
+
+    handles = mixer.out_proj.register_forward_hook(projected), slot.register_forward_hook(made)
     try:
-        as_decoder_calls(layer, stream_BTD, trace, told)
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
-    return read[0], added[0] if added else 0.0
 
 
 def _require_plain_sum(teacher: PreTrainedModel, batch: Batch) -> None:

@@ -197,4 +197,4 @@ def test_the_program_writes_what_its_recipe_will_train_on(library_text, tmp_path
     assert not (tmp_path / "run").exists()
     with pytest.raises(SystemExit):
         write.main(recipe, [], tokens="many", output=out)
-    assert "--tokens is many" in capsys.readouterr().err
+    assert "--tokens many: give tokens" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""scripts.state_curve: what a state's size makes of a recipe, and bytes beside what they keep; training is elsewhere."""
+"""scripts.state_curve: what a state's size makes of a recipe, and what is kept beside its bytes."""
 
 from matplotlib.image import imread
 

@@ -86,6 +86,24 @@ def test_parallel_errors_are_those_of_the_layers_on_the_teachers_states(name, fa
         assert layer.error_after < min(1, layer.error_before)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_kept_heads_count_as_done(order):
+    """With all heads kept nothing is left to fit, and the projection, which starts at zero, stays there."""
+    teacher = tiny("qwen2").double()
+    student = convert(teacher, keep_heads={0: [0, 1, 2, 3], 1: [1]}, rope="keep")
+    before = copy.deepcopy(student.state_dict())
+    told = calibrate_student(student, teacher, batches(), layers=order)
+    assert not before["model.layers.0.self_attn.mixer.out_proj.weight"].any()
+    assert student.get_submodule("model.layers.0.self_attn.mixer.out_proj").weight.abs().max() < 1e-9
+    assert told[1].error_after < told[1].error_before
+    if order == "parallel":
+        after = measured(teacher, student)
+        ids = batches()[0]["input_ids"]
+        assert after[0] < 1e-20
+        assert after[1] < 0.9
+        assert student(ids).logits.isfinite().all()
+
+
 def measured(teacher, student) -> dict[int, float]:
     rest: dict[int, float] = dict.fromkeys(mixers_of(student), 0.0)
     size = dict(rest)
@@ -192,8 +210,11 @@ def test_padding_has_no_say():
     padded["valid"] = whole["valid"].clone()
     padded["valid"][:, 30:] = False
     cut = {key: tensor[:, :30] for key, tensor in whole.items()}
-    for model, batch in ((student, padded), (other, cut)):
-        calibrate_student(model, teacher, [batch], memories=False)
+    told = [
+        calibrate_student(model, teacher, [batch], memories=False) for model, batch in ((student, padded), (other, cut))
+    ]
+    for index in told[0]:
+        assert told[0][index].error_after == pytest.approx(told[1][index].error_after, rel=1e-6)
     for first, second in zip(student.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-8, atol=1e-10)
 
