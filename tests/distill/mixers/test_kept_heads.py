@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from distill import convert, load_student
 from distill.adapters import default_lora_targets
 from distill.attention import view, views
-from distill.cache import HeadsCacheLayer, cache_nbytes
+from distill.cache import HeadsCacheLayer, adopt, cache_nbytes
 from distill.capture import layer_traces
 from distill.conversion import empty_model, plan, report
 from distill.decoder import attention_of, layers_of
@@ -219,6 +219,26 @@ def test_a_layer_fed_alone_is_the_layer_in_its_model(case):
         trace = seen[index]
         alone, _ = mixer(trace.attention_input, resets_BT=resets, position_embeddings=trace.position_embeddings)
         close(alone, trace.attention_output)
+
+
+@pytest.mark.parametrize("case", ["Llama", "Mistral"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_without_a_mask_of_four_dimensions_the_cache_says_what_is_seen(case, padded):
+    """As under flash attention, whose masks are of padding alone."""
+    student = disturbed(convert(tiny_case(case), keep_heads=HEADS))
+    mixer, length = mixers_of(student)[0], 20
+    torch.manual_seed(9)
+    u, valid = torch.randn(2, length, 32), torch.ones(2, length, dtype=torch.bool)
+    valid[1, :3] = not padded
+    rotation = student.get_decoder().rotary_emb(u, torch.arange(length)[None])
+    whole, _ = mixer(u, valid_BT=valid if padded else None, position_embeddings=rotation)
+    cache, got = adopt(DynamicCache(config=student.config), [0, 1, 2], 3, [0, 2]), []
+    for start, end in ((0, 9), (9, 10), (10, 13), (13, 20)):
+        piece = {"position_embeddings": [part[:, start:end] for part in rotation]}
+        if padded:
+            piece |= {"attention_mask": valid[:, :end].long(), "valid_BT": valid[:, start:end]}
+        got.append(mixer(u[:, start:end], cache=cache, **piece)[0])
+    close(torch.cat(got, dim=1)[valid], whole[valid])
 
 
 def test_stage_1_matches_the_other_heads_alone():
