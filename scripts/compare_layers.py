@@ -59,7 +59,7 @@ def main(
     asked = ask(recipe, overrides or (), keep=max(sizes), output=output, method="greedy")
     with alone_in(output), measures(asked) as measured:
         of = [*measured.settings.values(), trained_for, scored]
-        ledger = Ledger(output / "trained.json", *of)
+        ledger = Ledger(output / f"trained-{trained_for}.json", *of)
         teacher = ledger.measure("teacher", partial(_teacher, measured, scored))
         found: Fields = {"teacher": teacher, "settings": _told(asked, measured, trained_for, scored), "sizes": []}
         rankings = {size: dict(_rankings(recipe, overrides or (), measured, output, size)) for size in sizes}
