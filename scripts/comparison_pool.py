@@ -47,13 +47,17 @@ def processes(jobs: int) -> ProcessPoolExecutor:
 
 
 def _begin(parent: int) -> None:
-    """In a process of the pool: it stops, its run saved, when the comparison is killed; else it would hold the run."""
+    """In a process of the pool: it ends, its run saved, when the comparison is killed; else it would hold the run.
+
+    A signal alone ends no more than the run at work: the pool's own code would go on with the next one it was given.
+    """
     quiet_unless_watched()
 
     def watch() -> None:
-        while True:
-            time.sleep(1 if os.getppid() == parent else GRACE)
-            if os.getppid() != parent:
-                os.kill(os.getpid(), signal.SIGTERM)
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE)
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
