@@ -25,16 +25,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distill.attention import AttentionView, views
-from distill.data.blocks import IGNORED
 from distill.decoder import attention_of, layers_of
 from distill.decoder_inputs import CACHES
 from distill.errors import UserError
 from distill.evaluating import evaluating
 from distill.evaluation import device_of, evaluate
-from distill.objective import Batch
 from distill.projections import module_of
 from distill.recall.example import Example
 from distill.recall.scoring import examine
+from distill.selection.probe import repetitions
 
 REACH = 4  # a mixer's convolution by default (`student.conv_width`)
 SHORTEST = 16
@@ -183,9 +182,11 @@ def asking_repeated(ids: Sequence[int], *, rows: int, length: int, bos: int | No
         seed: of what is drawn.
 
     Raises:
-        UserError: rows are too short to repeat anything, or there is nothing to draw from.
+        UserError: rows are too short to repeat anything, or there are too few ids.
     """
-    batch = repeated(ids, rows=rows, length=length, bos=bos, seed=seed)
+    if length < SHORTEST + 1:
+        raise UserError(f"rows of {length} tokens repeat too little; take {SHORTEST + 1} at least")
+    (batch,) = repetitions(torch.tensor(list(ids)), rows, length, rows, bos, seed)
 
     def ask(model: PreTrainedModel) -> Found:
         with evaluating(model):
@@ -193,19 +194,3 @@ def asking_repeated(ids: Sequence[int], *, rows: int, length: int, bos: int | No
             return Found(-evaluate(model, None, [here]).loss)
 
     return ask
-
-
-def repeated(ids: Sequence[int], *, rows: int, length: int, bos: int | None, seed: int = 0) -> Batch:
-    """One batch of rows ``bos r r``, scored where a token of r comes a second time, but for the first of them."""
-    head = [] if bos is None else [bos]
-    half = (length - len(head)) // 2
-    pool = torch.tensor([one for one in ids if one != bos])
-    if 2 * half < SHORTEST or len(pool) < 2:
-        raise UserError(f"rows of {length} tokens out of {len(pool)} repeat too little; take {SHORTEST + 1} at least")
-    drawn_BT = pool[torch.randint(len(pool), (rows, half), generator=torch.Generator().manual_seed(seed))]
-    input_ids = torch.cat([torch.tensor(head, dtype=torch.long).expand(rows, -1), drawn_BT, drawn_BT], dim=1)
-    labels = input_ids.clone()
-    labels[:, : len(head) + half + 1] = IGNORED
-    positions_BT = torch.arange(input_ids.shape[1]).expand_as(input_ids).contiguous()
-    valid_BT = torch.ones_like(input_ids, dtype=torch.bool)
-    return {"input_ids": input_ids, "position_ids": positions_BT, "labels": labels, "valid": valid_BT}

@@ -16,7 +16,6 @@ from distill.selection.heads import (
     most_missed,
     near_sighted,
     rank_heads,
-    repeated,
     silenced,
 )
 from tests.conftest import tiny
@@ -88,20 +87,14 @@ def test_the_head_that_does_all_the_work_is_ranked_first():
         assert len(ranking) == 12
 
 
-def test_repeated_tokens_are_scored_where_they_come_again():
-    batch = repeated(range(3, 97), rows=3, length=33, bos=1)
-    ids, labels = batch["input_ids"], batch["labels"]
-    assert ids.shape == (3, 33)
-    assert (ids[:, 0] == 1).all()
-    assert torch.equal(ids[:, 1:17], ids[:, 17:])
-    assert not (ids[:, 1:] == 1).any()
-    assert (labels[:, :18] == -100).all()
-    assert torch.equal(labels[:, 18:], ids[:, 18:])
+def test_repeated_tokens_ask_for_what_was_read():
     found = asking_repeated(range(3, 97), rows=3, length=33, bos=1)(tiny("llama"))
     assert found.log_probability < 0
     assert found.written is None
     with pytest.raises(UserError, match="repeat too little"):
-        repeated(range(3, 97), rows=3, length=12, bos=None)
+        asking_repeated(range(3, 97), rows=3, length=12, bos=None)
+    with pytest.raises(UserError, match="different tokens"):
+        asking_repeated([5, 6], rows=3, length=33, bos=None)
 
 
 def test_the_most_missed_are_named_by_layer():
