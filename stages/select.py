@@ -45,7 +45,7 @@ def main(
     keep: Annotated[int, typer.Option(help="Layers that shall keep attention.")],
     output: Annotated[Path, typer.Option(help=f"Folder for {', '.join(FILES)}, and for what they come from.")],
     overrides: Overrides = None,
-    method: Annotated[str, typer.Option(help=f"How layers are ranked: {', '.join(METHODS)}.")] = "restore",
+    method: Annotated[str, typer.Option(help=f"How layers are ranked: {', '.join(METHODS)}.")] = "greedy",
     among: Annotated[str, typer.Option(metavar="LAYERS", help="Only these may keep attention: 2,5,8; else all.")] = "",
     budget: Annotated[
         str | None, typer.Option(metavar="TOKENS", help="All that it may cost; a tenth of the recipe's by default.")

@@ -16,6 +16,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from distill.student import mixers_of
 from tests.support_table import (  # noqa: F401  (hooks)
     pytest_addoption,
     pytest_configure,
@@ -88,6 +89,16 @@ def tiny(family: str, seed: int = 0) -> PreTrainedModel:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.requires_grad_(False)
+
+
+def disturbed(student: PreTrainedModel) -> PreTrainedModel:
+    """The same, its mixers as if trained: what starts at zero is not zero."""
+    torch.manual_seed(6)
+    with torch.no_grad():
+        for mixer in mixers_of(student).values():
+            for parameter in mixer.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return student
 
 
 @pytest.fixture(params=sorted(FAMILIES))

@@ -55,7 +55,7 @@ def ask(
     *,
     keep: int,
     output: Path,
-    method: str = "restore",
+    method: str = "greedy",
     among: str = "",
     total: int | None = None,
     score: int | None = None,

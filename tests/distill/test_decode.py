@@ -8,8 +8,7 @@ from transformers.cache_utils import Cache
 
 from distill import convert
 from distill.mixers import MIXERS
-from distill.student import mixers_of
-from tests.conftest import tiny
+from tests.conftest import disturbed, tiny
 
 LAYOUTS = {"all mixers": (), "first kept": (0,), "last kept": (2,)}
 
@@ -17,16 +16,7 @@ LAYOUTS = {"all mixers": (), "first kept": (0,), "last kept": (2,)}
 @pytest.fixture(params=[(mixer, layout) for mixer in sorted(MIXERS) for layout in LAYOUTS], ids=" ".join)
 def student(request) -> PreTrainedModel:
     mixer, layout = request.param
-    return with_noise(convert(tiny("llama"), mixer=mixer, keep_attention=LAYOUTS[layout]))
-
-
-def with_noise(student: PreTrainedModel) -> PreTrainedModel:
-    torch.manual_seed(6)
-    with torch.no_grad():
-        for mixer in mixers_of(student).values():
-            for parameter in mixer.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return student
+    return disturbed(convert(tiny("llama"), mixer=mixer, keep_attention=LAYOUTS[layout]))
 
 
 def tokens(*shape: int) -> torch.Tensor:
@@ -118,7 +108,7 @@ def test_a_step_is_compiled_once_and_whole(student):
 
 
 def test_generate_compiles_a_step_once_and_whole_for_padded_prompts_too(family):
-    student = with_noise(convert(tiny(family), keep_attention=[1]))
+    student = disturbed(convert(tiny(family), keep_attention=[1]))
     ids, mask = tokens(2, 11), torch.ones(2, 11, dtype=torch.long)
     mask[0, :4] = 0
     setting = CompileConfig(backend="eager", fullgraph=True, mode=None)

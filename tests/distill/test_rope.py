@@ -13,7 +13,7 @@ from distill.mixers import MIXERS
 from distill.objectives import attention_matrix
 from distill.rotation import require_rotation
 from distill.student import mixers_of
-from tests.conftest import tiny
+from tests.conftest import disturbed, tiny
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
 
@@ -21,13 +21,7 @@ GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
 @pytest.fixture(params=[(name, keep) for name in sorted(MIXERS) for keep in ((), (1,))], ids=str)
 def student(request) -> PreTrainedModel:
     mixer, keep = request.param
-    made = convert(tiny("llama"), mixer=mixer, keep_attention=keep, rope="keep")
-    torch.manual_seed(6)
-    with torch.no_grad():
-        for changed in mixers_of(made).values():
-            for parameter in changed.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return made
+    return disturbed(convert(tiny("llama"), mixer=mixer, keep_attention=keep, rope="keep"))
 
 
 def tokens(*shape: int) -> torch.Tensor:

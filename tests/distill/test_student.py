@@ -9,8 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from distill import convert, load_student
 from distill.cache import MixerCacheLayer, cache_nbytes
 from distill.mixers import MIXERS
-from distill.student import mixers_of
-from tests.conftest import tiny
+from tests.conftest import disturbed, tiny
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
 
@@ -19,13 +18,7 @@ GREEDY = {"max_new_tokens": 12, "do_sample": False}
 def student(request, family):
     """All-mixer and hybrid students of every family, with trained-looking mixers."""
     mixer, keep = request.param
-    made = convert(tiny(family), mixer=mixer, keep_attention=keep)
-    torch.manual_seed(6)
-    with torch.no_grad():
-        for parameters in mixers_of(made).values():
-            for parameter in parameters.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return made
+    return disturbed(convert(tiny(family), mixer=mixer, keep_attention=keep))
 
 
 @pytest.fixture

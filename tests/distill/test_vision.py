@@ -15,10 +15,10 @@ from distill.engines import placement
 from distill.head import final_states, head_of
 from distill.roles import roles
 from distill.stored_weights import StoredWeights
-from distill.student import mixers_of
 from distill.vision import model_arguments, packed_positions, places, read_both_ways
 from distill.weight_files import stored_tensors
 from distill.weight_names import names_in
+from tests.conftest import disturbed
 from tests.vision_models import CAUSAL, IMAGE, MODELS, image_batch, row_of, tiny_vision
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "suppress_tokens": [IMAGE]}
@@ -28,13 +28,7 @@ M_ROPE = ("qwen2_vl", "qwen2_5_vl")
 
 def student_of(name: str, keep=(), rope: str = "drop"):
     """A converted model with mixers as if they were trained."""
-    made = convert(tiny_vision(name), keep_attention=keep, rope=rope, bidirectional="causal")
-    torch.manual_seed(6)
-    with torch.no_grad():
-        for parameters in mixers_of(made).values():
-            for parameter in parameters.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return made
+    return disturbed(convert(tiny_vision(name), keep_attention=keep, rope=rope, bidirectional="causal"))
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> None:

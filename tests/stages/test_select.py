@@ -99,7 +99,7 @@ def test_a_selection_that_was_cut_off_goes_on_and_ends_as_one_that_was_not(recip
 
     monkeypatch.setattr(distill.selection.measures, "divergence", counted)
     whole = recipe.parent / "whole"
-    found = select.select(ask(recipe, (), output=whole, **refine))
+    found = select.select(ask(recipe, (), output=whole, **refine, method="restore"))
     write(found, whole)
     told = json.loads((whole / "selection.json").read_text())
     made = len(calls)
@@ -135,10 +135,10 @@ def test_a_selection_that_was_cut_off_goes_on_and_ends_as_one_that_was_not(recip
     calls.clear()
     while limits:
         with pytest.raises(CutOffError):
-            select.select(ask(recipe, (), output=again, **refine))
+            select.select(ask(recipe, (), output=again, **refine, method="restore"))
         limits.pop(0)
     assert next((again / "choices").iterdir()) in [choice_folder(again, one.layers) for one in found.refined]
-    resumed = select.select(ask(recipe, (), output=again, **refine))
+    resumed = select.select(ask(recipe, (), output=again, **refine, method="restore"))
     write(resumed, again)
     assert len(calls) == made  # nothing twice
     for name in ("selection.json", "recipe.yaml", "selection.png"):

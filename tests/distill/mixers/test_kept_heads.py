@@ -23,7 +23,7 @@ from distill.student import mixers_of, reads_any_length
 from stages.hidden import HiddenObjective
 from stages.logits import LogitObjective
 from stages.mixing import MixingObjective
-from tests.conftest import tiny
+from tests.conftest import disturbed, tiny
 from tests.distill.families.models import EVERY
 from tests.distill.families.models import tiny as tiny_case
 
@@ -42,16 +42,6 @@ def prompt(*shape: int) -> torch.Tensor:
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> None:
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-def disturbed(student: PreTrainedModel) -> PreTrainedModel:
-    """As if trained: what starts at zero is not zero."""
-    torch.manual_seed(6)
-    with torch.no_grad():
-        for mixer in mixers_of(student).values():
-            for parameter in mixer.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return student
 
 
 @pytest.fixture(params=sorted(MIXERS))

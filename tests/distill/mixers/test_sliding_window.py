@@ -13,7 +13,7 @@ from distill.recipe import HiddenStage
 from distill.student import mixers_of
 from distill.windowed import windowed
 from stages.hidden import HiddenObjective
-from tests.conftest import tiny
+from tests.conftest import disturbed, tiny
 
 WINDOW, SINKS = 5, 2
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
@@ -21,13 +21,9 @@ GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
 
 @pytest.fixture(params=[(), (1,)], ids=["all", "hybrid"])
 def student(request, family) -> PreTrainedModel:
-    made = convert(tiny(family), mixer="sliding_window", keep_attention=request.param, window=WINDOW, sinks=SINKS)
-    torch.manual_seed(6)
-    with torch.no_grad():
-        for mixer in mixers_of(made).values():
-            for parameter in mixer.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return made
+    return disturbed(
+        convert(tiny(family), mixer="sliding_window", keep_attention=request.param, window=WINDOW, sinks=SINKS)
+    )
 
 
 def prompt(*shape: int) -> torch.Tensor:
