@@ -41,7 +41,10 @@ def in_the_checkout(monkeypatch):
         ({"among": "last"}, "--among is 'last'; give different layers"),
         ({"method": "best"}, "--method is 'best'; allowed are restore, greedy, mixing, hidden, probe, uniform, last"),
         ({"method": "last", "refine": 512}, "--refine is for a ranking with scores, and last has none"),
-        ({"total": 500}, "180 of 500 tokens are left to align the student, less than one step of 128 in mixing"),
+        (
+            {"method": "restore", "total": 500},
+            "180 of 500 tokens are left to align the student, less than one step of 128 in mixing",
+        ),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(recipe, settings, said):
