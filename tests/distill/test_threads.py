@@ -29,11 +29,14 @@ def test_every_core_and_back():
 
 @pytest.mark.parametrize(("kind", "expected"), [("fsdp2", 3), ("zero3", 3), ("ddp", 2), ("one", 2)])
 def test_a_conversion_that_the_main_process_does_alone_takes_every_core(monkeypatch, kind, expected):
-    def look(_run: object, _held_out: object) -> None:
+    def look(*_of_run: object) -> None:
         raise UserError(f"{torch.get_num_threads()} threads")
 
     monkeypatch.setattr(convert_stage, "_convert", look)
-    run = SimpleNamespace(launched=Launched(kind), held_out=lambda: iter(()), teacher=None)
+    uncalibrated = SimpleNamespace(student=SimpleNamespace(calibrate=None))
+    run = SimpleNamespace(
+        launched=Launched(kind), held_out=lambda: iter(()), teacher=None, recipe=uncalibrated, blocks=(None, None)
+    )
     with pytest.raises(UserError, match=f"{expected} threads"):
         convert_stage.convert_stage(run)
     assert torch.get_num_threads() == 2
