@@ -12,11 +12,12 @@ from textwrap import fill
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from distill.units import count
 
 Fields = dict[str, Any]
-LABEL = 48  # characters of a recipe on a line of the legend
+LABEL = 28  # characters of a recipe on a line of the legend
 
 
 def gap(result: Fields, teacher_loss: float) -> float:
@@ -71,7 +72,7 @@ def draw(found: Fields, path: Path) -> None:
 
     A line is a run on its way, its last point the end. Larger budgets have thicker lines.
     """
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     groups = list(_groups(found["results"]))
     recipes = list(dict.fromkeys(result["recipe"] for result in found["results"]))
@@ -91,10 +92,11 @@ def draw(found: Fields, path: Path) -> None:
                 )
     for ax, label in zip(axes, ("training tokens", "CPU seconds of training"), strict=True):
         ax.set(xscale="log", yscale="log", xlabel=label)
+        ax.xaxis.set_minor_formatter(NullFormatter())  # within a decade matplotlib writes numbers over one another
         ax.grid(True, which="both", alpha=0.2)
     axes[0].set_ylabel("held-out loss behind the teacher, nats a token")
     if axes[0].get_legend_handles_labels()[0]:
-        axes[0].legend(fontsize="small")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.suptitle(f"{found['teacher']['name']}, attention kept in {found['settings']['keep_attention']}")
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
