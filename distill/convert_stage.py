@@ -5,6 +5,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from distill import handover
 from distill.capture import Batch
@@ -72,10 +75,25 @@ def _convert(run: Run, held_out: Iterator[Batch], batches: list[Batch]) -> Stage
     # What is too large for one device is measured by all of them, in the evaluation that follows.
     loss = None if run.launched.shards_weights else evaluate(student, None, held_out).loss
 
+    return hand_on(run, student, {"conversion.json": report.to_json()}, loss=loss, started=started)
+
+
+def hand_on(
+    run: Run, student: PreTrainedModel, accounts: dict[str, Any], *, loss: float | None, started: float
+) -> StageRecord:
+    """Write the stage ``convert`` of a run: a student that nothing was trained of.
+
+    Args:
+        accounts: JSON beside the student, by the name of its file: where the student comes from.
+        loss: on the held-out text, if it was measured.
+        started: when making it began, by ``time.perf_counter``.
+    """
+
     def save(folder: Path) -> None:
         student.save_pretrained(folder)
         run.save_beside(folder)
-        (folder / "conversion.json").write_text(json.dumps(report.to_json(), indent=1))
+        for name, account in accounts.items():
+            (folder / name).write_text(json.dumps(account, indent=1))
 
     record = StageRecord(
         stage=CONVERT,

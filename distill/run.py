@@ -253,3 +253,11 @@ def _flat(nested: object, prefix: str = "") -> dict[str, object]:
         for name, part in nested.items()
         for key, value in _flat(part, f"{prefix}{'.' if prefix else ''}{name}").items()
     }
+
+
+def share_text(run: Run, prepared: Path) -> None:
+    """Let a run read the text that another has prepared, in the folder ``prepared``."""
+    place = run.recipe.run_dir / "data"
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(prepared.absolute())

@@ -1,7 +1,7 @@
 """Which recipe keeps most of the teacher for its tokens: each is trained with several seeds on the same text.
 
     python -m scripts.compare_recipes --teacher stories260k --budget 1M --budget 4M --seeds 3 \\
-        --recipe ours --recipe mohawk --recipe "ours student.rope=keep" --output runs/compare/stories260k
+        --recipe ours --recipe mohawk --recipe "ours student.mixer=mamba2" --output runs/compare/stories260k
 
 Writes results.json, table.md and gap.png into --output. Whatever is finished there is used again and what was killed
 goes on, so the same command with more budgets, seeds or recipes only does what is new. How the comparison is made fair,

@@ -24,7 +24,7 @@ from distill.errors import UserError
 from distill.evaluation import evaluate
 from distill.recall import examine, row_examples
 from distill.recipe import Recipe, StageName, load_recipe
-from distill.run import CONVERT, Run, at_work_on
+from distill.run import CONVERT, Run, at_work_on, share_text
 from distill.student import load_student
 from distill.training.nonfinite import NonFiniteLoss
 from stages.run import PROGRAMS
@@ -178,7 +178,7 @@ def carry_out(common: Common, wanted: Wanted) -> Fields:
     """
     torch.set_num_threads(1)
     with at_work_on(*cut_recipe(common, wanted)) as run:
-        share_text(common, run)
+        share_text(run, common.output / "data")
         try:
             for stage in run.stages:
                 if not run.is_done(stage):
@@ -186,14 +186,6 @@ def carry_out(common: Common, wanted: Wanted) -> Fields:
         except NonFiniteLoss as error:
             return {**asdict(wanted), "failed": str(error), "curve": []}
         return {**asdict(wanted), **measured(common, run)}
-
-
-def share_text(common: Common, run: Run) -> None:
-    """Let a run read the text that the comparison has prepared, unless its recipe trains on text of its own."""
-    place, text = run.recipe.run_dir / "data", common.output / "data"
-    if not place.exists() and run.recipe.data == load_recipe(common.teacher, common.overrides).data:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.symlink_to(text.absolute())
 
 
 def prepare(common: Common, wanted: Wanted) -> Fields:

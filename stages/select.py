@@ -1,7 +1,7 @@
 """Which layers keep attention, K being given: align a student without any, rank the layers, write the recipe.
 
     python -m stages.select recipes/quickstart.yaml --keep 1 --output runs/select/one
-    python -m stages.select recipes/quickstart.yaml --keep 2 --method greedy --refine 40K --output runs/select/two
+    python -m stages.select recipes/quickstart.yaml --keep 2 --refine 40K --output runs/select/two
     python -m stages.run runs/select/one/recipe.yaml
 
 It trains, by the stages' own programs, so it is a program of the checkout as they are and no command of ``distill``;

@@ -15,13 +15,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from distill import handover
+from distill.convert_stage import hand_on
 from distill.data import TrainingBatches
 from distill.errors import UserError
 from distill.handover import StageRecord
 from distill.objective import Batch
 from distill.recipe import STAGE_NAMES, Recipe, StageName
-from distill.run import CONVERT, Run
+from distill.run import CONVERT, Run, share_text
 from distill.selection.ranking import Layers
 from distill.selection.restoring import hybrid
 from distill.student import load_student
@@ -108,34 +108,11 @@ def put_back(run: Run, aligned: Run, student: PreTrainedModel) -> StageRecord:
     if run.is_done(CONVERT):
         _require_origin(run.folder(CONVERT), origin)
         return run.verified(CONVERT)
-    share_text(run, aligned)
+    share_text(run, aligned.recipe.run_dir / "data")
     started = time.perf_counter()
     made = hybrid(student, run.teacher, run.facts.kept)
 
-    def save(folder: Path) -> None:
-        made.save_pretrained(folder)
-        run.save_beside(folder)
-        (folder / ORIGIN).write_text(json.dumps(origin, indent=1))
-
-    record = StageRecord(
-        stage=CONVERT,
-        parent=run.origin,
-        loss_start=None,
-        loss_end=None,
-        steps=0,
-        tokens=0,
-        seconds=time.perf_counter() - started,
-        settings=run.recipe.stage_digest(CONVERT),
-    )
-    return handover.write(run.folder(CONVERT), save, record)
-
-
-def share_text(run: Run, prepared: Run) -> None:
-    """Let a run read the text that another has prepared."""
-    place, text = run.recipe.run_dir / "data", prepared.recipe.run_dir / "data"
-    if not place.exists():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.symlink_to(text.absolute())
+    return hand_on(run, made, {ORIGIN: origin}, loss=None, started=started)
 
 
 def _require_origin(folder: Path, origin: Mapping[str, object]) -> None:
