@@ -10,6 +10,7 @@ from distill import convert, load_student
 from distill.cache import MixerCacheLayer, cache_nbytes
 from distill.mixers import MIXERS
 from tests.conftest import disturbed, tiny
+from tests.distill.agreement import close, pieces_agree, prompt
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
 
@@ -26,24 +27,8 @@ def hybrid():
     return convert(tiny("llama"), keep_attention=[1])
 
 
-def prompt(*shape: int) -> torch.Tensor:
-    torch.manual_seed(7)
-    return torch.randint(3, 97, shape)
-
-
-def close(got: torch.Tensor, expected: torch.Tensor) -> None:
-    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
 def test_prefill_chunked_prefill_and_steps_agree(student):
-    ids = prompt(2, 40)
-    expected = student(ids, use_cache=False).logits
-    for pieces in ([40], [17, 3, 20], [1] * 40):
-        cache, got = DynamicCache(config=student.config), []
-        for piece in ids.split(pieces, dim=1):
-            got.append(student(piece, past_key_values=cache).logits)
-        close(torch.cat(got, dim=1), expected)
-        assert cache.get_seq_length() == 40
+    pieces_agree(student)
 
 
 @pytest.mark.parametrize(

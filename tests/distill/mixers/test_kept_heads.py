@@ -24,6 +24,7 @@ from stages.hidden import HiddenObjective
 from stages.logits import LogitObjective
 from stages.mixing import MixingObjective
 from tests.conftest import disturbed, tiny
+from tests.distill.agreement import close, layers_alone_agree, pieces_agree, prompt
 from tests.distill.families.models import EVERY
 from tests.distill.families.models import tiny as tiny_case
 
@@ -33,15 +34,6 @@ IN_FP32 = {"Gemma", "Gemma 2", "Gemma 3", "Mixtral", "Qwen3-MoE"}
 """Whose norms, softmax or experts are never in fp64."""
 OVER_ALL_HEADS = {"OLMo 2", "Cohere *"}
 """Whose norms of queries are not over single heads."""
-
-
-def prompt(*shape: int) -> torch.Tensor:
-    torch.manual_seed(7)
-    return torch.randint(3, 97, shape)
-
-
-def close(got: torch.Tensor, expected: torch.Tensor) -> None:
-    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.fixture(params=sorted(MIXERS))
@@ -90,14 +82,7 @@ def test_a_kept_head_starts_as_it_was_and_the_mixer_says_nothing_in_its_place():
 
 
 def test_prefill_chunked_prefill_and_steps_agree(student):
-    ids = prompt(2, 40)
-    expected = student(ids, use_cache=False).logits
-    for pieces in ([40], [17, 3, 20], [1] * 40):
-        cache, got = DynamicCache(config=student.config), []
-        for piece in ids.split(pieces, dim=1):
-            got.append(student(piece, past_key_values=cache).logits)
-        close(torch.cat(got, dim=1), expected)
-        assert cache.get_seq_length() == 40
+    pieces_agree(student)
 
 
 @pytest.mark.parametrize("case", ["Gemma 2", "Gemma 3", "Falcon, new", "GPT-2", "Mistral", "Phi", "Qwen2"])
@@ -200,15 +185,7 @@ def batch() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("case", ["Llama", "Gemma 2", "Mistral"])
 def test_a_layer_fed_alone_is_the_layer_in_its_model(case):
     """Called without the decoder: documents, padding and the window are the layer's own to hide."""
-    student = disturbed(convert(tiny_case(case), keep_heads=HEADS))
-    whole = batch() | {"valid": torch.ones(2, 30, dtype=torch.bool)}
-    seen = layer_traces(student, whole, mixers_of(student), ["attention_input", "attention_output"])
-    resets = torch.zeros(2, 30, dtype=torch.bool)
-    resets[:, [0, 12]] = True
-    for index, mixer in mixers_of(student).items():
-        trace = seen[index]
-        alone, _ = mixer(trace.attention_input, resets_BT=resets, position_embeddings=trace.position_embeddings)
-        close(alone, trace.attention_output)
+    layers_alone_agree(disturbed(convert(tiny_case(case), keep_heads=HEADS)), batch())
 
 
 @pytest.mark.parametrize("case", ["Llama", "Mistral"])

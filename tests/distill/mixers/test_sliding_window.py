@@ -5,7 +5,6 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from distill import convert, load_student
-from distill.capture import layer_traces
 from distill.conversion import plan, report
 from distill.errors import UserError
 from distill.objective import Batch
@@ -14,6 +13,7 @@ from distill.student import mixers_of
 from distill.windowed import windowed
 from stages.hidden import HiddenObjective
 from tests.conftest import disturbed, tiny
+from tests.distill.agreement import close, layers_alone_agree
 
 WINDOW, SINKS = 5, 2
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
@@ -29,10 +29,6 @@ def student(request, family) -> PreTrainedModel:
 def prompt(*shape: int) -> torch.Tensor:
     torch.manual_seed(7)
     return torch.randint(3, 97, shape)
-
-
-def close(got: torch.Tensor, expected: torch.Tensor) -> None:
-    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("how", ["eager", "sdpa"])
@@ -119,18 +115,7 @@ def test_fed_the_teachers_states_a_wide_window_has_nothing_to_learn(how):
 
 
 def test_a_layer_fed_alone_is_the_layer_in_its_model(student):
-    seen = layer_traces(
-        student,
-        batch() | {"valid": torch.ones(2, 30, dtype=torch.bool)},
-        mixers_of(student),
-        ["attention_input", "attention_output"],
-    )
-    resets = torch.zeros(2, 30, dtype=torch.bool)
-    resets[:, [0, 12]] = True
-    for index, mixer in mixers_of(student).items():
-        trace = seen[index]
-        alone, _ = mixer(trace.attention_input, resets_BT=resets, position_embeddings=trace.position_embeddings)
-        close(alone, trace.attention_output)
+    layers_alone_agree(student, batch())
 
 
 def test_what_it_remembers_is_counted():
