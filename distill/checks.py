@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.errors import UserError
 from distill.recipe import Keep, LayerwiseTraining, Recipe, StageName
-from distill.student_checks import check_exportable_student, check_kept_heads, check_rope, check_window
+from distill.student_checks import check_expand, check_exportable_student, check_kept_heads, check_rope, check_window
 from distill.vision_checks import check_image_rows, check_images, check_trained
 from distill.weight_files import TensorFacts, stored_tensors
 
@@ -97,6 +97,8 @@ def check(recipe: Recipe, *, ranks: int = 1, planning: bool = False) -> RecipeFa
             _check_heads(recipe)
         with found.at("student.window"):
             check_window(recipe.student)
+        with found.at("student.expand"):
+            check_expand(recipe.student)
         with found.at("stages.logits.train"):
             check_trained(recipe)
         with found.at("stages.logits.stepwise"):

@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 
 from distill.attention import AttentionView, views
 from distill.calibration import calibrate
+from distill.copies import require_copies
 from distill.decoder import attention_of, layers_of, norm_eps
 from distill.errors import UserError
 from distill.families import FAMILIES, family_name
@@ -93,6 +94,7 @@ def convert(
     seed: int = 0,
     seed_from_attention: bool = True,
     from_scratch: bool = False,
+    expand: int = 1,
     state_dim: int | None = None,
     conv_width: int = 4,
     rope: str = "drop",
@@ -111,6 +113,7 @@ def convert(
         seed: for the tokens the seeding looks at and for mixers that start at random; the same seed, the same student.
         seed_from_attention: copy the attention weights into the mixers; False starts the mixers at random.
         from_scratch: take nothing from the teacher but its shape: all weights start as its class starts them.
+        expand: heads of the mixer for each of attention's (``distill.copies``).
         state_dim: state size of a head; None means the teacher's head size (``based``: queries' and keys', at most 16).
         conv_width: taps of the mixers' short convolution.
         rope: ``keep`` gives the mixers the teacher's rotary positions (``distill.mixers.rotary``), ``drop`` does not.
@@ -134,6 +137,7 @@ def convert(
         seed=seed,
         seed_from_attention=seed_from_attention,
         from_scratch=from_scratch,
+        expand=expand,
         state_dim=state_dim,
         conv_width=conv_width,
         rope=rope,
@@ -153,6 +157,7 @@ def convert_with_report(
     seed: int = 0,
     seed_from_attention: bool = True,
     from_scratch: bool = False,
+    expand: int = 1,
     state_dim: int | None = None,
     conv_width: int = 4,
     rope: str = "drop",
@@ -166,6 +171,7 @@ def convert_with_report(
         mixer=mixer,
         keep_attention=keep_attention,
         keep_heads=keep_heads,
+        expand=expand,
         state_dim=state_dim,
         conv_width=conv_width,
         rope=rope,
@@ -196,6 +202,7 @@ def plan(
     mixer: str = "mamba2",
     keep_attention: Sequence[int] = (),
     keep_heads: Heads | None = None,
+    expand: int = 1,
     state_dim: int | None = None,
     conv_width: int = 4,
     rope: str = "drop",
@@ -221,6 +228,7 @@ def plan(
     if bidirectional != "causal" and len(kept) < text.num_hidden_layers:
         refuse_both_ways(teacher)
     heads = dict(keep_heads or {})
+    require_copies(expand, mixer, bool(heads))
     layers = layer_kinds(text.num_hidden_layers, kept, mixer)
     changed = [index for index, kind in enumerate(layers) if kind == mixer]
     empty = empty_model(teacher)
@@ -233,7 +241,7 @@ def plan(
     if rope == "keep" and mixer != "sliding_window":  # whose attention does with positions what it always did
         require_rotation(empty, changed, state_dim)
     settings = {
-        "n_heads": attention.n_heads,
+        "n_heads": attention.n_heads * expand,
         "head_dim": attention.head_dim,
         "state_dim": state_dim,
         "conv_width": conv_width,

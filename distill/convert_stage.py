@@ -54,18 +54,11 @@ def _convert(run: Run, held_out: Iterator[Batch], batches: list[Batch]) -> Stage
         teacher = run.teacher
     student, report = convert_with_report(
         teacher,
-        mixer=run.recipe.student.mixer,
         keep_attention=run.facts.kept,
-        keep_heads=run.recipe.student.keep_heads,
         seed=run.recipe.seed,
         seed_from_attention=run.recipe.student.seed_from_attention,
         from_scratch=run.recipe.student.from_scratch,
-        state_dim=run.recipe.student.state_dim,
-        conv_width=run.recipe.student.conv_width,
-        window=run.recipe.student.window,
-        sinks=run.recipe.student.sinks,
-        rope=run.recipe.student.rope,
-        bidirectional=run.recipe.student.bidirectional,
+        **run.recipe.student.layout(),
     )
     if batches:
         wanted = run.recipe.student.calibrate

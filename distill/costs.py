@@ -94,6 +94,7 @@ class Kept(NamedTuple):
 class Sizes:
     """The numbers of the formulas above; parameters by role, of which ``idle`` are those of experts not met.
 
+    ``heads`` are the mixers', ``copies`` of each of attention's.
     ``kept_heads`` keep attention beside mixers, in all layers together, with ``kept_weights`` of their own.
     """
 
@@ -111,6 +112,7 @@ class Sizes:
     mixer: str = "mamba2"
     kept_heads: int = 0
     kept_weights: int = 0
+    copies: int = 1
 
     @property
     def n_changed(self) -> int:
@@ -141,6 +143,7 @@ def sizes_of(student: PreTrainedModel, block: int, teacher_roles: dict[str, int]
         mixer=kind,
         kept_heads=sum(len(heads.heads) for heads in kept),
         kept_weights=sum(parameter.numel() for heads in kept for parameter in heads.parameters()),
+        copies=mixer["n_heads"] // text.num_attention_heads,
     )
 
 
@@ -213,7 +216,7 @@ def _scan(sizes: Sizes) -> int:
 
 
 def _attention(sizes: Sizes) -> int:
-    return 4 * sizes.block * sizes.heads * sizes.head_dim
+    return 4 * sizes.block * sizes.heads // sizes.copies * sizes.head_dim
 
 
 def _head(sizes: Sizes) -> int:

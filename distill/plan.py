@@ -183,20 +183,7 @@ def make_plan(
     wanted = wanted or Wanted()
     teacher = empty_model(facts.config)
     teacher.to(DTYPES[recipe.teacher.dtype])  # type: ignore[arg-type]  # transformers hides nn.Module's signature
-    student = empty_model(
-        plan_student(
-            facts.config,
-            mixer=recipe.student.mixer,
-            keep_attention=facts.kept,
-            keep_heads=recipe.student.keep_heads,
-            state_dim=recipe.student.state_dim,
-            conv_width=recipe.student.conv_width,
-            window=recipe.student.window,
-            sinks=recipe.student.sinks,
-            rope=recipe.student.rope,
-            bidirectional=recipe.student.bidirectional,
-        )
-    )
+    student = empty_model(plan_student(facts.config, keep_attention=facts.kept, **recipe.student.layout()))
     conversion = report(teacher, student)
     sizes = sizes_of(student, recipe.data.block, conversion.parameters_before, conversion.parameters_after)
     devices = machine(wanted, recipe.dtype, sizes.hidden, cpu=recipe.device == "cpu")

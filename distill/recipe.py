@@ -152,6 +152,19 @@ class Calibrate(Section):
         return self
 
 
+_LAYOUT = (
+    "mixer",
+    "keep_heads",
+    "expand",
+    "state_dim",
+    "conv_width",
+    "rope",
+    "bidirectional",
+    "window",
+    "sinks",
+)
+
+
 class Student(Section):
     """What the teacher is turned into."""
 
@@ -165,6 +178,8 @@ class Student(Section):
     """Start the mixers from the teacher's attention weights instead of at random."""
     from_scratch: Flag = False
     """Start the whole student at random, mixers or not: a baseline that learns from the text alone."""
+    expand: Count = 1
+    """Heads of the mixer for each of attention's, which differ at the start in how far they look back."""
     state_dim: Count | None = None
     """Numbers of state for each channel of a head (based: of a query); null for the teacher's heads' (at most 16)."""
     conv_width: Count = 4
@@ -181,6 +196,10 @@ class Student(Section):
     """keep: B and C (k and q) carry the teacher's rotary positions, as its keys and queries do; drop: they do not."""
     calibrate: Calibrate | None = None
     """Fit what was seeded to the teacher's attention on some text, such as {tokens: 64K}; null: leave it as seeded."""
+
+    def layout(self) -> dict[str, Any]:
+        """What ``distill.conversion.plan`` takes besides the teacher and the layers that keep attention."""
+        return {name: getattr(self, name) for name in _LAYOUT}
 
     @field_validator("calibrate")
     @classmethod

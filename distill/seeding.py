@@ -2,7 +2,8 @@
 
 Linear attention computes Σ_s (q_t · k_s) v_s; a state-space layer computes Σ_s (C_t · B_s) decay x_s. So the teacher's
 projections have a place, head by head (MambaInLlama, arXiv 2408.15237); what attention does not have, decay, gate, skip
-and convolution, starts where it disturbs least. Keys and values that query heads share are repeated to the query heads.
+and convolution, starts where it disturbs least. Keys and values that query heads share are repeated to the query heads,
+and all of a head to its copies (``distill.copies``).
 """
 
 import math
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from distill.attention import AttentionView
 from distill.calibration import steady_direction
 from distill.capture import LayerTrace
+from distill.copies import mean_of_copies, shared_out, spread
+from distill.memories import SET_MEMORY, memories_of
 from distill.mixers import BasedMixer, DiscreteMamba2Mixer, GatedDeltaNetMixer, Mamba2Mixer, Mixer
 from distill.mixers.parts import inverse_softplus
 from distill.objectives import attention_matrix
@@ -46,6 +49,9 @@ def seed_mixer(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> lis
     Returns:
         What came from where, for the report.
     """
+    copies = mixer.n_heads // attention.n_heads
+    if copies > 1:
+        SET_MEMORY[type(mixer)](mixer, spread(memories_of(mixer), copies))
     return SEEDS[type(mixer)](mixer, attention, trace)
 
 
@@ -102,31 +108,33 @@ def _copy_projections(
         if (gain_I := gains.get(name)) is not None:
             weight_ID = gain_I[:, None] * weight_ID
             bias = None if bias is None else gain_I * bias
-        mixer.in_proj.weight[place] = _heads(scale * weight_ID, attention, beyond, width)
+        mixer.in_proj.weight[place] = _heads(scale * weight_ID, attention.head_dim, beyond, width)
         if bias is not None:
             inside = slice(place.start - first, place.stop - first)
             assert mixer.conv1d.bias is not None
             bias_I1, beyond = scale * bias[:, None], torch.zeros_like(made[:, :1])
-            mixer.conv1d.bias[inside] = _heads(bias_I1, attention, beyond, width)[:, 0]
-    mixer.out_proj.weight.copy_(attention.o.weight)
+            mixer.conv1d.bias[inside] = _heads(bias_I1, attention.head_dim, beyond, width)[:, 0]
+    copies = mixer.n_heads // attention.n_heads
+    mixer.out_proj.weight.copy_(shared_out(attention.o.weight, attention.head_dim, copies))
     if attention.o.bias is not None:
         mixer.out_proj.bias.copy_(attention.o.bias)
     state = (rows[named.q].stop - rows[named.q].start) // mixer.n_heads
     if narrower := state < attention.head_dim:
         _narrow_scores_(mixer, attention, trace, named, state)
-    shared = (
-        ""
-        if attention.n_heads == attention.n_kv_heads
-        else f", each repeated {attention.n_heads // attention.n_kv_heads}×"
-    )
+    normed_k, normed_q = (_NORMED if norm is not None else "" for norm in (attention.k_norm, attention.q_norm))
+    shared, copied = (_repeated(mixer.n_heads // heads) for heads in (attention.n_kv_heads, attention.n_heads))
     return [
         Seeded(f"in_proj {named.v}", f"v{shared}"),
-        Seeded(f"in_proj {named.k}", f"k{shared}, × √scaling{_NORMED if attention.k_norm is not None else ''}"),
-        Seeded(f"in_proj {named.q}", f"q, × √scaling{_NORMED if attention.q_norm is not None else ''}"),
-        Seeded("out_proj", "o"),
+        Seeded(f"in_proj {named.k}", f"k{shared}, × √scaling{normed_k}"),
+        Seeded(f"in_proj {named.q}", f"q{copied}, × √scaling{normed_q}"),
+        Seeded("out_proj", "o" + (f", each column shared out over {copies} heads" if copies > 1 else "")),
         Seeded("conv1d", "identity" + (", bias from q, k, v" if attention.q.bias is not None else "")),
         *([Seeded(f"in_proj {named.q}, {named.k}", f"the nearest scores of rank {state}, head by head")] * narrower),
     ]
+
+
+def _repeated(times: int) -> str:
+    return f", each repeated {times}×" if times > 1 else ""
 
 
 _NORMED = ", × the norm's weight / mean size before the norm"
@@ -147,29 +155,38 @@ def _norm_gain(attention: AttentionView, projection: Projection, norm: Any, trac
     return (before_BTI * after_BTI).sum(dim=(0, 1)) / size_I.clamp_min(torch.finfo(size_I.dtype).tiny)
 
 
-def _heads(weight: Tensor, attention: AttentionView, beyond: Tensor, width: int) -> Tensor:
-    """(heads·P, D) to (H·width, D): repeated to the query heads; rows past a head's P are those of ``beyond``."""
-    by_head = weight.unflatten(0, (-1, attention.head_dim))
-    if by_head.shape[0] != attention.n_heads:
-        by_head = attention.per_query_head(by_head, dim=0)
-    out = beyond.unflatten(0, (attention.n_heads, width)).clone()
-    used = min(width, attention.head_dim)
-    out[:, :used] = by_head[:, :used]
+def _heads(weight: Tensor, head_dim: int, beyond: Tensor, width: int) -> Tensor:
+    """(heads·P, D) to (H·width, D): repeated to the mixer's heads; rows past a head's P are those of ``beyond``."""
+    by_head = weight.unflatten(0, (-1, head_dim))
+    out = beyond.unflatten(0, (-1, width)).clone()
+    used = min(width, head_dim)
+    out[:, :used] = by_head.repeat_interleave(len(out) // len(by_head), dim=0)[:, :used]
     return out.flatten(0, 1)
 
 
 def _size_ratio(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> Tensor:
-    """(H,) how much larger attention's matrix is than the mixer's, head by head, in Frobenius norm."""
+    """(H,) how much larger attention's matrix is than the mixer's, head by head, in Frobenius norm.
+
+    Copies of a head have one matrix together, and all the same ratio.
+    """
     q_BHTP, k_BHTP = attention.queries_and_keys(trace.attention_input, trace.position_embeddings)
     teacher_BHTT = attention_matrix(
         q_BHTP, k_BHTP, scaling=attention.scaling, window=attention.sliding_window, softcap=attention.softcap
     )
-    student_BHTT = mixer.mixing_matrix(trace.attention_input, position_embeddings=trace.position_embeddings)
+    each_BHTT = mixer.mixing_matrix(trace.attention_input, position_embeddings=trace.position_embeddings)
+    student_BHTT = mean_of_copies(each_BHTT, attention.n_heads, dim=1)
     sizes = (matrix_BHTT.float().square().sum(dim=(0, 2, 3)).sqrt() for matrix_BHTT in (teacher_BHTT, student_BHTT))
     teacher_H, student_H = sizes
     ratio_H = teacher_H / student_H.clamp_min(torch.finfo(student_H.dtype).tiny)
     # A head without keys or queries (pruned, say) has a matrix of zeros, which no factor brings to size.
-    return ratio_H.clamp(1 / LARGEST_RATIO, LARGEST_RATIO)
+    ratio_H = ratio_H.clamp(1 / LARGEST_RATIO, LARGEST_RATIO)
+    return ratio_H.repeat_interleave(mixer.n_heads // attention.n_heads)
+
+
+def _value_sizes(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> Tensor:
+    """(H,) root mean square of the values that each head gets."""
+    size_H = attention.values(trace.attention_input).square().mean(dim=(0, 1, 3)).sqrt()
+    return size_H.repeat_interleave(mixer.n_heads // attention.n_heads)
 
 
 def _seed_mamba2(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> list[Seeded]:
@@ -179,7 +196,7 @@ def _seed_mamba2(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> l
     # The norm follows the gate, so a gate that is equal over a head's channels and never changes sign has no effect.
     mixer.in_proj.weight[mixer.in_rows()["z"]] = GATE_INPUT * steady_direction(trace.attention_input)
     # The norm makes every head's output unit size; attention's is about that of the values it averages.
-    value_size_H = attention.values(trace.attention_input).square().mean(dim=(0, 1, 3)).sqrt()
+    value_size_H = _value_sizes(mixer, attention, trace)
     mixer.norm.weight.copy_(value_size_H.repeat_interleave(mixer.head_dim))
     # A step of another size scales the whole matrix; A takes it out of the decay again.
     step_H = _size_ratio(mixer, attention, trace)
@@ -218,7 +235,7 @@ def _seed_gated_deltanet(mixer: Mixer, attention: AttentionView, trace: LayerTra
     mixer.in_proj.weight[mixer.in_rows()["z"]] = GATE_INPUT * steady_D
     mixer.in_proj.weight[mixer.in_rows()["b"]] = math.log(BETA / (1 - BETA)) * steady_D
     # The norm makes every head's output unit size, and the open gate makes it SiLU(GATE_INPUT).
-    value_size_H = attention.values(trace.attention_input).square().mean(dim=(0, 1, 3)).sqrt()
+    value_size_H = _value_sizes(mixer, attention, trace)
     opened = GATE_INPUT / (1 + math.exp(-GATE_INPUT))
     mixer.norm.weight.copy_(value_size_H.repeat_interleave(mixer.head_dim) / opened)
     return [
@@ -254,6 +271,7 @@ def _narrow_scores_(mixer: Copied, attention: AttentionView, trace: LayerTrace, 
     root_H1d = size_HP[:, None, :d].sqrt()
     narrow = {named.q: (left_HDP[:, :, :d] * root_H1d).mT, named.k: right_HPD[:, :d] * root_H1d.mT}
     for name, weight_HdD in narrow.items():
+        weight_HdD = weight_HdD.repeat_interleave(mixer.n_heads // len(weight_HdD), dim=0)
         mixer.in_proj.weight[rows[name]] = weight_HdD.flatten(0, 1).to(mixer.in_proj.weight.dtype)
         if mixer.conv1d.bias is not None:
             mixer.conv1d.bias[rows[name].start - first : rows[name].stop - first].zero_()

@@ -25,18 +25,16 @@ def check_exportable_student(
     from distill.export.refusals import check_exportable
     from distill.export.vocabulary import vocabulary
 
-    made = plan(
-        config,
-        mixer=student.mixer,
-        keep_attention=kept,
-        keep_heads=student.keep_heads,
-        state_dim=student.state_dim,
-        conv_width=student.conv_width,
-        rope=student.rope,
-    )
+    made = plan(config, keep_attention=kept, **student.layout())
     check_exportable(made, student.exportable)
     if student.exportable == "gguf" and tokenizer is not None:
         vocabulary(tokenizer, config.get_text_config().vocab_size)
+
+
+def check_expand(student: Student) -> None:
+    from distill.copies import require_copies
+
+    require_copies(student.expand, student.mixer, bool(student.keep_heads))
 
 
 def check_rope(student: Student, config: "PreTrainedConfig", kept: tuple[int, ...]) -> None:

@@ -6,7 +6,8 @@
     block    what enters the layer          what leaves the layer              what leaves the layer
 
 Every layer reads the teacher's hidden state and not the one that the student's layers before it made, so that layers
-share nothing and no gradient crosses one. The last layer's output is what leaves it, before the final norm.
+share nothing and no gradient crosses one. The last layer's output is what leaves it, before the final norm. Copies of a
+head (``distill.copies``) count as their mean.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.capture import Field, LayerTrace, as_decoder_calls, sequence_arguments, traced_layers
+from distill.copies import mean_of_copies
 from distill.decoder import attention_of, layers_of
 from distill.objective import Batch
 from distill.student import mixers_of
@@ -57,6 +59,9 @@ def _outputs(layer: Any, trace: LayerTrace, sequence: dict[str, Tensor | None], 
     mixer, u_BTD = attention_of(layer), trace.attention_input.to(dtype)
     arguments = {**sequence, "position_embeddings": trace.position_embeddings}
     if target == "heads":
-        return Outputs(within(mixer, mixer.head_outputs, u_BTD, **arguments), trace.head_outputs)
+        heads_BTI = within(mixer, mixer.head_outputs, u_BTD, **arguments)
+        n_heads = trace.head_outputs.shape[-1] // mixer.head_dim
+        heads_BTHP = mean_of_copies(heads_BTI.unflatten(-1, (-1, mixer.head_dim)), n_heads, dim=2)
+        return Outputs(heads_BTHP.flatten(2), trace.head_outputs)
     output_BTD, _ = mixer(u_BTD, **arguments)
     return Outputs(output_BTD, trace.attention_output)

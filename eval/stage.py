@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from distill.attention import views
 from distill.capture import layer_traces, sequence_arguments
 from distill.completions import completions
+from distill.copies import mean_of_copies
 from distill.decoder import layers_of
 from distill.engines import processes
 from distill.engines.placement import place_student
@@ -99,13 +100,14 @@ def matrix_pairs(run: Run, student: PreTrainedModel) -> list[MatrixPair]:
             q_BHTP, k_BHTP, scaling=attention.scaling, window=attention.sliding_window, softcap=attention.softcap
         )
         mixer = mixers[index]
-        student_BHTT = within(
+        each_BHTT = within(
             mixer,
             mixer.mixing_matrix,
             trace.attention_input.to(student.dtype),
             position_embeddings=trace.position_embeddings,
             **sequence_arguments(batch),
         )
+        student_BHTT = mean_of_copies(each_BHTT, attention.n_heads, dim=1)
         for head in islice(range(0, attention.n_heads, max(1, attention.n_heads // HEADS_SHOWN)), HEADS_SHOWN):
             pairs.append(MatrixPair.of(index, head, teacher_BHTT[0, head], student_BHTT[0, head]))
     return pairs

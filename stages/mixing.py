@@ -3,7 +3,8 @@
     python -m stages.mixing recipes/quickstart.yaml
 
 For layer l with teacher hidden state u:  min ‖ softmax-attention(u) − mixing-matrix(u) ‖_F, a mean over heads, or one
-of the other forms of `distill.objectives.mixing`; heads that are kept beside a mixer have their matrix and are no part.
+of the other forms of `distill.objectives.mixing`; heads that are kept beside a mixer have their matrix and are no part,
+and of several copies of a head each is matched to it by itself.
 Every mixer reads the teacher's hidden state, so layers train alone and one layer's graph is alive at a time. Neither
 matrix is ever written out: memory grows with T, not with T².
 """
@@ -67,6 +68,8 @@ class MixingObjective:
             q_BHTP, k_BKTP = within(
                 self.layers[index], attention.queries_and_shared_keys, trace.attention_input, trace.position_embeddings
             )
+            # Every copy of a head is matched to the head by itself; which of them looks how far back sets them apart.
+            q_BHTP = q_BHTP.repeat_interleave(mixer.n_heads // attention.n_heads, dim=1)
             if (matched := self.matched.get(index)) is not None:  # heads kept beside the mixer have their matrix
                 q_BHTP, k_BKTP = q_BHTP[:, matched], attention.per_query_head(k_BKTP, dim=1)[:, matched]
 

@@ -22,8 +22,9 @@ from distill.attention import AttentionView, views
 from distill.capture import Batch, as_decoder_calls, layer_traces, sequence_arguments, traced_layers
 from distill.decoder import attention_of, layers_of
 from distill.errors import UserError
-from distill.fitting.memories import SET_MEMORY, fit_memories_, memories_of
+from distill.fitting.memories import fit_memories_
 from distill.fitting.outputs import OutputSums
+from distill.memories import SET_MEMORY, memories_of
 from distill.student import mixers_of
 
 Order = Literal["parallel", "sequential"]

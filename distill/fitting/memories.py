@@ -7,9 +7,12 @@ A matrix counts by its shape, whatever its size: size is what comes after (norm,
 all tokens looked at, and τ over half octaves from 1 position to 1024; a head that no τ brings nearer to attention than
 zero keeps its own. Attention's distances enter through A alone: where a head attends to the last few tokens, M_τ has
 nothing to gain far away. A state-space layer's matrix gets attention's size again, as in seeding.
+
+Copies of a head (``distill.copies``) choose one after another, each beside those before it: M_τ is then the sum of what
+these make with what the next would.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +21,8 @@ from torch.nn import functional as F
 
 from distill.attention import AttentionView
 from distill.capture import LayerTrace
-from distill.mixers import DiscreteMamba2Mixer, GatedDeltaNetMixer, Mamba2Mixer, Mixer, discrete_mamba2, mamba2
-from distill.mixers import gated_deltanet as delta
+from distill.memories import SET_MEMORY, memories_of
+from distill.mixers import DiscreteMamba2Mixer, GatedDeltaNetMixer, Mamba2Mixer, Mixer
 from distill.mixers.parts import inverse_softplus
 from distill.objectives import attention_matrix
 from distill.seeding import LARGEST_RATIO
@@ -32,41 +35,60 @@ Arguments = dict[str, Tensor | None]
 
 
 @torch.no_grad()
-def fit_memories_(mixer: Mixer, attention: AttentionView, traces: Iterable[tuple[LayerTrace, Arguments]]) -> None:
+def fit_memories_(mixer: Mixer, attention: AttentionView, traces: Sequence[tuple[LayerTrace, Arguments]]) -> None:
     """Give every head of a freshly seeded ``mixer`` the memory that fits best, and its matrix attention's size.
 
     Args:
         mixer: of a class in ``SET_MEMORY``.
         traces: ``attention_input``, which both read.
     """
-    set_memory_ = SET_MEMORY[type(mixer)]
     now_H = memories_of(mixer)
-    along_MH, student_MH = (torch.zeros(len(MEMORIES), len(now_H), dtype=torch.float64).to(now_H.device) for _ in "MA")
-    teacher_H = torch.zeros_like(along_MH[0])
-    for trace, arguments in traces:
-        teacher_BHTT = _attention(attention, trace, arguments)
-        teacher_H += _summed(teacher_BHTT.square())
-        for place, memory in enumerate(MEMORIES):
-            set_memory_(mixer, torch.full_like(now_H, memory))
-            student_BHTT = mixer.mixing_matrix(
-                trace.attention_input, position_embeddings=trace.position_embeddings, **arguments
-            )
-            along_MH[place] += _summed(student_BHTT * teacher_BHTT)
-            student_MH[place] += _summed(student_BHTT.square())
-    tiny = torch.finfo(along_MH.dtype).tiny
-    gain_MH = along_MH.clamp_min(0).square() / student_MH.clamp_min(tiny)
+    copies = len(now_H) // attention.n_heads
     grid_M = torch.tensor(MEMORIES, dtype=torch.float64).to(now_H)
-    nearest_H = (grid_M[:, None].log() - now_H.log()).abs().argmin(dim=0)
-    best_H = torch.where(gain_MH.amax(dim=0) > 0, gain_MH.argmax(dim=0), nearest_H)
-    set_memory_(mixer, grid_M[best_H])
-    size_H = student_MH.gather(0, best_H[None])[0]
-    ratio_H = (teacher_H / size_H.clamp_min(tiny)).sqrt().clamp(1 / LARGEST_RATIO, LARGEST_RATIO)
-    SCALE[type(mixer)](mixer, ratio_H.to(now_H))
+    chosen_HE, ratio_H = now_H.unflatten(0, (-1, copies)).clone(), torch.ones_like(now_H[::copies])
+    for copy in range(copies):
+        measured = [_measure(mixer, attention, read, chosen_HE[:, :copy]) for read in traces]
+        along_MH, student_MH, teacher_H = (torch.stack(sums).sum(dim=0) for sums in zip(*measured, strict=True))
+        tiny = torch.finfo(along_MH.dtype).tiny
+        gain_MH = along_MH.clamp_min(0).square() / student_MH.clamp_min(tiny)
+        nearest_H = (grid_M[:, None].log() - chosen_HE[:, copy].log()).abs().argmin(dim=0)
+        best_H = torch.where(gain_MH.amax(dim=0) > 0, gain_MH.argmax(dim=0), nearest_H)
+        chosen_HE[:, copy] = grid_M[best_H]
+        size_H = student_MH.gather(0, best_H[None])[0] / (copy + 1) ** 2  # of the mean, and not of the sum
+        ratio_H = (teacher_H / size_H.clamp_min(tiny)).sqrt().clamp(1 / LARGEST_RATIO, LARGEST_RATIO).to(now_H)
+    SET_MEMORY[type(mixer)](mixer, chosen_HE.flatten())
+    SCALE[type(mixer)](mixer, ratio_H.repeat_interleave(copies))
 
 
-def memories_of(mixer: Mixer) -> Tensor:
-    """τ, (H,), of a mixer whose decays do not depend on what it reads, as seeding leaves them."""
-    return 1 / RATE[type(mixer)](mixer).detach()
+def _measure(
+    mixer: Mixer, attention: AttentionView, read: tuple[LayerTrace, Arguments], chosen_He: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """⟨S + M_τ, A⟩ and |S + M_τ|², (M, H) for every τ, and |A|²; S is of the copies that have their memories."""
+    trace, arguments = read
+    teacher_BHTT = _attention(attention, trace, arguments)
+    n_heads, chosen = chosen_He.shape
+    copies = mixer.n_heads // n_heads
+
+    def matrices(memories_H: Tensor) -> Tensor:
+        """(B, H, copies, T, T)"""
+        SET_MEMORY[type(mixer)](mixer, memories_H)
+        positions = trace.position_embeddings
+        return mixer.mixing_matrix(trace.attention_input, position_embeddings=positions, **arguments).unflatten(
+            1, (n_heads, copies)
+        )
+
+    earlier_BHTT = torch.zeros_like(teacher_BHTT)
+    if chosen:
+        others_HE = chosen_He[:, :1].expand(-1, copies).clone()
+        others_HE[:, :chosen] = chosen_He
+        earlier_BHTT = matrices(others_HE.flatten())[:, :, :chosen].sum(dim=2)
+    along, sizes = [], []
+    for memory in MEMORIES:
+        # Copies are alike but for their memories, so the first stands for the one that is looked for.
+        together_BHTT = earlier_BHTT + matrices(chosen_He.new_full((mixer.n_heads,), memory))[:, :, 0]
+        along.append(_summed(together_BHTT * teacher_BHTT))
+        sizes.append(_summed(together_BHTT.square()))
+    return torch.stack(along), torch.stack(sizes), _summed(teacher_BHTT.square())
 
 
 def _attention(attention: AttentionView, trace: LayerTrace, arguments: Arguments) -> Tensor:
@@ -93,23 +115,9 @@ def _scale_step_(mixer: Mamba2Mixer, factor_H: Tensor) -> None:
     mixer.A_log.sub_(factor_H.log())
 
 
-SET_MEMORY: dict[type, Callable[[Any, Tensor], None]] = {
-    Mamba2Mixer: mamba2.set_memory_,
-    DiscreteMamba2Mixer: discrete_mamba2.set_memory_,
-    GatedDeltaNetMixer: delta.set_memory_,
-}
-"""How a mixer is made to forget by 1/e in so many positions, (H,), whatever it reads."""
-
 SCALE: dict[type, Callable[[Any, Tensor], None]] = {
     Mamba2Mixer: _scale_step_,
     DiscreteMamba2Mixer: lambda mixer, factor_H: mixer.scale_reads_(factor_H),
     GatedDeltaNetMixer: lambda mixer, factor_H: None,  # its norm takes any factor out again
 }
 """How its matrix is multiplied by factors, (H,)."""
-
-RATE: dict[type, Callable[[Any], Tensor]] = {
-    Mamba2Mixer: lambda mixer: F.softplus(mixer.dt_bias) * mixer.A_log.exp(),
-    DiscreteMamba2Mixer: lambda mixer: F.softplus(mixer.A_log_bias),
-    GatedDeltaNetMixer: lambda mixer: F.softplus(mixer.dt_bias) * mixer.A_log.exp(),
-}
-"""−log decay, (H,), where nothing read changes it."""

@@ -28,8 +28,11 @@ class Mixer(Protocol):
     ``in_proj``, and of what stands below only its call and ``state_numel``.
     ``without_factors`` says why a matrix has no factors; such a mixer has neither ``matrix_factors`` nor
     ``matrix_parameters``, and MOHAWK's first stage is refused for it.
+    ``n_heads`` is H below, all copies of a head counted (``distill.copies``).
     """
 
+    n_heads: int
+    head_dim: int
     in_proj: nn.Linear
     out_proj: nn.Linear
     projections_frozen: bool

@@ -47,7 +47,7 @@ def showing(teacher: PreTrainedModel) -> PreTrainedModel:
     return teacher
 
 
-def random_student(teacher: PreTrainedModel, **choices: str) -> PreTrainedModel:
+def random_student(teacher: PreTrainedModel, **choices: str | int) -> PreTrainedModel:
     """A hybrid whose every parameter is away from the teacher's."""
     made = convert(teacher, keep_attention=[1], **choices).train()
     torch.manual_seed(6)

@@ -93,6 +93,10 @@ MISTAKES = {
     ),
     "no YAML": Mistake(("tiny.yaml:", "not valid YAML"), harm=edit("stages:", "stages: [")),
     "sixty at once": Mistake(("key0: unknown key", "and 45 more"), tuple(f"key{number}=1" for number in range(60))),
+    "no copies": Mistake(
+        ("student.expand is 2, but based forgets nothing",),
+        ("student.expand=2", "student.mixer=based", "stages.mixing=null"),
+    ),
     "layer out of range": Mistake(
         ("student.keep_attention names layer 3; the teacher has 3 layers",), ("student.keep_attention=[3]",)
     ),

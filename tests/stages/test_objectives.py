@@ -86,9 +86,11 @@ def test_mixing_is_the_distance_to_the_teachers_own_matrices(student, teacher, e
     assert objective.weight(batch) == len(ROWS)
 
 
-@pytest.mark.parametrize("form", ["squared", "row_normalised"])
-def test_mixing_takes_the_form_of_the_recipe(teacher, student, batch, form):
+@pytest.mark.parametrize(("form", "expand"), [("squared", 1), ("row_normalised", 1), ("unsquared", 2)])
+def test_mixing_takes_the_form_of_the_recipe_and_each_copy_of_a_head(teacher, student, batch, form, expand):
     """One document, so that a row's matrices can be written out as they are."""
+    if expand > 1:
+        student = random_student(teacher, mixer="discrete_mamba2", rope="keep", expand=expand)
     batch = {name: rows[:1] for name, rows in batch.items()}
     traces = layer_traces(teacher, batch, mixers_of(student))
     expected = {}
@@ -99,6 +101,7 @@ def test_mixing_takes_the_form_of_the_recipe(teacher, student, batch, form):
             q, k = attention.queries_and_keys(u, traces[index].position_embeddings)
             theirs = attention_matrix(q, k, scaling=attention.scaling, window=attention.sliding_window)
         ours = mixer.mixing_matrix(u, position_embeddings=rotation(teacher, batch["position_ids"]))
+        theirs = theirs.repeat_interleave(expand, dim=1)
         expected[index] = mixing_distance(ours, theirs, form=form, reduction="sum").detach()
     close(losses(MixingObjective(teacher, student, MixingStage(**SETTINGS, form=form)), batch), expected)
 

@@ -94,6 +94,7 @@ LLAMA3 = {
         # Four heads of 24 channels are as wide as three times the model; of 12, they need four more heads for that.
         pytest.param({"head_dim": 24, "tie_word_embeddings": True}, {"conv_width": 1}, 96, id="wide-heads"),
         pytest.param({"head_dim": 12}, {}, 96, id="heads-added"),
+        pytest.param({}, {"expand": 2}, 64, id="copies"),
     ],
 )
 def test_what_else_the_classes_can_say(changes: dict, settings: dict, width: int, to: str, tmp_path: Path) -> None:
