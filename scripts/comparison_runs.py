@@ -210,7 +210,7 @@ def measured(common: Common, run: Run) -> Fields:
     """A finished run as points over all its tokens, and its last one.
 
     A point has tokens and CPU seconds of training so far, the stage, loss, kl and agreement, and at the end of a stage
-    recall, if the teacher has any.
+    recall, if the teacher has any. Beside the last one stand the student's sizes.
     """
     curve, tokens, seconds = list[Fields](), 0, 0.0
     for stage in run.stages:
@@ -226,7 +226,14 @@ def measured(common: Common, run: Run) -> Fields:
         tokens += rows[-1]["tokens"]
         if common.recall:
             curve[-1]["recall"] = recalled(load_student(run.folder(stage)))
-    return {"curve": curve, **curve[-1]}
+    return {"curve": curve, **curve[-1], **_sizes(run)}
+
+
+def _sizes(run: Run) -> Fields:
+    """What the student costs: its parameters, and what it remembers of a sequence as long as a block."""
+    report = json.loads((run.folder(CONVERT) / "conversion.json").read_text())
+    remembered = report["state_bytes"] + run.recipe.data.block * report["kv_bytes_per_token"]
+    return {"parameters": sum(report["parameters_after"].values()), "remembered_bytes": remembered}
 
 
 def recalled(model: Any) -> float:

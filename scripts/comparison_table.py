@@ -1,7 +1,7 @@
 """What a comparison came to: one row for each recipe and budget, and gaps over tokens and over time as a picture.
 
 A gap is the student's held-out loss less the teacher's, in nats a token. Of several seeds the median is given, and the
-lowest and highest behind it.
+lowest and highest behind it. *Remembers* is what a student holds of one sequence as long as the text's block.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from distill.units import count
+from distill.units import count, size
 
 Fields = dict[str, Any]
 LABEL = 28  # characters of a recipe on a line of the legend
@@ -29,7 +29,19 @@ def table(found: Fields) -> str:
     """Markdown: budgets from the smallest, and in each the smallest gap first."""
     teacher, settings = found["teacher"], found["settings"]
     recall = teacher["recall"] is not None
-    head = ["budget", "recipe", "gap, nats", "KL", "top-1", *["recall"] * recall, "CPU s", "lr ×", "seeds"]
+    head = [
+        "budget",
+        "recipe",
+        "gap, nats",
+        "KL",
+        "top-1",
+        *["recall"] * recall,
+        "CPU s",
+        "parameters",
+        "remembers",
+        "lr ×",
+        "seeds",
+    ]
     lines = [
         f"{teacher['name']}: the teacher's held-out loss is {teacher['loss']:.4f}"
         + (f" and its recall {teacher['recall']:.1%}" if recall else "")
@@ -122,6 +134,7 @@ def _numbers(results: Sequence[Fields], teacher_loss: float, recall: bool) -> li
         _spread([result["agreement"] for result in results], "{:.1%}".format),
         *([_spread([result["recall"] for result in results], "{:.1%}".format)] if recall else []),
         _spread([result["cpu_seconds"] for result in results], "{:.0f}".format),
+        *((count(results[0]["parameters"]), size(results[0]["remembered_bytes"])) if results else ("", "")),
     ]
 
 

@@ -69,7 +69,16 @@ def test_a_recipe_by_name_by_file_and_with_settings(monkeypatch):
     assert all(len(slug(recipe)) < 120 for recipe in many)
 
 
-RESULT = {"recipe": "a", "budget": 1000, "factor": 1.0, "seed": 0, "agreement": 0.5, "cpu_seconds": 2.0, "curve": []}
+SIZES = {"parameters": 300_000, "remembered_bytes": 2560}
+RESULT = {
+    "recipe": "a",
+    "budget": 1000,
+    "factor": 1.0,
+    "seed": 0,
+    "agreement": 0.5,
+    "cpu_seconds": 2.0,
+    "curve": [],
+} | SIZES
 
 
 def test_the_table_gives_medians_ranges_and_failures():
@@ -87,10 +96,10 @@ def test_the_table_gives_medians_ranges_and_failures():
     }
     rows = table(found).splitlines()[4:]
     assert rows == [
-        "| 1K | b | 0.1500 | 0.5000 | 50.0% | 2 | 3, edge | 1 |",
+        "| 1K | b | 0.1500 | 0.5000 | 50.0% | 2 | 300K | 2.5 KiB | 3, edge | 1 |",
         "| 1K | a | 0.2000 (0.1000 to 0.5000) | 2.0000 (1.0000 to 3.0000) | 50.0% (50.0% to 50.0%) | 2 (2 to 2) "
-        "| 1 | 3 |",
-        "| 1K | c | failed | failed | failed | failed | 0.3, edge | 1, 1 failed |",
+        "| 300K | 2.5 KiB | 1 | 3 |",
+        "| 1K | c | failed | failed | failed | failed |  |  | 0.3, edge | 1, 1 failed |",
         "",
         "| gap at 500 by factor on the rates | 0.3 | 1 | 3 |",
         "| --- | --- | --- | --- |",
