@@ -40,6 +40,7 @@ from distill.data import (
 )
 from distill.data.blocks import IGNORED
 from distill.errors import UserError
+from distill.recipe_fields import read_tokens
 from scripts.ngram import KneserNey
 from scripts.recall_teacher import main as recall
 from scripts.teacher_folder import model_card, samples, write_folder
@@ -123,7 +124,7 @@ def ngram_baselines(train_blocks: Blocks, test: Blocks, vocabulary: int) -> dict
 def main(
     output: Annotated[Path, typer.Option(help="Folder of the finished model.")] = Path("teachers/stdlib-1m"),
     work: Annotated[Path, typer.Option(help="Folder of the prepared data.")] = Path("runs/train-teacher"),
-    tokens: Annotated[int, typer.Option(help="Tokens to train on, repetitions included.")] = 22_000_000,
+    tokens: Annotated[str, typer.Option(help="Tokens to train on, repetitions included.")] = "22M",
     block: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Sequences a step.")] = 4,
     lr: Annotated[float, typer.Option(help="Highest learning rate of AdamW: embedding, norms.")] = 2.5e-3,
@@ -145,6 +146,7 @@ def main(
 
     With --task recall, one that looks up what its prompt says; --task recall --help has its options.
     """
+    wanted = read_tokens("--tokens", tokens)
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     train_documents, test_documents = split_documents(read_documents("python-stdlib"), fraction=HELD_OUT)
@@ -170,9 +172,9 @@ def main(
     )
     n_parameters = sum(p.numel() for p in model.parameters())
     tokens_per_step = batch_size * block
-    steps = steps_for(tokens, batch_size, block)
+    steps = steps_for(wanted, batch_size, block)
     say(f"{n_parameters:,} parameters; {full.n_tokens:,} training and {full_test.n_tokens:,} held-out tokens")
-    say(f"{steps} steps of {tokens_per_step:,} tokens: {tokens / full.n_tokens:.1f} epochs")
+    say(f"{steps} steps of {tokens_per_step:,} tokens: {wanted / full.n_tokens:.1f} epochs")
     facts = {
         "made by": f"`{' '.join(['python -m scripts.train_teacher', *sys.argv[1:]])}`",
         "architecture": f"LlamaForCausalLM, {n_parameters:,} parameters, {layers} layers of width {hidden}, "

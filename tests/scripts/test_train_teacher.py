@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).resolve().parents[2]
 TEACHER = ROOT / "teachers" / "stdlib-1m"
 
-SMALL = "--tokens 8192 --block 64 --batch-size 8 --hidden 16 --layers 1 --heads 2 --kv-heads 1 --intermediate 32"
+SMALL = "--tokens 8.192K --block 64 --batch-size 8 --hidden 16 --layers 1 --heads 2 --kv-heads 1 --intermediate 32"
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
