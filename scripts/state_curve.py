@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from distill.attention import views
 from distill.conversion import load_teacher
+from distill.copies import ALIKE
 from distill.evaluation import evaluate
 from distill.programs import quiet_unless_watched, report_user_errors
 from distill.recipe_fields import read_tokens
@@ -80,7 +81,8 @@ def main(
 
 def _recipe(recipe: str, mixer: str, state: int, head: int) -> str:
     rope = "drop" if state < head else "keep"
-    return f"{recipe} student.mixer={mixer} student.state_dim={state} student.rope={rope}"
+    copies = " student.expand=1" * (mixer in ALIKE)
+    return f"{recipe} student.mixer={mixer} student.state_dim={state} student.rope={rope}{copies}"
 
 
 def _of_student(common: Common, wanted: Wanted, result: Fields, kind: str, size: int) -> Fields:

@@ -16,6 +16,7 @@ def test_a_state_narrower_than_a_head_has_no_positions():
         == "ours seed=1 student.mixer=mamba2 student.state_dim=8 student.rope=drop"
     )
     assert _recipe("ours", "mamba2", 16, 16).endswith("student.rope=keep")
+    assert _recipe("ours", "based", 16, 16).endswith("student.rope=keep student.expand=1")
 
 
 def test_windows_take_their_bytes_and_come_nearer_to_the_teacher(tmp_path, saved_teacher, text, monkeypatch):
