@@ -7,6 +7,7 @@ L, K      layers; of these the ones that keep attention (the other L − K get a
 T         tokens a sequence, `data.block` or a stage's own
 D, V      hidden size, vocabulary
 H, P, N   heads, channels a head, state size a head
+e         heads of a mixer for each of attention's, `distill.copies`: attention has H / e
 Q         positions the scan takes at once, `distill.ssd.chunked.CHUNK`
 R         rows of a strip of mixing matrices, `distill.objectives.strips.ROWS`, at most T
 n_role    parameters of a role (`distill.roles`); n_role of the student, unless marked t for the teacher; of experts
@@ -17,7 +18,7 @@ Floating-point operations a token, forward, multiplications and additions counte
 (norms, activations, rotary positions, the short convolution) is left out::
 
     matrices    2 n                        n weights, each used once
-    attention   4 T H P                    scores and weighted sum, the masked upper triangle included
+    attention   4 T P H / e                scores and weighted sum, the masked upper triangle included
     scan        H (2 Q (N + P) + 4 P N)    inside chunks (scores, sums); between chunks (written, read)
     delta rule  H (Q (5 N + 3 P) + 6 P N)  instead, of gated_deltanet: two scores, sums, and a triangle solved for N + P
                                            columns; taken back, written, read
@@ -344,7 +345,7 @@ def _traced(stage: Stage, sizes: Sizes, changed: list[int]) -> int:
     if isinstance(stage, HiddenStage) and stage.target == "block":
         return _boundaries(changed) * sizes.hidden
     if isinstance(stage, HiddenStage) and stage.target == "heads":
-        return len(changed) * (sizes.hidden + sizes.heads * sizes.head_dim)
+        return len(changed) * (sizes.hidden + sizes.heads // sizes.copies * sizes.head_dim)
     return 2 * len(changed) * sizes.hidden
 
 

@@ -343,6 +343,8 @@ class Recipe(Section):
             content["evaluation"].pop("tasks")
         if self.student.calibrate is None:
             content["student"].pop("calibrate")
+        if self.student.expand == 1:
+            content["student"].pop("expand")
         if self.student.mixer != "sliding_window":  # then they are null; runs from before there were any go on
             content["student"].pop("window")
             content["student"].pop("sinks")

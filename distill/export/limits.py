@@ -43,7 +43,10 @@ class Limits:
 
         None where no number of heads gives that width.
         """
-        size, hidden = facts.mixer_size, facts.config.get_text_config().hidden_size
+        return self.widened(facts.mixer_size, facts.config.get_text_config().hidden_size)
+
+    def widened(self, size: MixerSize, hidden: int) -> MixerSize | None:
+        """:meth:`padded`, of mixers of any size."""
         least = ceil(size.inner / hidden)
         wanted = range(least, least + size.head_dim) if self.expand is None else range(self.expand, self.expand + 1)
         fitting = [times for times in wanted if times >= least and times * hidden % size.head_dim == 0]

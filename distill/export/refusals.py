@@ -205,6 +205,15 @@ def _rotation(facts: StudentFacts, limits: Limits) -> Iterator[Refusal]:
         yield Refusal(tuple(rotated), reason, ELSEWHERE)
 
 
+def _fewer_copies(facts: StudentFacts, limits: Limits) -> str:
+    """What makes mixers narrow enough: of copies of a head (``distill.copies``) as many as the format has room for."""
+    size, hidden = facts.mixer_size, facts.config.get_text_config().hidden_size
+    fewer = range(size.heads // facts.q_heads - 1, 0, -1)
+    fitting = (copies for copies in fewer if limits.widened(replace(size, heads=copies * facts.q_heads), hidden))
+    copies = next(fitting, None)
+    return ELSEWHERE if copies is None else f"set student.expand to {copies}"
+
+
 def _mixers(facts: StudentFacts, limits: Limits) -> Iterator[Refusal]:
     mixer, config = facts.mixer, facts.config.get_text_config()
     layers = tuple(index for index in facts.mixers if facts.kinds[index] == "mamba2")
@@ -218,7 +227,7 @@ def _mixers(facts: StudentFacts, limits: Limits) -> Iterator[Refusal]:
         reason = (
             f"{size.heads} heads of {size.head_dim} channels, which no added heads make {wanted} {config.hidden_size}"
         )
-        yield Refusal(layers, reason, ELSEWHERE)
+        yield Refusal(layers, reason, _fewer_copies(facts, limits))
     if mixer.get("out_bias") and not limits.mixer_bias:
         yield Refusal(layers, "mixers whose output projection has a bias", "granite can say it: --to granite")
     if mixer["conv_width"] not in limits.conv_widths:

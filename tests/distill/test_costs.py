@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from distill import activations
+from distill.capture import layer_traces
 from distill.conversion import convert_with_report, empty_model, plan, report
 from distill.costs import Sizes, flops_per_token, kept_for_backward, sizes_of
 from distill.layout import mixer_layers
@@ -37,10 +38,10 @@ def tiny_config(**changes: object) -> LlamaConfig:
     return LlamaConfig(**{**sizes, **changes})
 
 
-def models(mixer: str, kept: tuple[int, ...]) -> tuple[PreTrainedModel, PreTrainedModel, Sizes]:
+def models(mixer: str, kept: tuple[int, ...], **settings: int) -> tuple[PreTrainedModel, PreTrainedModel, Sizes]:
     torch.manual_seed(0)
     teacher = LlamaForCausalLM(tiny_config()).requires_grad_(False)
-    student, made = convert_with_report(teacher, mixer=mixer, keep_attention=kept)
+    student, made = convert_with_report(teacher, mixer=mixer, keep_attention=kept, **settings)
     student.requires_grad_(True)
     return teacher, student, sizes_of(student, BLOCK, made.parameters_before, made.parameters_after)
 
@@ -68,6 +69,30 @@ def test_operations_of_the_logits_stage(mixer: str, kept: tuple[int, ...]) -> No
         lambda: student(ids, use_cache=False).logits.sum().backward(),
     )
     assert flops_per_token(sizes, LogitsStage(tokens=1)) == pytest.approx(real, rel=0.05)
+
+
+def test_copies_of_heads_are_the_mixers_alone() -> None:
+    """Attention costs what it did, in the teacher and where it is kept, and so do the traces of its heads."""
+    teacher, student, sizes = models("mamba2", (1,), expand=2)
+    ids = torch.randint(0, 96, (BATCH, BLOCK))
+    real = counted(
+        lambda: teacher(ids, use_cache=False),
+        lambda: student(ids, use_cache=False).logits.sum().backward(),
+    )
+    assert flops_per_token(sizes, LogitsStage(tokens=1)) == pytest.approx(real, rel=0.03)
+    stage = {"tokens": 1, "target": "heads"}
+    recipe = Recipe.model_validate(
+        {
+            "name": "x",
+            "teacher": {"path": "t", "dtype": "float32"},
+            "data": {"source": "s"},
+            "stages": {"hidden": stage},
+        }
+    )
+    batch = {"input_ids": ids, "position_ids": torch.arange(BLOCK).expand(BATCH, -1), "valid": ids >= 0}
+    traces = layer_traces(teacher, batch, mixer_layers(student.config), wants=["attention_input", "head_outputs"])
+    held = sum(trace.attention_input.nbytes + trace.head_outputs.nbytes for trace in traces.values())
+    assert kept_for_backward(recipe, HiddenStage(**stage), sizes, student, BATCH).traces == held
 
 
 @pytest.mark.parametrize("stage", [LogitsStage(tokens=1), HiddenStage(tokens=1)], ids=["logits", "hidden"])

@@ -10,7 +10,7 @@ from distill import UserError
 from distill.conversion import plan
 from distill.export.facts import StudentFacts, facts_of
 from distill.export.limits import LIMITS
-from distill.export.refusals import check_exportable, refusals
+from distill.export.refusals import ELSEWHERE, check_exportable, refusals
 
 SIZES = {
     "vocab_size": 61,
@@ -105,6 +105,11 @@ def test_gguf_needs_mixers_of_twice_the_width() -> None:
     assert reasons(wide, "granite") == []
     (reason,) = reasons(wide, "gguf")
     assert reason.startswith("layers 0, 2, 3: 4 heads of 24 channels, which no added heads make 2 × 32")
+    assert reason.endswith(ELSEWHERE)
+    (reason,) = reasons(student([1], expand=5), "gguf")
+    assert reason.endswith("20 heads of 8 channels, which no added heads make 2 × 32; set student.expand to 2")
+    (reason,) = reasons(student([1], LlamaConfig(**SIZES, head_dim=24), expand=2), "gguf")
+    assert reason.endswith(ELSEWHERE)
     (reason,) = reasons(student([1], LlamaConfig(**SIZES, attention_bias=True)), "gguf")
     assert reason.startswith("layers 0, 2, 3: mixers whose output projection has a bias; granite can say it")
     (reason,) = reasons(student([1], conv_width=1), "gguf")
