@@ -58,7 +58,7 @@ def _convert(run: Run, held_out: Iterator[Batch], batches: list[Batch]) -> Stage
         seed=run.recipe.seed,
         seed_from_attention=run.recipe.student.seed_from_attention,
         from_scratch=run.recipe.student.from_scratch,
-        **run.recipe.student.layout(),
+        **run.recipe.student.settings(),
     )
     if batches:
         wanted = run.recipe.student.calibrate

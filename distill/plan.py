@@ -183,7 +183,7 @@ def make_plan(
     wanted = wanted or Wanted()
     teacher = empty_model(facts.config)
     teacher.to(DTYPES[recipe.teacher.dtype])  # type: ignore[arg-type]  # transformers hides nn.Module's signature
-    student = empty_model(plan_student(facts.config, keep_attention=facts.kept, **recipe.student.layout()))
+    student = empty_model(plan_student(facts.config, keep_attention=facts.kept, **recipe.student.settings()))
     conversion = report(teacher, student)
     sizes = sizes_of(student, recipe.data.block, conversion.parameters_before, conversion.parameters_after)
     devices = machine(wanted, recipe.dtype, sizes.hidden, cpu=recipe.device == "cpu")

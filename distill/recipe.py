@@ -152,7 +152,7 @@ class Calibrate(Section):
         return self
 
 
-_LAYOUT = (
+_SETTINGS = (
     "mixer",
     "keep_heads",
     "expand",
@@ -197,9 +197,9 @@ class Student(Section):
     calibrate: Calibrate | None = None
     """Fit what was seeded to the teacher's attention on some text, such as {tokens: 64K}; null: leave it as seeded."""
 
-    def layout(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """What ``distill.conversion.plan`` takes besides the teacher and the layers that keep attention."""
-        return {name: getattr(self, name) for name in _LAYOUT}
+        return {name: getattr(self, name) for name in _SETTINGS}
 
     @field_validator("calibrate")
     @classmethod

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from distill.attention import AttentionView
 from distill.calibration import steady_direction
 from distill.capture import LayerTrace
-from distill.copies import mean_of_copies, shared_out, spread
-from distill.memories import SET_MEMORY, memories_of
+from distill.copies import mean_of_copies, shared_out
 from distill.mixers import BasedMixer, DiscreteMamba2Mixer, GatedDeltaNetMixer, Mamba2Mixer, Mixer
 from distill.mixers.parts import inverse_softplus
 from distill.objectives import attention_matrix
@@ -49,9 +48,6 @@ def seed_mixer(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> lis
     Returns:
         What came from where, for the report.
     """
-    copies = mixer.n_heads // attention.n_heads
-    if copies > 1:
-        SET_MEMORY[type(mixer)](mixer, spread(memories_of(mixer), copies))
     return SEEDS[type(mixer)](mixer, attention, trace)
 
 

@@ -25,7 +25,7 @@ def check_exportable_student(
     from distill.export.refusals import check_exportable
     from distill.export.vocabulary import vocabulary
 
-    made = plan(config, keep_attention=kept, **student.layout())
+    made = plan(config, keep_attention=kept, **student.settings())
     check_exportable(made, student.exportable)
     if student.exportable == "gguf" and tokenizer is not None:
         vocabulary(tokenizer, config.get_text_config().vocab_size)

@@ -73,7 +73,7 @@ def converted(run: Run) -> PreTrainedModel:
         seed=run.recipe.seed,
         seed_from_attention=wanted.seed_from_attention,
         from_scratch=wanted.from_scratch,
-        **wanted.layout(),
+        **wanted.settings(),
     )
 
 

@@ -1,6 +1,7 @@
 """Conversion: exactness, seeding, counts, and that the teacher is left alone."""
 
 import copy
+import inspect
 import weakref
 
 import pytest
@@ -13,6 +14,7 @@ from distill.calibration import calibrate, steady_direction
 from distill.conversion import convert_with_report, empty_model, plan, report
 from distill.mixers import MIXERS
 from distill.objectives import attention_matrix
+from distill.recipe import Student
 from distill.roles import roles
 from distill.student import mixers_of, state_bytes
 from tests.conftest import SHAPE, tiny
@@ -281,6 +283,11 @@ def test_roles_cover_every_parameter_once(family):
 def test_mistakes_are_refused(wanted, says):
     with pytest.raises(UserError, match=says):
         convert(tiny("llama"), **wanted)
+
+
+def test_a_recipe_says_all_that_a_conversion_asks():
+    asked = set(inspect.signature(plan).parameters) - {"teacher", "keep_attention"}
+    assert set(Student().settings()) == asked
 
 
 def test_a_student_is_not_converted_again():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distill import convert, seeding
+from distill import conversion, convert
 from distill.attention import views
 from distill.calibration import calibrate
 from distill.capture import layer_traces, sequence_arguments
@@ -41,7 +41,7 @@ def test_a_projection_shared_out_reads_the_mean():
 def test_with_equal_memories_they_are_the_head_alone(family, mixer, copies, monkeypatch):
     teacher = tiny(family).double()
     alone = convert(teacher, mixer=mixer, seed=3)
-    monkeypatch.setattr(seeding, "spread", lambda grid_H, n: memories_of(mixers_of(alone)[0]).repeat_interleave(n))
+    monkeypatch.setattr(conversion, "spread", lambda grid_H, n: memories_of(mixers_of(alone)[0]).repeat_interleave(n))
     copied = convert(teacher, mixer=mixer, seed=3, expand=copies)
     assert mixers_of(copied)[0].n_heads == copies * mixers_of(alone)[0].n_heads
     ids = torch.randint(3, 97, (2, 40))
@@ -50,8 +50,10 @@ def test_with_equal_memories_they_are_the_head_alone(family, mixer, copies, monk
     )  # sizes are measured in fp32
 
 
-def test_at_the_start_no_two_of_a_head_have_one_memory(mixer):
-    each = memories_of(mixers_of(convert(tiny("llama"), mixer=mixer, expand=2))[0]).unflatten(0, (-1, 2))
+@pytest.mark.parametrize("choices", [{}, {"seed_from_attention": False}, {"from_scratch": True}], ids=str)
+def test_at_the_start_no_two_of_a_head_have_one_memory(mixer, choices):
+    student = convert(tiny("llama"), mixer=mixer, expand=2, **choices)
+    each = memories_of(mixers_of(student)[0]).unflatten(0, (-1, 2))
     assert (each[:, 1] / each[:, 0] > 7).all()
     assert len(set(each.flatten().tolist())) == each.numel()
 
