@@ -17,14 +17,14 @@ from transformers.initialization import no_init_weights
 
 from distill.attention import AttentionView, views
 from distill.calibration import calibrate
-from distill.copies import require_copies, spread
+from distill.copies import require_copies
 from distill.decoder import attention_of, layers_of, norm_eps
 from distill.errors import UserError
 from distill.families import FAMILIES, family_name
 from distill.fitting import Calibrated
 from distill.heads import Heads, described, fill_heads_, require_heads
 from distill.layout import kept_heads, layer_kinds, mixer_layers, resolve
-from distill.memories import SET_MEMORY, memories_of
+from distill.memories import set_apart_
 from distill.mixers import KINDS
 from distill.mixers.kept_heads import kept_numel_per_token
 from distill.mixers.rotary import Rope
@@ -186,8 +186,8 @@ def convert_with_report(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = _build(config, teacher)
-    if expand > 1:
-        _set_copies_apart(student, expand)
+    for mixer_of_layer in mixers_of(student).values() if expand > 1 else ():
+        set_apart_(mixer_of_layer, expand)
     if not from_scratch:
         _copy_weights(teacher, student)
     if replaced and family_name(teacher.config) not in FAMILIES:
@@ -255,13 +255,6 @@ def plan(
     own = _own_settings(mixer, [attention, *others], window, sinks)
     require_heads(heads, len(layers), kept, attention.n_heads, mixer)
     return student_config(teacher, layers, settings | own, described(empty, seen, heads))
-
-
-@torch.no_grad()
-def _set_copies_apart(student: PreTrainedModel, expand: int) -> None:
-    """Give the copies of every head memories as far apart as can be, wherever the other weights will come from."""
-    for mixer in mixers_of(student).values():
-        SET_MEMORY[type(mixer)](mixer, spread(memories_of(mixer), expand))
 
 
 def _own_settings(mixer: str, replaced: list[AttentionView], window: int | None, sinks: int | None) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill.copies import spread
 from distill.mixers import DiscreteMamba2Mixer, GatedDeltaNetMixer, Mamba2Mixer, Mixer, discrete_mamba2, mamba2
 from distill.mixers import gated_deltanet as delta
 
@@ -27,3 +29,9 @@ RATE: dict[type, Callable[[Any], Tensor]] = {
 def memories_of(mixer: Mixer) -> Tensor:
     """τ, (H,): each head forgets by 1/e in τ positions; of a mixer as seeding leaves it, which reads nothing there."""
     return 1 / RATE[type(mixer)](mixer).detach()
+
+
+@torch.no_grad()
+def set_apart_(mixer: Mixer, copies: int) -> None:
+    """Give the copies of every head memories as far apart as can be, of those that the mixer's heads have now."""
+    SET_MEMORY[type(mixer)](mixer, spread(memories_of(mixer), copies))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distill import conversion, convert
+from distill import convert, memories
 from distill.attention import views
 from distill.calibration import calibrate
 from distill.capture import layer_traces, sequence_arguments
@@ -41,7 +41,7 @@ def test_a_projection_shared_out_reads_the_mean():
 def test_with_equal_memories_they_are_the_head_alone(family, mixer, copies, monkeypatch):
     teacher = tiny(family).double()
     alone = convert(teacher, mixer=mixer, seed=3)
-    monkeypatch.setattr(conversion, "spread", lambda grid_H, n: memories_of(mixers_of(alone)[0]).repeat_interleave(n))
+    monkeypatch.setattr(memories, "spread", lambda grid_H, n: memories_of(mixers_of(alone)[0]).repeat_interleave(n))
     copied = convert(teacher, mixer=mixer, seed=3, expand=copies)
     assert mixers_of(copied)[0].n_heads == copies * mixers_of(alone)[0].n_heads
     ids = torch.randint(3, 97, (2, 40))
