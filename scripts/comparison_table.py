@@ -18,6 +18,7 @@ from distill.units import count, size
 
 Fields = dict[str, Any]
 LABEL = 28  # characters of a recipe on a line of the legend
+COLOURS, STYLES = 10, ("-", "--", ":")  # matplotlib's cycle, again with another style when it is through
 
 
 def gap(result: Fields, teacher_loss: float) -> float:
@@ -89,6 +90,7 @@ def draw(found: Fields, path: Path) -> None:
     groups = list(_groups(found["results"]))
     recipes = list(dict.fromkeys(result["recipe"] for result in found["results"]))
     budgets = sorted({budget for budget, _, _ in groups})
+    largest = {recipe: budget for budget, recipe, _ in groups}
     for budget, recipe, results in groups:
         curve = _median_curve([result["curve"] for result in results], found["teacher"]["loss"])
         for ax, x in zip(axes, ("tokens", "cpu_seconds"), strict=True):
@@ -96,11 +98,12 @@ def draw(found: Fields, path: Path) -> None:
             if points:
                 ax.plot(
                     *zip(*points, strict=True),
-                    color=f"C{recipes.index(recipe)}",
+                    color=f"C{recipes.index(recipe) % COLOURS}",
+                    linestyle=STYLES[recipes.index(recipe) // COLOURS % len(STYLES)],
                     linewidth=1 + budgets.index(budget),
                     marker="o",
                     markevery=[-1],
-                    label=fill(recipe, LABEL) if budget == budgets[-1] else None,
+                    label=fill(recipe, LABEL) if budget == largest[recipe] else None,
                 )
     for ax, label in zip(axes, ("training tokens", "CPU seconds of training"), strict=True):
         ax.set(xscale="log", yscale="log", xlabel=label)

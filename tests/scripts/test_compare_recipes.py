@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from distill.recipe import Recipe, load_recipe
 from scripts import compare_recipes
 from scripts.comparison_runs import Common, Wanted, cut_recipe, recipe_file, slug
-from scripts.comparison_table import table
+from scripts.comparison_table import draw, table
 from tests.conftest import CHECKOUT
 from tests.stages.conftest import saved_teacher, text, write_recipe
 
@@ -105,6 +106,19 @@ def test_the_table_gives_medians_ranges_and_failures():
         "| --- | --- | --- | --- |",
         "| a | 0.300 | 1.000 | 3.000 |",
     ]
+
+
+def test_the_picture_names_every_recipe_and_tells_more_than_ten_apart(monkeypatch, tmp_path):
+    point = {"tokens": 1000, "cpu_seconds": 2.0, "loss": 2.5}
+    results = [{**RESULT, **point, "recipe": f"r{number}", "curve": [point]} for number in range(12)]
+    results += [{**results[0], "budget": 2000}]
+    legends = []
+    monkeypatch.setattr(Figure, "legend", lambda _, lines, labels, **__: legends.append((lines, labels)))
+    found = {"teacher": {"name": "t", "loss": 2.0}, "settings": {"keep_attention": "[]"}, "results": results}
+    draw(found, tmp_path / "gap.png")
+    (lines, labels), *_ = legends
+    assert sorted(labels) == sorted(f"r{number}" for number in range(12))
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 12
 
 
 @pytest.mark.parametrize(
