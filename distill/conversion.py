@@ -186,8 +186,9 @@ def convert_with_report(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = _build(config, teacher)
-    for mixer_of_layer in mixers_of(student).values() if expand > 1 else ():
-        set_apart_(mixer_of_layer, expand)
+    if expand > 1:
+        for made in mixers_of(student).values():
+            set_apart_(made, expand)
     if not from_scratch:
         _copy_weights(teacher, student)
     if replaced and family_name(teacher.config) not in FAMILIES:

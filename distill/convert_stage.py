@@ -46,20 +46,25 @@ def _calibration_batches(run: Run) -> list[Batch]:
     return [rows.batch(indices[first : first + size]) for first in range(0, blocks, size)]
 
 
+def conversion_of(run: Run) -> dict[str, Any]:
+    """What ``distill.conversion.convert`` takes besides the teacher, as a run's recipe has it."""
+    wanted = run.recipe.student
+    return {
+        "keep_attention": run.facts.kept,
+        "seed": run.recipe.seed,
+        "seed_from_attention": wanted.seed_from_attention,
+        "from_scratch": wanted.from_scratch,
+        **wanted.settings(),
+    }
+
+
 def _convert(run: Run, held_out: Iterator[Batch], batches: list[Batch]) -> StageRecord:
     started = time.perf_counter()
     if run.launched.shards_weights:  # a process has a part of the common one only
         teacher = load_teacher(run.recipe.teacher.path, DTYPES[run.recipe.teacher.dtype])
     else:
         teacher = run.teacher
-    student, report = convert_with_report(
-        teacher,
-        keep_attention=run.facts.kept,
-        seed=run.recipe.seed,
-        seed_from_attention=run.recipe.student.seed_from_attention,
-        from_scratch=run.recipe.student.from_scratch,
-        **run.recipe.student.settings(),
-    )
+    student, report = convert_with_report(teacher, **conversion_of(run))
     if batches:
         wanted = run.recipe.student.calibrate
         assert wanted is not None

@@ -12,6 +12,8 @@ copies that differ in their memories, and in nothing else at the start, can be t
 ``expand``, which is 2, says the same of a layer: twice as many channels as the stream has.
 """
 
+from typing import Protocol
+
 from torch import Tensor
 
 from distill.errors import UserError
@@ -19,6 +21,14 @@ from distill.mixers import MIXERS
 
 ALIKE = {"based": "forgets nothing, so copies of a head would stay alike", "sliding_window": "is attention itself"}
 """Mixers of which a head has no second copy, and why."""
+
+
+class Headed(Protocol):
+    """What has heads: a mixer, or a view of attention."""
+
+    @property
+    def n_heads(self) -> int:
+        """H."""
 
 
 def require_copies(expand: int, mixer: str, keep_heads: bool) -> None:
@@ -39,8 +49,15 @@ def require_copies(expand: int, mixer: str, keep_heads: bool) -> None:
         raise UserError(f"expand is {expand}, and heads that are kept have no copies; give expand 1 or no keep_heads")
 
 
+def copies_of(mixer: Headed, attention: Headed) -> int:
+    """e, of a mixer in the place of this attention."""
+    return mixer.n_heads // attention.n_heads
+
+
 def mean_of_copies(heads: Tensor, n_heads: int, dim: int) -> Tensor:
     """What the copies of each of attention's ``n_heads`` are together; of n_heads·e at ``dim`` (≥ 0) n_heads stay."""
+    if heads.shape[dim] == n_heads:
+        return heads
     return heads.unflatten(dim, (n_heads, -1)).mean(dim + 1)
 
 

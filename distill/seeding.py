@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from distill.attention import AttentionView
 from distill.calibration import steady_direction
 from distill.capture import LayerTrace
-from distill.copies import mean_of_copies, shared_out
+from distill.copies import copies_of, mean_of_copies, shared_out
 from distill.mixers import BasedMixer, DiscreteMamba2Mixer, GatedDeltaNetMixer, Mamba2Mixer, Mixer
 from distill.mixers.parts import inverse_softplus
 from distill.objectives import attention_matrix
@@ -110,7 +110,7 @@ def _copy_projections(
             assert mixer.conv1d.bias is not None
             bias_I1, beyond = scale * bias[:, None], torch.zeros_like(made[:, :1])
             mixer.conv1d.bias[inside] = _heads(bias_I1, attention.head_dim, beyond, width)[:, 0]
-    copies = mixer.n_heads // attention.n_heads
+    copies = copies_of(mixer, attention)
     mixer.out_proj.weight.copy_(shared_out(attention.o.weight, attention.head_dim, copies))
     if attention.o.bias is not None:
         mixer.out_proj.bias.copy_(attention.o.bias)
@@ -176,13 +176,13 @@ def _size_ratio(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> Te
     ratio_H = teacher_H / student_H.clamp_min(torch.finfo(student_H.dtype).tiny)
     # A head without keys or queries (pruned, say) has a matrix of zeros, which no factor brings to size.
     ratio_H = ratio_H.clamp(1 / LARGEST_RATIO, LARGEST_RATIO)
-    return ratio_H.repeat_interleave(mixer.n_heads // attention.n_heads)
+    return ratio_H.repeat_interleave(copies_of(mixer, attention))
 
 
 def _value_sizes(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> Tensor:
     """(H,) root mean square of the values that each head gets."""
     size_H = attention.values(trace.attention_input).square().mean(dim=(0, 1, 3)).sqrt()
-    return size_H.repeat_interleave(mixer.n_heads // attention.n_heads)
+    return size_H.repeat_interleave(copies_of(mixer, attention))
 
 
 def _seed_mamba2(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> list[Seeded]:

@@ -19,9 +19,9 @@ from itertools import chain
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from transformers import PreTrainedModel
 
 from distill import convert
+from distill.convert_stage import conversion_of
 from distill.objectives import logit_loss
 from distill.objectives.topk import TopK, top_k_and_tail, topk_loss
 from distill.run import Run
@@ -47,7 +47,7 @@ def main(run: Run) -> None:
     batches = [{name: rows.to(run.device) for name, rows in batch.items()} for batch in run.held_out()]
     teacher_BTV, labels_BT = logits_of(run.teacher, batches), torch.cat([batch["labels"] for batch in batches])
     students = {
-        "the student as converted": logits_of(converted(run), batches),
+        "the student as converted": logits_of(convert(run.teacher, **conversion_of(run)), batches),
         f"the teacher with noise of {NOISE} nats": teacher_BTV + NOISE * torch.randn_like(teacher_BTV),
     }
     print(
@@ -62,19 +62,6 @@ def main(run: Run) -> None:
     student_BTV = teacher_BTV + NOISE * torch.randn_like(teacher_BTV)
     print(f"Codes at k = {KEPT_K}, made-up predictions over {teacher_BTV.shape[-1]:,} tokens:\n")
     print_table(by_code(teacher_BTV, student_BTV, torch.zeros(teacher_BTV.shape[:2], dtype=torch.long)))
-
-
-def converted(run: Run) -> PreTrainedModel:
-    """The recipe's student, which nothing was trained of."""
-    wanted = run.recipe.student
-    return convert(
-        run.teacher,
-        keep_attention=run.facts.kept,
-        seed=run.recipe.seed,
-        seed_from_attention=wanted.seed_from_attention,
-        from_scratch=wanted.from_scratch,
-        **wanted.settings(),
-    )
 
 
 def by_k(teacher_BTV: Tensor, student_BTV: Tensor, labels_BT: Tensor) -> Iterator[list[str]]:

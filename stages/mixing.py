@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from distill.attention import views
 from distill.capture import LayerTrace, sequence_arguments, traced_layers
+from distill.copies import copies_of
 from distill.decoder import layers_of
 from distill.handover import StageRecord
 from distill.layout import kept_heads
@@ -69,7 +70,7 @@ class MixingObjective:
                 self.layers[index], attention.queries_and_shared_keys, trace.attention_input, trace.position_embeddings
             )
             # Every copy of a head is matched to the head by itself; which of them looks how far back sets them apart.
-            q_BHTP = q_BHTP.repeat_interleave(mixer.n_heads // attention.n_heads, dim=1)
+            q_BHTP = q_BHTP.repeat_interleave(copies_of(mixer, attention), dim=1)
             if (matched := self.matched.get(index)) is not None:  # heads kept beside the mixer have their matrix
                 q_BHTP, k_BKTP = q_BHTP[:, matched], attention.per_query_head(k_BKTP, dim=1)[:, matched]
 

@@ -91,13 +91,13 @@ def tiny(family: str, seed: int = 0) -> PreTrainedModel:
     return model.requires_grad_(False)
 
 
-def disturbed(student: PreTrainedModel) -> PreTrainedModel:
+def disturbed(student: PreTrainedModel, by: float = 0.1) -> PreTrainedModel:
     """The same, its mixers as if trained: what starts at zero is not zero."""
     torch.manual_seed(6)
     with torch.no_grad():
         for mixer in mixers_of(student).values():
             for parameter in mixer.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
+                parameter.add_(by * torch.randn_like(parameter))
     return student
 
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from distill.attention import AttentionView
 from distill.capture import LayerTrace
+from distill.copies import copies_of
 from distill.memories import SET_MEMORY, memories_of
 from distill.mixers import DiscreteMamba2Mixer, GatedDeltaNetMixer, Mamba2Mixer, Mixer
 from distill.mixers.parts import inverse_softplus
@@ -43,7 +44,7 @@ def fit_memories_(mixer: Mixer, attention: AttentionView, traces: Sequence[tuple
         traces: ``attention_input``, which both read.
     """
     now_H = memories_of(mixer)
-    copies = len(now_H) // attention.n_heads
+    copies = copies_of(mixer, attention)
     grid_M = torch.tensor(MEMORIES, dtype=torch.float64).to(now_H)
     chosen_HE, ratio_H = now_H.unflatten(0, (-1, copies)).clone(), torch.ones_like(now_H[::copies])
     for copy in range(copies):
@@ -67,7 +68,7 @@ def _measure(
     trace, arguments = read
     teacher_BHTT = _attention(attention, trace, arguments)
     n_heads, chosen = chosen_He.shape
-    copies = mixer.n_heads // n_heads
+    copies = copies_of(mixer, attention)
 
     def matrices(memories_H: Tensor) -> Tensor:
         """(B, H, copies, T, T)"""

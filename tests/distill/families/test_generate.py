@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from distill import convert
-from distill.student import mixers_of
+from tests.conftest import disturbed
 from tests.distill.families.models import tiny
 
 LIKE = ("Gemma 2", "Gemma 3", "Llama", "Qwen3")
@@ -28,13 +28,7 @@ pytestmark = pytest.mark.support("generates")
 @functools.cache
 def student_of(case: str, kept: tuple[int, ...]) -> PreTrainedModel:
     """Its mixers away from where they were seeded."""
-    made = convert(tiny(case), keep_attention=kept)
-    torch.manual_seed(6)
-    with torch.no_grad():
-        for mixer in mixers_of(made).values():
-            for parameter in mixer.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return made
+    return disturbed(convert(tiny(case), keep_attention=kept), by=0.05)
 
 
 def prompts(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,6 +19,7 @@ from distill.student import mixers_of
 from stages.hidden import HiddenObjective
 from stages.logits import LogitObjective
 from stages.mixing import MixingObjective
+from tests.conftest import disturbed
 from tests.distill.families.models import EVERY, config, tiny
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -35,13 +36,7 @@ teacher_of = functools.cache(tiny)
 @functools.cache
 def student_of(case):
     """Half converted, its mixers away from where they were seeded; tests leave it as it is."""
-    made = convert(teacher_of(case), keep_attention=[1])
-    torch.manual_seed(6)
-    with torch.no_grad():
-        for mixer in mixers_of(made).values():
-            for parameter in mixer.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return made
+    return disturbed(convert(teacher_of(case), keep_attention=[1]), by=0.05)
 
 
 def batch_of(*rows):

@@ -1,9 +1,10 @@
-"""scripts.bench_offline_teacher: which student it measures."""
+"""A run, and scripts.bench_offline_teacher, convert as the recipe says."""
 
 from types import SimpleNamespace
 
+from distill import convert
+from distill.convert_stage import conversion_of
 from distill.recipe import Recipe
-from scripts.bench_offline_teacher import converted
 from tests.conftest import tiny
 
 
@@ -19,7 +20,7 @@ def test_the_student_is_the_recipes():
         }
     )
     run = SimpleNamespace(teacher=tiny("llama"), recipe=recipe, facts=SimpleNamespace(kept=(1,)))
-    made = converted(run).config.distill
+    made = convert(run.teacher, **conversion_of(run)).config.distill
     assert made["layers"] == ["discrete_mamba2", "attention", "discrete_mamba2"]
     assert {name: made["mixer"][name] for name in ("rope", "state_dim", "conv_width")} == {
         name: student[name] for name in ("rope", "state_dim", "conv_width")
