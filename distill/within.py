@@ -32,13 +32,17 @@ def through(wrapper: Any, module: Any, call: Callable[..., R], *args: Any, **kwa
         if own is not None:
             module.forward = own
 
+    # Never no arguments at all: on CUDA FSDP2 moves them to its device and takes the first of those that came out,
+    # which before torch 2.13 fails where there was none.
+    bare = not args and not kwargs
+
     def once(*inner_args: Any, **inner_kwargs: Any) -> R:
         put_back()
-        return call(*inner_args, **inner_kwargs)
+        return call() if bare else call(*inner_args, **inner_kwargs)
 
     module.forward = once
     try:
-        return wrapper(*args, **kwargs)
+        return wrapper(None) if bare else wrapper(*args, **kwargs)
     finally:
         put_back()
 

@@ -145,9 +145,9 @@ def contenders(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[s
     for name, keep in (("hybrid", kept), ("all-Mamba", [])):
         models[name] = unset_model(plan(shape.config(), keep_attention=keep), dtype).eval()
     for model in models.values():
+        model.to(device)
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
-        model.to(device)
         model.load_state_dict(teacher.state_dict(), strict=False, assign=True)
     return models
 

@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,17 +61,17 @@ class Check:
         """A section in its own process; what it printed is shown where it failed."""
         if self.small and section.small is None:
             return Outcome(section.name, "left out: no small form", False, 0.0, None)
-        if section.module == "pytest" and find_spec("pytest") is None:
-            return Outcome(section.name, "left out: pytest is not installed", False, 0.0, None)
+        if section.module == "pytest" and not (find_spec("pytest") and find_spec("xdist")):
+            return Outcome(section.name, "left out: pytest or pytest-xdist is not installed", False, 0.0, None)
         left = min(section.seconds * (4 if self.small else 1), self.ends_at - time.monotonic())
         if left < 5:
             return Outcome(section.name, "no time was left", True, 0.0, None)
-        print(f"== {section.name}, at most {left:.0f} s", flush=True)
-        file = self.place / f"{section.name.replace(' ', '-')}.json"
+        file = self.place / f"{''.join(c if c.isalnum() else '-' for c in section.name)}.json"
         started = time.monotonic()
-        said = self._said(self._command(section, file), left)
+        said, text = self._said(self._command(section, file), left)
         took = time.monotonic() - started
-        print(f"   {said}, {took:.0f} s", flush=True)
+        # At once, as sections may run side by side. Tables in full; of what failed the end, where the reason stands.
+        print(f"== {section.name}\n{text if said == 'done' else text[-4000:]}\n   {said}, {took:.0f} s", flush=True)
         return Outcome(
             section.name, said, said != "done", took, json.loads(file.read_text()) if file.exists() else None
         )
@@ -84,21 +86,20 @@ class Check:
             options += ["--output", str(file)]
         return [sys.executable, "-m", section.module, *options]
 
-    def _said(self, command: list[str], limit: float) -> str:
-        log = self.place / "log"
-        with open(log, "w") as said:
+    def _said(self, command: list[str], limit: float) -> tuple[str, str]:
+        """How it ended, and all that it printed."""
+        with tempfile.TemporaryFile("w+", dir=self.place) as said:
             # A session of its own: what a section starts ends with it.
             process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
             try:
                 code = process.wait(limit)
+                ended = "done" if code == 0 else f"failed with code {code}"
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                return f"ended after its {limit:.0f} s"
-        text = log.read_text()
-        # Tables in full; of what failed the end, where the reason stands.
-        print(text if code == 0 else text[-4000:], flush=True)
-        return "done" if code == 0 else f"failed with code {code}"
+                ended = f"ended after its {limit:.0f} s"
+            said.seek(0)
+            return ended, said.read()
 
 
 def main(
@@ -106,6 +107,9 @@ def main(
     small: Annotated[bool, typer.Option("--small", help="Tiny sizes: the timings mean nothing.")] = False,
     folder: Annotated[Path, typer.Option(help="Gets the page, named after the device.")] = Path("docs/benchmarks"),
     minutes: Annotated[float, typer.Option(help="After which no section runs any more.")] = 7.5,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Sections by name, `programs` or `scan 1B`; all if not given.")
+    ] = None,
 ) -> None:
     """Check and measure everything, and write the page."""
     if device == "cuda" and not torch.cuda.is_available():
@@ -113,8 +117,9 @@ def main(
     dtype = "bfloat16" if device == "cuda" else "float32"
     with tempfile.TemporaryDirectory() as place:
         check = Check(device, dtype, small, Path(place), time.monotonic() + 60 * minutes)
-        parity = [check.run(section) for section in PARITY]
-        benchmarks = [check.run(section) for section in BENCHMARKS]
+        with ThreadPoolExecutor(len(PARITY)) as together:  # no time is measured there
+            parity = list(together.map(check.run, _chosen(PARITY, only)))
+        benchmarks = [check.run(section) for section in _chosen(BENCHMARKS, only)]
     ended = [(each.section, each.said, each.seconds) for each in parity + benchmarks]
     figures = {each.section: each.figures for each in parity + benchmarks if each.figures}
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,6 +131,10 @@ def main(
     for each in wrong:
         print(f"parity is not established: {each.section} {each.said}", file=sys.stderr)
     raise typer.Exit(int(bool(wrong)))
+
+
+def _chosen(sections: Sequence[Section], only: Sequence[str] | None) -> list[Section]:
+    return [section for section in sections if not only or section.name in only]
 
 
 def _name(device: str) -> str:

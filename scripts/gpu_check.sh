@@ -24,5 +24,5 @@ if missing:
 CHECK
 
 # From the checkout, not from whatever version of it may be installed. A GPU machine may be without a network.
-export PYTHONPATH="$PWD" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 exec "$python" -m scripts.gpu_check "$@"

@@ -7,19 +7,13 @@ that the fast path reads, rounded to its dtype, so an error is that of computing
 what is not installed is named and does not count.
 """
 
-import json
 import math
 import os
-import shutil
-import subprocess
-import sys
-import sysconfig
-import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -29,6 +23,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 from distill.conversion import convert
 from distill.errors import UserError
+from distill.mixers import KINDS
 from distill.objectives import attention_matrix, logit_loss, mixing_distance, streamed_mixing_distance
 from distill.objectives.chunked import Head
 from distill.objectives.through_head import logit_loss_through_heads
@@ -42,21 +37,6 @@ TOLERANCES = {torch.float32: 5e-5, torch.bfloat16: 3e-2}
 """bfloat16 has 8 bits of mantissa: a rounding is 4e-3 at most, and gradients add a few up."""
 TF32 = 4e-3
 """What a kernel is allowed that multiplies fp32 in TF32, with 11 bits."""
-
-RECIPE = """\
-name: gpu
-run_dir: {folder}/run
-device: {device}
-dtype: {dtype}
-teacher: {{path: teachers/stdlib-1m}}
-student: {{keep_attention: [1]}}
-data: {{source: {folder}/text, block: 128, held_out: {{fraction: 0.1, by: tail}}}}
-stages:
-  mixing: {{tokens: 16K, batch_size: 8}}
-  hidden: {{tokens: 16K, batch_size: 8, lr: 1.0e-2}}
-  logits: {{tokens: 16K, batch_size: 8}}
-evaluation: {{tokens: 2K, batch_size: 8, prompts: ["def main("], new_tokens: 16}}
-"""
 
 
 @dataclass(frozen=True)
@@ -74,24 +54,6 @@ class Row:
         return self.error is not None and not self.error <= self.allowed  # NaN fails
 
 
-def main(
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
-    training: Annotated[bool, typer.Option(help="Run the three stages of a tiny recipe, too.")] = True,
-    output: Annotated[Path | None, typer.Option(help="Also write the rows here, as JSON.")] = None,
-) -> None:
-    """Compare everything and print a table."""
-    checks: list[Callable[[torch.device], Iterable[Row]]] = [scans, mixing, logits, decoding]
-    rows = [row for check in checks for row in _caught(check, torch.device(device))]
-    if training:
-        rows += trained(device)
-    head = ("what", "dtype", "error", "allowed", "")
-    show(f"parity on {device}", head, (shown(row) for row in rows))
-    failed = any(row.failed for row in rows)
-    if output:
-        record(output, {"rows": [asdict(row) | {"failed": row.failed} for row in rows], "failed": failed})
-    raise typer.Exit(int(failed))
-
-
 def scans(device: torch.device) -> Iterator[Row]:
     """Every backend of ours; mamba-ssm's through its wrapper, since it takes step and rate, which `scan` does not."""
     for dtype in TOLERANCES:
@@ -101,11 +63,16 @@ def scans(device: torch.device) -> Iterator[Row]:
             what = f"scan: {name}" + (f" by {backend}" if backend else "")
             allowed = TOLERANCES[dtype] if backend == "torch" or dtype != torch.float32 else TF32
             try:
+                if backend != "torch" and device.type != "cuda":
+                    raise UserError(f"it needs a CUDA device, not the {device.type}")
                 with _scanning_by(backend):
                     leaves = [x.to(device) for x in inputs]
                     got = outputs_and_gradients(contender(name, None), leaves, weight.to(device))
             except (ImportError, UserError) as problem:
                 yield Row(what, str(dtype), None, allowed, f"not here: {str(problem).partition('. ')[0]}")
+            except Exception as problem:  # whatever Triton raises: the others are to be compared all the same
+                traceback.print_exc()
+                yield Row(what, str(dtype), math.nan, allowed, type(problem).__name__)
             else:
                 yield Row(what, str(dtype), error(got, expected), allowed)
 
@@ -184,19 +151,31 @@ def _logits_error(device: torch.device, dtype: torch.dtype, divergence: str) -> 
     return error(outputs_and_gradients(through, [x.to(device) for x in student]), expected)
 
 
+def mixers(device: torch.device) -> Iterator[Row]:
+    """A student of every mixer, in training, on a padded batch: its logits, and in fp32 all gradients."""
+    ids, mask = torch.arange(2 * 70).view(2, 70) % 300, torch.ones(2, 70, dtype=torch.long)
+    mask[1, :9] = 0
+    for kind in KINDS:
+        student = convert(_teacher(), keep_attention=[1], mixer=kind)
+
+        def outputs(model: Any) -> list[Tensor]:
+            model.zero_grad()
+            with torch.enable_grad():
+                out = model(ids.to(model.device), attention_mask=mask.to(model.device)).logits[mask.bool()]
+                out.float().log_softmax(-1)[:, 7].mean().backward()
+            return [out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+        expected = [x.clone() for x in outputs(student.double())]
+        student.float().to(device)
+        yield Row(f"a student: {kind}", str(torch.float32), error(outputs(student), expected), 1e-3)
+        with torch.autocast(device.type, torch.bfloat16):
+            got = outputs(student)[:1]
+        yield Row(f"a student's logits: {kind}", str(torch.bfloat16), error(got, expected[:1]), 0.2)
+
+
 def decoding(device: torch.device) -> Iterator[Row]:
     """Steps with a static cache, compiled (a CUDA graph on CUDA), beside the whole sequence at once."""
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-    )
-    student: Any = convert(LlamaForCausalLM(config).eval(), keep_attention=[1])
+    student: Any = convert(_teacher(), keep_attention=[1])
     student.to(device)
     ids = torch.randint(300, (2, 24), device=device)
     ways: dict[str, Callable[..., Any]] = {"dynamic cache": student, "static cache": student}
@@ -216,26 +195,18 @@ def decoding(device: torch.device) -> Iterator[Row]:
             yield Row(f"decoding: {way}", str(torch.float32), error([got], [expected]), TOLERANCES[torch.float32])
 
 
-def trained(device: str) -> Iterator[Row]:
-    """The three stages of a tiny recipe from the shipped teacher: they finish, and no loss is higher at its end."""
-    dtype = "bfloat16" if device == "cuda" else "float32"
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        (folder / "text").mkdir()
-        for path in Path(sysconfig.get_path("stdlib"), "email").glob("*.py"):
-            shutil.copy(path, folder / "text")
-        recipe = folder / "gpu.yaml"
-        recipe.write_text(RECIPE.format(folder=folder, device=device, dtype=dtype))
-        done = subprocess.run([sys.executable, "-m", "stages.run", str(recipe)], capture_output=True, text=True)
-        for stage in ("mixing", "hidden", "logits"):
-            what = f"stage {stage}: loss at its end / at its start"
-            told = folder / "run" / stage / "stage.json"
-            if not told.exists():
-                yield Row(what, dtype, math.nan, 1.0, done.stderr.strip().splitlines()[-1] if done.stderr else "")
-                return
-            losses = json.loads(told.read_text())
-            yield Row(what, dtype, losses["loss_end"] / losses["loss_start"], 1.0)
-    yield Row("stages.run: exit code", dtype, float(done.returncode), 0.0)
+def _teacher() -> LlamaForCausalLM:
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 def outputs_and_gradients(
@@ -256,13 +227,29 @@ def error(got: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
     return float(torch.stack(errors).max())
 
 
+def compare(checks: Iterable[Callable[[torch.device], Iterable[Row]]], device: str, output: Path | None) -> NoReturn:
+    """Make them, show a table, and end with code 1 if any failed.
+
+    The figures are written row by row: who is ended while a kernel compiles leaves those that he has.
+    """
+    rows: list[Row] = []
+    for row in (row for check in checks for row in _caught(check, torch.device(device))):
+        rows.append(row)
+        failed = any(row.failed for row in rows)
+        if output:
+            record(output, {"rows": [asdict(row) | {"failed": row.failed} for row in rows], "failed": failed})
+    show(f"parity on {device}", ("what", "dtype", "error", "allowed", ""), (shown(row) for row in rows))
+    raise typer.Exit(int(failed))
+
+
 def _caught(check: Callable[[torch.device], Iterable[Row]], device: torch.device) -> Iterator[Row]:
     """The rows of a check, and one that fails if it raised: the next check is to be made whatever the kernels did."""
     try:
         yield from check(device)
     except Exception as problem:
         traceback.print_exc()
-        yield Row(f"{check.__name__}: all that follows", "", math.nan, 0.0, type(problem).__name__)
+        name = getattr(check, "func", check).__name__
+        yield Row(f"{name}: all that follows", "", math.nan, 0.0, type(problem).__name__)
 
 
 def shown(row: Row) -> tuple[str, ...]:
@@ -285,6 +272,24 @@ class _scanning_by:  # noqa: N801 (a context manager)
         os.environ.pop(CHOICE, None)
         if self.before is not None:
             os.environ[CHOICE] = self.before
+
+
+CHECKS: dict[str, Callable[[torch.device], Iterable[Row]]] = {
+    "scans": scans,
+    "mixing": mixing,
+    "logits": logits,
+    "mixers": mixers,
+    "decoding": decoding,
+}
+
+
+def main(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
+    check: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(CHECKS)}; all of them if not given.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the rows here, as JSON.")] = None,
+) -> None:
+    """Compare everything and print a table."""
+    compare([CHECKS[name] for name in check or CHECKS], device, output)
 
 
 if __name__ == "__main__":

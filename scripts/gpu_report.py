@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from distill.ssd.chunked import CHUNK
+from scripts.gpu_sections import PARITY
 from scripts.measure import circumstances
 
 Figures = Mapping[str, Any]
@@ -34,13 +35,13 @@ def page(
     device: str, dtype: str, small: bool, ended: Iterable[tuple[str, str, float]], figures: Mapping[str, Figures]
 ) -> str:
     """Markdown: circumstances, parity, benchmarks, and how every section ended."""
-    measured = figures.get("ceilings", {})
+    measured, ended = figures.get("ceilings", {}), list(ended)
     ceilings = Ceilings(measured.get("flops"), measured.get("bytes_per_second"))
     lines = [f"# {_device_name(device)}", "", *_circumstances(device, dtype), ""]
     if small:
         lines += ["**A trial of the program at tiny sizes: the timings on this page mean nothing.**", ""]
     lines += ["## Ceilings", "", *table(("", ""), _ceilings(ceilings)), ""]
-    lines += ["## Parity", "", *_parity(figures.get("parity")), ""]
+    lines += ["## Parity", "", *_parity(figures, {name: said for name, said, _ in ended}), ""]
     for name, of_one in figures.items():
         maker = next((maker for start, maker in TABLES.items() if name.startswith(start)), None)
         if maker:
@@ -160,21 +161,25 @@ TABLES: dict[str, Callable[[Figures, Ceilings, int], list[str]]] = {
 }
 
 
-def _parity(figures: Figures | None) -> list[str]:
-    if not figures:
-        return ["Not established: the program did not finish."]
+def _parity(figures: Mapping[str, Figures], ended: Mapping[str, str]) -> list[str]:
+    """A verdict, and the rows of all programs that compare, also of one that did not finish."""
+    names = [section.name for section in PARITY]
+    found = [row for name in names if name in figures for row in figures[name]["rows"]]
+    if any(row["failed"] for row in found):
+        verdict = "**Something computes what its reference does not.**"
+    elif open_ones := [name for name in names if not ended.get(name, "").startswith(("done", "left out"))]:
+        verdict = f"Not established, not everything finished: {', '.join(open_ones)}."
+    else:
+        verdict = "All within what is allowed."
     rows = (
         (
-            one["what"],
-            one["dtype"].removeprefix("torch."),
-            "" if one["error"] is None else f"{one['error']:.1e}",
-            f"{one['allowed']:.0e}",
-            f"**FAILED** {one['note']}" if one["failed"] else one["note"],
+            row["what"],
+            row["dtype"].removeprefix("torch."),
+            "" if row["error"] is None else f"{row['error']:.1e}",
+            f"{row['allowed']:.0e}",
+            f"**FAILED** {row['note']}" if row["failed"] else row["note"],
         )
-        for one in figures["rows"]
-    )
-    verdict = (
-        "**Something computes what its reference does not.**" if figures["failed"] else "All within what is allowed."
+        for row in found
     )
     return [verdict, "", *table(("", "dtype", "error", "allowed", ""), rows)]
 

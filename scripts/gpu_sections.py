@@ -9,6 +9,7 @@ from dataclasses import dataclass
 ONE_B = "--hidden 2048 --heads 32 --kv-heads 8 --intermediate 8192 --vocab 128256"
 EIGHT_B = "--hidden 4096 --heads 32 --kv-heads 8 --intermediate 14336 --vocab 128256"
 TINY = "--hidden 64 --heads 4 --kv-heads 2 --intermediate 128 --vocab 500"
+KERNELS = "-q -rs -n 8 tests/distill/ssd/test_kernels.py tests/distill/ssd/test_mamba_ssm.py"
 CONTENDERS = '--only distill --only "transformers, chunk 256" --only "mamba-ssm kernel" --only SDPA'
 
 
@@ -36,42 +37,16 @@ class Section:
 
 
 PARITY = (
-    Section("kernels", "pytest", "tests/distill/ssd/test_kernels.py", None, 60, output=False, typed=False),
-    Section("parity", "scripts.gpu_parity", "", "", 100, typed=False),
+    Section("kernels", "pytest", KERNELS, None, 200, output=False, typed=False),
+    *(
+        Section(f"parity: {check}", "scripts.gpu_parity", f"--check {check}", f"--check {check}", 200, typed=False)
+        for check in ("scans", "mixing", "logits", "mixers", "decoding")
+    ),
+    Section("programs", "scripts.gpu_programs", "", "--tokens 4K", 200, typed=False),
 )
+"""All at once. Triton takes a minute or two to compile and choose among the variants of a kernel."""
 BENCHMARKS = (
     Section("ceilings", "scripts.ceilings", "", "--size 256 --mebibytes 16 --repeats 2", 30),
-    Section(
-        "scan 1B",
-        "scripts.bench_scan",
-        f"--heads 32 --head-dim 64 --state-dim 64 --lengths 2048 --lengths 16384 --no-memory {CONTENDERS}",
-        "--heads 2 --head-dim 16 --state-dim 16 --lengths 64 --repeats 1 --no-memory --only distill --only SDPA",
-        35,
-    ),
-    Section(
-        "scan 8B",
-        "scripts.bench_scan",
-        f"--heads 32 --head-dim 128 --state-dim 128 --lengths 2048 --lengths 8192 --no-memory {CONTENDERS}",
-        None,
-        35,
-    ),
-    Section("mixing", "scripts.bench_mixing", "--lengths 2048,4096", "--lengths 64 --repeats 1", 60),
-    Section(
-        "logits 1B",
-        "scripts.bench_logits",
-        "--vocabulary 128K --tokens 8192 --hidden 2048",
-        "--vocabulary 1K --tokens 64 --hidden 32 --repeats 1 --without liger",
-        50,
-    ),
-    Section("logits 8B", "scripts.bench_logits", "--vocabulary 128K --tokens 4096 --hidden 4096", None, 50),
-    Section(
-        "steps 1B",
-        "scripts.bench_steps",
-        f"{ONE_B} --layers 16 --length 2048 --batch 4",
-        f"{TINY} --layers 4 --length 64 --batch 2 --repeats 1",
-        50,
-    ),
-    Section("steps 8B", "scripts.bench_steps", f"{EIGHT_B} --layers 4 --length 2048 --batch 4", None, 45),
     Section(
         "decoding 1B",
         "scripts.bench_decode",
@@ -80,11 +55,42 @@ BENCHMARKS = (
         40,
     ),
     Section(
+        "steps 1B",
+        "scripts.bench_steps",
+        f"{ONE_B} --layers 16 --length 2048 --batch 4",
+        f"{TINY} --layers 4 --length 64 --batch 2 --repeats 1",
+        50,
+    ),
+    Section(
+        "logits 1B",
+        "scripts.bench_logits",
+        "--vocabulary 128K --tokens 8192 --hidden 2048",
+        "--vocabulary 1K --tokens 64 --hidden 32 --repeats 1 --without liger",
+        50,
+    ),
+    Section("mixing", "scripts.bench_mixing", "--lengths 2048,4096", "--lengths 64 --repeats 1", 60),
+    Section(
+        "scan 1B",
+        "scripts.bench_scan",
+        f"--heads 32 --head-dim 64 --state-dim 64 --lengths 2048 --lengths 16384 --no-memory {CONTENDERS}",
+        "--heads 2 --head-dim 16 --state-dim 16 --lengths 64 --repeats 1 --no-memory --only distill --only SDPA",
+        35,
+    ),
+    Section(
         "decoding 8B",
         "scripts.bench_decode",
         f"{EIGHT_B} --layers 8 --context 131072 --batch 4 --steps 16 --blocks 3 --memory 70",
         None,
         40,
+    ),
+    Section("steps 8B", "scripts.bench_steps", f"{EIGHT_B} --layers 4 --length 2048 --batch 4", None, 45),
+    Section("logits 8B", "scripts.bench_logits", "--vocabulary 128K --tokens 4096 --hidden 4096", None, 50),
+    Section(
+        "scan 8B",
+        "scripts.bench_scan",
+        f"--heads 32 --head-dim 128 --state-dim 128 --lengths 2048 --lengths 8192 --no-memory {CONTENDERS}",
+        None,
+        35,
     ),
     Section(
         "decoding 1B compiled",
@@ -94,3 +100,4 @@ BENCHMARKS = (
         100,
     ),
 )
+"""The most telling first: who comes last may find no time left."""

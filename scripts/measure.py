@@ -30,15 +30,18 @@ __all__ = ["Call", "circumstances", "peak_memory", "record", "seconds", "show"]
 
 
 def peak_memory(prepare: Callable[..., Call], *arguments: Any, threads: int | None = None) -> int:
-    """Bytes that a call holds at its worst moment beyond what was there before it, measured in a fresh process.
+    """Bytes that a call holds at its worst moment beyond what was there before it.
 
-    On a CPU the growth of resident memory, on CUDA that of the tensors allocated on the current device.
+    On a CPU the growth of resident memory in a fresh process; on CUDA that of the tensors allocated on the current
+    device, in this process if it computes there already: tensors are counted, so nothing is left over to mislead.
 
     Args:
         prepare: a function at the top of a module; makes the inputs and returns the call to be measured.
         arguments: of ``prepare``; they must pickle.
         threads: torch's, in that process; its default if None.
     """
+    if torch.cuda.is_initialized():
+        return _growth(prepare, arguments, threads)
     # Else glibc would keep what was freed, and a peak would be that of the allocator and not of the tensors alive.
     with (
         _environment(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0"),
@@ -64,7 +67,6 @@ def show(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> N
 
 
 def _growth(prepare: Callable[..., Call], arguments: Sequence[Any], threads: int | None) -> int:
-    """In the fresh process."""
     if threads:
         torch.set_num_threads(threads)
     call = prepare(*arguments)

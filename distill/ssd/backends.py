@@ -122,4 +122,20 @@ def _import_problem(module: str, package: str) -> str | None:
         importlib.import_module(module)
     except Exception as error:  # whatever Triton and CUDA raise where they do not fit together
         return f"it does not import ({type(error).__name__}: {error})"
-    return None
+    return _fla_problem() if module.startswith("fla.") else None
+
+
+def _fla_problem() -> str | None:
+    """fla's backward raises on Hopper where Triton computes it wrongly, unless tilelang does it instead.
+
+    (fla-org/flash-linear-attention, fla/ops/common/chunk_o.py.) Found before a run begins, not in its first step.
+    """
+    known = importlib.import_module("fla.utils")
+    wrong = (
+        getattr(known, "IS_NVIDIA_HOPPER", False)
+        and getattr(known, "TRITON_ABOVE_3_4_0", False)
+        and not getattr(known, "TRITON_ABOVE_3_7_1", True)
+    )
+    if not wrong or find_spec("tilelang"):
+        return None
+    return "its gradients are wrong on Hopper by Triton 3.4.0 to 3.7.0 (newer Triton, or pip install tilelang)"

@@ -71,7 +71,7 @@ def test_the_page_puts_figures_beside_the_ceilings():
     figures = {
         "ceilings": {"flops": 2e9, "bytes_per_second": 1e9},
         "scan 1B": {"shape": shape, "rows": rows},
-        "parity": {"failed": True, "rows": [_parity_row(failed=True)]},
+        "parity: scans": {"failed": True, "rows": [_parity_row(failed=True)]},
     }
     text = page("cpu", "float32", False, [("scan 1B", "done", 3.0), ("mixing", "failed with code 1", 1.0)], figures)
     # 3 · 64 (64·32 + 4·256) operations and 64 (5·16 + 6·16) numbers of 4 bytes, in a millisecond.
@@ -80,6 +80,15 @@ def test_the_page_puts_figures_beside_the_ceilings():
     assert "Something computes" in text
     assert "| mixing | failed with code 1 | 1 |" in text
     assert "mean nothing" not in text
+
+
+def test_what_was_ended_early_leaves_its_rows_and_no_verdict():
+    figures = {"parity: scans": {"failed": False, "rows": [_parity_row(failed=False)]}}
+    text = page("cpu", "float32", False, [("parity: scans", "ended after its 200 s", 200.0)], figures)
+    assert "Not established, not everything finished: kernels, parity: scans, parity: mixing" in text
+    assert "| scan | float32 |" in text
+    done = [(section.name, "done", 1.0) for section in PARITY]
+    assert "All within what is allowed." in page("cpu", "float32", False, done, figures)
 
 
 def test_without_parity_the_page_says_so():

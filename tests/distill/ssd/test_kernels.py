@@ -81,6 +81,8 @@ def test_what_forgets_leaves_exactly_nothing():
 @pytest.mark.parametrize("with_resets", [False, True])
 def test_the_kernel_is_the_recurrence(dtype, tolerance, groups, with_state, with_resets):
     """TF32 has 10 bits of mantissa, bfloat16 has 7; gradients add a few roundings up."""
+    if why := backends._import_problem(*backends._LIBRARIES["fla"]):
+        pytest.skip(why)
     arguments = inputs(200, groups, device=CUDA, dtype=dtype)
     initial = torch.randn(2, 4, 64, 32) if with_state else None
     resets = borders(200) if with_resets else None
@@ -105,6 +107,24 @@ def test_plain_torch_on_cuda_is_the_recurrence(monkeypatch, dtype):
         borders(200).to(CUDA),
     )
     close(got, by_reference(arguments, None, borders(200)), 1e-5 if dtype == torch.float32 else 1e-12)
+
+
+@needs_fla
+@pytest.mark.parametrize(
+    ("hopper", "triton", "tilelang", "refused"),
+    [
+        (True, "3.6.0", False, True),
+        (True, "3.6.0", True, False),
+        (True, "3.7.1", False, False),
+        (False, "3.6.0", False, False),
+    ],
+)
+def test_gradients_that_fla_refuses_are_asked_elsewhere(monkeypatch, hopper, triton, tilelang, refused):
+    """Seen on an H200 with Triton 3.6.0: the forward pass runs, and the first backward pass raises."""
+    monkeypatch.setattr("fla.utils.IS_NVIDIA_HOPPER", hopper)
+    monkeypatch.setattr("fla.utils.TRITON_ABOVE_3_7_1", triton == "3.7.1")
+    monkeypatch.setattr(backends, "find_spec", lambda name: tilelang if name == "tilelang" else find_spec(name))
+    assert bool(backends._fla_problem()) == refused
 
 
 @pytest.fixture
