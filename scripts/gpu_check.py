@@ -106,7 +106,7 @@ def main(
     device: Annotated[str, typer.Option(help="cuda, or cpu to try this program.")] = "cuda",
     small: Annotated[bool, typer.Option("--small", help="Tiny sizes: the timings mean nothing.")] = False,
     folder: Annotated[Path, typer.Option(help="Gets the page, named after the device.")] = Path("docs/benchmarks"),
-    minutes: Annotated[float, typer.Option(help="After which no section runs any more.")] = 7.5,
+    minutes: Annotated[float, typer.Option(help="After which no section runs any more.")] = 14.0,
     only: Annotated[
         list[str] | None, typer.Option(help="Sections by name, `programs` or `scan 1B`; all if not given.")
     ] = None,

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# In one call, under eight minutes, on a machine with one large NVIDIA GPU: is everything right there, and how fast is it?
+# In one call, at most a quarter of an hour, on a machine with one large NVIDIA GPU: is everything right there, and how fast is it?
 # Needs no network and installs nothing. Exit code 1 where anything computes something else than its reference does.
 #   usage: bash scripts/gpu_check.sh [--folder docs/benchmarks]
 #          PYTHON=/path/to/python bash scripts/gpu_check.sh       another interpreter than .venv's, or else python3

@@ -37,12 +37,12 @@ class Section:
 
 
 PARITY = (
-    Section("kernels", "pytest", KERNELS, None, 200, output=False, typed=False),
+    Section("kernels", "pytest", KERNELS, None, 300, output=False, typed=False),
     *(
-        Section(f"parity: {check}", "scripts.gpu_parity", f"--check {check}", f"--check {check}", 200, typed=False)
+        Section(f"parity: {check}", "scripts.gpu_parity", f"--check {check}", f"--check {check}", 300, typed=False)
         for check in ("scans", "mixing", "logits", "mixers", "decoding")
     ),
-    Section("programs", "scripts.gpu_programs", "", "--tokens 4K", 200, typed=False),
+    Section("programs", "scripts.gpu_programs", "", "--tokens 4K", 300, typed=False),
 )
 """All at once. Triton takes a minute or two to compile and choose among the variants of a kernel."""
 BENCHMARKS = (
@@ -52,21 +52,21 @@ BENCHMARKS = (
         "scripts.bench_decode",
         f"{ONE_B} --layers 16 --context 4096 --context 131072 --steps 16 --blocks 3 --memory 60",
         f"{TINY} --layers 8 --context 128 --steps 1 --blocks 1",
-        40,
+        100,
     ),
     Section(
         "steps 1B",
         "scripts.bench_steps",
         f"{ONE_B} --layers 16 --length 2048 --batch 4",
         f"{TINY} --layers 4 --length 64 --batch 2 --repeats 1",
-        50,
+        70,
     ),
     Section(
         "logits 1B",
         "scripts.bench_logits",
         "--vocabulary 128K --tokens 8192 --hidden 2048",
         "--vocabulary 1K --tokens 64 --hidden 32 --repeats 1 --without liger",
-        50,
+        60,
     ),
     Section("mixing", "scripts.bench_mixing", "--lengths 2048,4096", "--lengths 64 --repeats 1", 60),
     Section(
@@ -74,23 +74,23 @@ BENCHMARKS = (
         "scripts.bench_scan",
         f"--heads 32 --head-dim 64 --state-dim 64 --lengths 2048 --lengths 16384 --no-memory {CONTENDERS}",
         "--heads 2 --head-dim 16 --state-dim 16 --lengths 64 --repeats 1 --no-memory --only distill --only SDPA",
-        35,
+        90,
     ),
     Section(
         "decoding 8B",
         "scripts.bench_decode",
         f"{EIGHT_B} --layers 8 --context 131072 --batch 4 --steps 16 --blocks 3 --memory 70",
         None,
-        40,
+        80,
     ),
-    Section("steps 8B", "scripts.bench_steps", f"{EIGHT_B} --layers 4 --length 2048 --batch 4", None, 45),
+    Section("steps 8B", "scripts.bench_steps", f"{EIGHT_B} --layers 4 --length 2048 --batch 4", None, 60),
     Section("logits 8B", "scripts.bench_logits", "--vocabulary 128K --tokens 4096 --hidden 4096", None, 50),
     Section(
         "scan 8B",
         "scripts.bench_scan",
         f"--heads 32 --head-dim 128 --state-dim 128 --lengths 2048 --lengths 8192 --no-memory {CONTENDERS}",
         None,
-        35,
+        80,
     ),
     Section(
         "decoding 1B compiled",
