@@ -5,7 +5,9 @@ themselves need CUDA.
 """
 
 import importlib
+import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,22 +111,27 @@ def test_plain_torch_on_cuda_is_the_recurrence(monkeypatch, dtype):
     close(got, by_reference(arguments, None, borders(200)), 1e-5 if dtype == torch.float32 else 1e-12)
 
 
-@needs_fla
 @pytest.mark.parametrize(
-    ("hopper", "triton", "tilelang", "refused"),
+    ("hopper", "from_3_4_0", "from_3_7_1", "tilelang", "refused"),
     [
-        (True, "3.6.0", False, True),
-        (True, "3.6.0", True, False),
-        (True, "3.7.1", False, False),
-        (False, "3.6.0", False, False),
+        (True, True, False, False, True),
+        (True, True, False, True, False),
+        (True, True, True, False, False),
+        (True, False, False, False, False),
+        (False, True, False, False, False),
     ],
 )
-def test_gradients_that_fla_refuses_are_asked_elsewhere(monkeypatch, hopper, triton, tilelang, refused):
-    """Seen on an H200 with Triton 3.6.0: the forward pass runs, and the first backward pass raises."""
-    monkeypatch.setattr("fla.utils.IS_NVIDIA_HOPPER", hopper)
-    monkeypatch.setattr("fla.utils.TRITON_ABOVE_3_7_1", triton == "3.7.1")
-    monkeypatch.setattr(backends, "find_spec", lambda name: tilelang if name == "tilelang" else find_spec(name))
-    assert bool(backends._fla_problem()) == refused
+def test_gradients_that_fla_refuses_are_made_by_another(monkeypatch, hopper, from_3_4_0, from_3_7_1, tilelang, refused):
+    """Seen on an H200 with Triton 3.6.0: the forward pass ran, and the first backward pass raised."""
+    flags = {"IS_NVIDIA_HOPPER": hopper, "TRITON_ABOVE_3_4_0": from_3_4_0, "TRITON_ABOVE_3_7_1": from_3_7_1}
+    monkeypatch.setitem(sys.modules, "fla.utils", SimpleNamespace(**flags))
+    monkeypatch.setitem(sys.modules, "fla.ops.simple_gla", SimpleNamespace())
+    monkeypatch.setattr(backends, "find_spec", lambda name: tilelang if name == "tilelang" else True)
+    backends._import_problem.cache_clear()
+    monkeypatch.delenv(backends.CHOICE, raising=False)
+    assert (backends.backend(CUDA, torch.bfloat16) != "fla") == refused
+    assert ("tilelang" in (backends.obstacle("fla", CUDA, torch.bfloat16) or "")) == refused
+    backends._import_problem.cache_clear()
 
 
 @pytest.fixture
