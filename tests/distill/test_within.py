@@ -24,7 +24,7 @@ def test_arguments_pass_through_the_hooks(seen):
 
 
 def test_hooks_see_an_argument_even_where_there_is_none(seen):
-    """On CUDA, FSDP2 moves the arguments and takes the first that came out, which torch 2.11 does not find in nothing."""
+    """On CUDA, FSDP2 moves the arguments and takes the first; torch 2.11 does not find one in nothing."""
     module, calls = seen
     assert opened(module, lambda: torch.ones(())) == 1
     assert within(module, lambda: module.weight) is module.weight
