@@ -1,6 +1,6 @@
 """The programs on this device: the three stages of a tiny recipe, the same sharded, and an adapter in fp16.
 
-    python -m scripts.gpu_programs --device cuda
+python -m scripts.gpu_programs --device cuda
 """
 
 import json
