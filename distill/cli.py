@@ -92,7 +92,9 @@ def convert(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must be new or empty.")],
     mixer: Annotated[
         str,
-        typer.Option(help="In attention's place: mamba2, discrete_mamba2, gated_deltanet, based or sliding_window."),
+        typer.Option(
+            help="In attention's place: mamba2, discrete_mamba2, gated_deltanet, based, hedgehog, sliding_window."
+        ),
     ] = "mamba2",
     keep_attention: Annotated[
         str, typer.Option(metavar="LAYERS", help="Layers that keep attention: 2,5 or a pattern such as mmma.")

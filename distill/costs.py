@@ -55,7 +55,7 @@ from distill.data.batches import micro_batches
 from distill.decoder import attention_of, layers_of
 from distill.experts import idle_parameters
 from distill.layout import ATTENTION, kept_heads, mixer_layers
-from distill.mixers.based import n_features
+from distill.mixers import FEATURES
 from distill.mixers.kept_heads import KeptHeads
 from distill.objectives import strips
 from distill.objectives.chunked import VOCABULARY_SLICE, chunk_rows
@@ -136,7 +136,7 @@ def sizes_of(student: PreTrainedModel, block: int, teacher_roles: dict[str, int]
         vocabulary=text.vocab_size,
         heads=mixer["n_heads"],
         head_dim=mixer["head_dim"],
-        state_dim=n_features(mixer["state_dim"]) if kind == "based" else mixer["state_dim"],
+        state_dim=FEATURES[kind](mixer["state_dim"]) if kind in FEATURES else mixer["state_dim"],
         block=block,
         teacher=teacher_roles,
         student=roles,

@@ -42,7 +42,7 @@ _OPTIONAL = {
     "lm_eval": ("lm-eval", "the standard benchmarks"),
 }
 # The mixers that scan, and whether they have the step and the rate that one of the scan's backends wants.
-_STEPPED = {"mamba2": True, "discrete_mamba2": False, "based": False}
+_STEPPED = {"mamba2": True, "discrete_mamba2": False, "based": False, "hedgehog": False}
 _UNSCANNED = {
     "gated_deltanet": "the delta rule instead of a scan: chunked matmuls in plain PyTorch, on every device",
     "sliding_window": "the teacher's attention behind a mask, with every cache that is a DynamicCache",

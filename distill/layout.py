@@ -13,6 +13,7 @@ NAMES = {
     "discrete_mamba2": "discrete Mamba-2",
     "gated_deltanet": "Gated DeltaNet",
     "based": "BASED",
+    "hedgehog": "Hedgehog",
     "sliding_window": "sliding-window attention",
 }
 """What people call the kinds of layers that may stand where attention stood."""

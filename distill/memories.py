@@ -8,13 +8,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distill.copies import spread
-from distill.mixers import DiscreteMamba2Mixer, GatedDeltaNetMixer, Mamba2Mixer, Mixer, discrete_mamba2, mamba2
+from distill.mixers import (
+    DiscreteMamba2Mixer,
+    GatedDeltaNetMixer,
+    HedgehogMixer,
+    Mamba2Mixer,
+    Mixer,
+    discrete_mamba2,
+    hedgehog,
+    mamba2,
+)
 from distill.mixers import gated_deltanet as delta
 
 SET_MEMORY: dict[type, Callable[[Any, Tensor], None]] = {
     Mamba2Mixer: mamba2.set_memory_,
     DiscreteMamba2Mixer: discrete_mamba2.set_memory_,
     GatedDeltaNetMixer: delta.set_memory_,
+    HedgehogMixer: hedgehog.set_memory_,
 }
 """How a mixer is made to forget by 1/e in so many positions, (H,), whatever it reads."""
 
@@ -22,6 +32,7 @@ RATE: dict[type, Callable[[Any], Tensor]] = {
     Mamba2Mixer: lambda mixer: F.softplus(mixer.dt_bias) * mixer.A_log.exp(),
     DiscreteMamba2Mixer: lambda mixer: F.softplus(mixer.A_log_bias),
     GatedDeltaNetMixer: lambda mixer: F.softplus(mixer.dt_bias) * mixer.A_log.exp(),
+    HedgehogMixer: lambda mixer: F.softplus(mixer.A_log_bias),
 }
 """−log decay, (H,), where nothing read changes it."""
 

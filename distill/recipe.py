@@ -168,8 +168,8 @@ _SETTINGS = (
 class Student(Section):
     """What the teacher is turned into."""
 
-    mixer: Literal["mamba2", "discrete_mamba2", "gated_deltanet", "based", "sliding_window"] = "mamba2"
-    """What stands where attention stood: Mamba-2, MOHAWK's, Gated DeltaNet, BASED's, or attention with a window."""
+    mixer: Literal["mamba2", "discrete_mamba2", "gated_deltanet", "based", "hedgehog", "sliding_window"] = "mamba2"
+    """What stands where attention stood: Mamba-2, MOHAWK's, Gated DeltaNet, BASED, Hedgehog or a window."""
     keep_attention: Keep = Keep(layers=())
     """The layers that keep attention: a list of indices, {pattern: ..}, {ratio: ..} or {count: ..}."""
     keep_heads: dict[Layer, Heads] = Field(default={})

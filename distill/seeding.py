@@ -18,7 +18,7 @@ from distill.attention import AttentionView
 from distill.calibration import steady_direction
 from distill.capture import LayerTrace
 from distill.copies import copies_of, mean_of_copies, shared_out
-from distill.mixers import BasedMixer, DiscreteMamba2Mixer, GatedDeltaNetMixer, Mamba2Mixer, Mixer
+from distill.mixers import BasedMixer, DiscreteMamba2Mixer, GatedDeltaNetMixer, HedgehogMixer, Mamba2Mixer, Mixer
 from distill.mixers.parts import inverse_softplus
 from distill.objectives import attention_matrix
 from distill.projections import Projection
@@ -56,21 +56,22 @@ class Rows:
     """What a mixer calls the rows of ``in_proj`` that take values, keys and queries, and how a wider state starts.
 
     Attributes:
-        unused: which of keys and queries is zero in the columns that a state has more than a head.
+        unused: which of keys and queries are zero in the columns that a state has more than a head.
     """
 
     v: str
     k: str
     q: str
-    unused: str
+    unused: tuple[str, ...]
 
 
-_STATE_SPACE = Rows("x", "B", "C", unused="C")
-_TAYLOR = Rows("v", "k", "q", unused="q")
-_DELTA = Rows("v", "k", "q", unused="k")
+_STATE_SPACE = Rows("x", "B", "C", unused=("C",))
+_TAYLOR = Rows("v", "k", "q", unused=("q",))
+_SPIKES = Rows("v", "k", "q", unused=("k", "q"))
+_DELTA = Rows("v", "k", "q", unused=("k",))
 
 
-Copied = Mamba2Mixer | DiscreteMamba2Mixer | GatedDeltaNetMixer | BasedMixer
+Copied = Mamba2Mixer | DiscreteMamba2Mixer | GatedDeltaNetMixer | BasedMixer | HedgehogMixer
 
 
 def _copy_projections(
@@ -98,8 +99,8 @@ def _copy_projections(
         width = (place.stop - place.start) // mixer.n_heads
         made = mixer.in_proj.weight[place]
         # Columns of a state wider than the head: one of keys and queries starts at zero there, so that they have no
-        # influence, but the other at random, since the gradient of each is a multiple of the other.
-        beyond = torch.zeros_like(made) if name == named.unused else made
+        # influence, but the other at random, since the gradient of each is a multiple of the other (not a softmax).
+        beyond = torch.zeros_like(made) if name in named.unused else made
         weight_ID, bias = projection.weight, projection.bias
         if (gain_I := gains.get(name)) is not None:
             weight_ID = gain_I[:, None] * weight_ID
@@ -249,6 +250,15 @@ def _seed_based(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> li
     return _copy_projections(mixer, attention, trace, _TAYLOR)
 
 
+def _seed_hedgehog(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> list[Seeded]:
+    assert isinstance(mixer, HedgehogMixer)
+    return [
+        *_copy_projections(mixer, attention, trace, _SPIKES),
+        Seeded("in_proj A_log", "0"),
+        Seeded("A_log_bias", "memories of 4 to 256 positions over the heads"),
+    ]
+
+
 def _narrow_scores_(mixer: Copied, attention: AttentionView, trace: LayerTrace, named: Rows, d: int) -> None:
     """Queries and keys of d numbers whose scores u_t W u_s are as near to attention's, before rotation, as d allow.
 
@@ -285,4 +295,5 @@ SEEDS: dict[type, Callable[[Mixer, AttentionView, LayerTrace], list[Seeded]]] = 
     DiscreteMamba2Mixer: _seed_discrete_mamba2,
     GatedDeltaNetMixer: _seed_gated_deltanet,
     BasedMixer: _seed_based,
+    HedgehogMixer: _seed_hedgehog,
 }

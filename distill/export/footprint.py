@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig
 from distill.attention import AttentionView, views
 from distill.conversion import empty_model
 from distill.layout import ATTENTION
-from distill.mixers.based import n_features
+from distill.mixers import FEATURES
 from distill.mixers.kept_heads import KeptHeads
 from distill.student import state_bytes, teacher_class
 
@@ -102,8 +102,8 @@ def _mixing(kind: str, mixer: dict[str, Any]) -> int:
     channels = mixer["n_heads"] * mixer["head_dim"]
     if kind == "sliding_window":
         return 4 * channels * (mixer["window"] + mixer["sinks"])
-    if kind == "based":
-        return 4 * (channels + mixer["n_heads"]) * n_features(mixer["state_dim"])
+    if kind in FEATURES:
+        return 4 * (channels + mixer["n_heads"]) * FEATURES[kind](mixer["state_dim"])
     return (6 if kind == "gated_deltanet" else 4) * channels * mixer["state_dim"]
 
 

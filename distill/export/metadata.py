@@ -13,6 +13,7 @@ from distill.layout import ATTENTION
 _TAGS = {
     "gated_deltanet": ["gated-deltanet", "linear-attention"],
     "based": ["based", "linear-attention"],
+    "hedgehog": ["hedgehog", "linear-attention"],
     "sliding_window": ["sliding-window-attention"],
 }
 

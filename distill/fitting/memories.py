@@ -23,7 +23,7 @@ from distill.attention import AttentionView
 from distill.capture import LayerTrace
 from distill.copies import copies_of
 from distill.memories import SET_MEMORY, memories_of
-from distill.mixers import DiscreteMamba2Mixer, GatedDeltaNetMixer, Mamba2Mixer, Mixer
+from distill.mixers import DiscreteMamba2Mixer, GatedDeltaNetMixer, HedgehogMixer, Mamba2Mixer, Mixer
 from distill.mixers.parts import inverse_softplus
 from distill.objectives import attention_matrix
 from distill.seeding import LARGEST_RATIO
@@ -120,5 +120,6 @@ SCALE: dict[type, Callable[[Any, Tensor], None]] = {
     Mamba2Mixer: _scale_step_,
     DiscreteMamba2Mixer: lambda mixer, factor_H: mixer.scale_reads_(factor_H),
     GatedDeltaNetMixer: lambda mixer, factor_H: None,  # its norm takes any factor out again
+    HedgehogMixer: lambda mixer, factor_H: None,  # its rows sum to one, as attention's
 }
 """How its matrix is multiplied by factors, (H,)."""

@@ -4,13 +4,16 @@ A mixer is an ``nn.Module`` with the call signature of a Hugging Face attention 
 cannot tell the difference; :class:`Mixer` says what else the rest of the package asks of it.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from distill.mixers import based, hedgehog
 from distill.mixers.based import BasedMixer
 from distill.mixers.discrete_mamba2 import DiscreteMamba2Mixer
 from distill.mixers.gated_deltanet import GatedDeltaNetMixer
+from distill.mixers.hedgehog import HedgehogMixer
 from distill.mixers.kept_heads import HeadHybrid
 from distill.mixers.mamba2 import Mamba2Mixer
 from distill.mixers.rotary import Rotation
@@ -101,8 +104,12 @@ MIXERS: dict[str, type[nn.Module]] = {
     "discrete_mamba2": DiscreteMamba2Mixer,
     "gated_deltanet": GatedDeltaNetMixer,
     "based": BasedMixer,
+    "hedgehog": HedgehogMixer,
 }
 """Those with a state of constant size, which are built from sizes."""
+
+FEATURES: dict[str, Callable[[int], int]] = {"based": based.n_features, "hedgehog": hedgehog.n_features}
+"""Of queries and keys of so many numbers, where the state holds features of them and not themselves."""
 
 KINDS: dict[str, type[nn.Module]] = {**MIXERS, "sliding_window": SlidingWindowMixer}
 """All; where ``of_attention`` is set a mixer is built from the attention that it replaces."""
@@ -112,12 +119,14 @@ BESIDE: dict[str, type[nn.Module]] = {"heads": HeadHybrid}
 
 __all__ = [
     "BESIDE",
+    "FEATURES",
     "KINDS",
     "MIXERS",
     "BasedMixer",
     "DiscreteMamba2Mixer",
     "GatedDeltaNetMixer",
     "HeadHybrid",
+    "HedgehogMixer",
     "Mamba2Mixer",
     "Mixer",
     "SlidingWindowMixer",

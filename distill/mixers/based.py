@@ -19,25 +19,22 @@ N         features: 1 + d + d (d + 1) / 2, state size a head and channel
     y_t          = S_t φ(q_t) / (n_t · φ(q_t))        softmax attention with the series in the exponential's place
     out          = W_out y
 
-Nothing decays and nothing is gated, so a layer whose q and k are its teacher's starts as the teacher's attention as far
-as the series goes. Its state is the largest here: at d = 16 it has 153 × (P + 1) numbers a head.
+The quotient is ``distill.mixers.normalised``'s. Nothing decays and nothing is gated, so a layer whose q and k are its
+teacher's starts as the teacher's attention as far as the series goes. Its state is the largest here: at d = 16 it has
+153 × (P + 1) numbers a head.
 
 Source: "Simple linear attention language models balance the recall-throughput tradeoff" (arXiv 2402.18668), section 4,
 without its layers of sliding-window attention. The features x_i x_j and x_j x_i are one, which halves its state.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from distill.cache import MixerCacheLayer
 from distill.mixers.face import factors_of, head_outputs_of, matrix_of, mix_over_time, mixed_and_values
+from distill.mixers.normalised import NormalisedTerms, normalised_numel
 from distill.mixers.parts import ShortConvolution, consecutive, mask_positions, random_projections_, split_heads, widen
 from distill.mixers.rotary import Rope, Rotation, rotate
-from distill.mixers.state_space import ScanTerms
-from distill.ssd import scan
-from distill.ssd.factors import MatrixFactors
 
 
 def n_features(d: int) -> int:
@@ -52,58 +49,6 @@ def taylor(x_BTHD: Tensor) -> Tensor:
     weight_E = torch.where(first == second, x_BTHD.new_tensor(0.5).sqrt(), x_BTHD.new_tensor(1.0))
     products_BTHE = x_BTHD[..., first] * x_BTHD[..., second] * weight_E
     return torch.cat([torch.ones_like(x_BTHD[..., :1]), x_BTHD, products_BTHE], dim=-1)
-
-
-@dataclass(frozen=True)
-class TaylorTerms:
-    """Everything ``y = M v`` needs, per position.
-
-    Attributes:
-        k_BTHN: φ of the keys; 0 at padding.
-        q_BTHN: φ of the queries.
-        v_BTHP: values.
-    """
-
-    k_BTHN: Tensor
-    q_BTHN: Tensor
-    v_BTHP: Tensor
-
-    @property
-    def values(self) -> Tensor:
-        """v_BTHP."""
-        return self.v_BTHP
-
-    def run(self, *, resets_BT: Tensor | None, cache: MixerCacheLayer | None) -> Tensor:
-        """y_BTHP in fp32. With a cache it continues from the state there, and brings that up to date."""
-        v_BTHP = widen(self.v_BTHP)
-        counted_BTHP = torch.cat([v_BTHP, torch.ones_like(v_BTHP[..., :1])], dim=-1)  # S and n are one state
-        y_BTHP = self._scan(counted_BTHP, self.q_BTHN).run(resets_BT=resets_BT, cache=cache)
-        return y_BTHP[..., :-1] / _at_least_some(y_BTHP[..., -1:])
-
-    def matrix(self, *, resets_BT: Tensor | None) -> Tensor:
-        """M, (B, H, T, T), fp32; every row sums to 1."""
-        return self._scan(self.v_BTHP, self._read(resets_BT)).matrix(resets_BT=resets_BT)
-
-    def factors(self, *, resets_BT: Tensor | None) -> MatrixFactors:
-        """What :meth:`matrix` is made of: a row's sum is a number for what reads it."""
-        return MatrixFactors(self._no_decay(), self.k_BTHN, self._read(resets_BT))
-
-    def _scan(self, x_BTHP: Tensor, q_BTHN: Tensor) -> ScanTerms:
-        no_skip_H = x_BTHP.new_zeros(x_BTHP.shape[2])
-        return ScanTerms(x_BTHP, self.k_BTHN, q_BTHN, self._no_decay(), step_BTH=None, skip_H=no_skip_H)
-
-    def _read(self, resets_BT: Tensor | None) -> Tensor:
-        ones_BTH1 = torch.ones_like(self.k_BTHN[..., :1])
-        sum_BTH1, _ = scan(self._no_decay(), self.k_BTHN, self.q_BTHN, ones_BTH1, resets_BT=resets_BT)
-        return self.q_BTHN / _at_least_some(sum_BTH1)
-
-    def _no_decay(self) -> Tensor:
-        return torch.zeros_like(self.k_BTHN[..., 0])
-
-
-def _at_least_some(sum_BTH1: Tensor) -> Tensor:
-    """A position reads ½ of itself at least; padding before the first token reads nothing, and must not become NaN."""
-    return sum_BTH1.clamp_min(0.1)
 
 
 class BasedMixer(nn.Module):
@@ -134,6 +79,7 @@ class BasedMixer(nn.Module):
     mix = mixed_and_values
     mixing_matrix = matrix_of
     matrix_factors = factors_of
+    state_numel = normalised_numel
 
     def __init__(
         self,
@@ -173,11 +119,6 @@ class BasedMixer(nn.Module):
         """Which rows of ``in_proj`` make what."""
         return consecutive({"q": self.wide, "k": self.wide, "v": self.inner})
 
-    def state_numel(self) -> int:
-        """Numbers remembered per sequence: S and n of every head, and the convolution's inputs."""
-        heads = self.n_heads * (self.head_dim + 1) * self.state_dim
-        return heads + self.conv1d.in_channels * (self.conv1d.kernel_size[0] - 1)
-
     def gated(self, y_BTI: Tensor, _nothing: Tensor) -> Tensor:
         """What the heads made, (B, T, H·P), as it is."""
         return y_BTI
@@ -189,7 +130,7 @@ class BasedMixer(nn.Module):
         resets_BT: Tensor | None,
         cache: MixerCacheLayer | None,
         rotation: Rotation | None = None,
-    ) -> tuple[TaylorTerms, Tensor]:
+    ) -> tuple[NormalisedTerms, Tensor]:
         qkv_BTC = mask_positions(self.in_proj(hidden_BTD), valid_BT)
         if self.projections_frozen:
             qkv_BTC = qkv_BTC.detach()
@@ -199,4 +140,6 @@ class BasedMixer(nn.Module):
         if self.rope == "keep":
             k_BTHD, q_BTHD = rotate(k_BTHD, q_BTHD, rotation)
         k_BTHN = mask_positions(taylor(k_BTHD).flatten(2), valid_BT).unflatten(2, (self.n_heads, -1))
-        return TaylorTerms(k_BTHN, taylor(q_BTHD), split_heads(v_BTI, self.n_heads)), v_BTI
+        nothing_forgotten_BTH = torch.zeros_like(k_BTHN[..., 0])
+        terms = NormalisedTerms(k_BTHN, taylor(q_BTHD), split_heads(v_BTI, self.n_heads), nothing_forgotten_BTH)
+        return terms, v_BTI

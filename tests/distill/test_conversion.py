@@ -274,7 +274,7 @@ def test_roles_cover_every_parameter_once(family):
     [
         (
             {"mixer": "mamba3"},
-            "mixer is 'mamba3'; allowed are based, discrete_mamba2, gated_deltanet, mamba2, sliding_window",
+            "mixer is 'mamba3'; allowed are based, discrete_mamba2, gated_deltanet, hedgehog, mamba2, sliding_window",
         ),
         ({"keep_attention": [3]}, "numbered 0 to 2"),
         ({"state_dim": 0}, "at least 1"),

@@ -67,7 +67,7 @@ def test_the_matrix_is_that_of_its_factors(name, resets):
     torch.testing.assert_close(written_out(factors, documents), matrix, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", sorted(set(MIXERS) - {"based"}))  # which has no gate
+@pytest.mark.parametrize("name", sorted(set(MIXERS) - {"based", "hedgehog"}))  # which have no gate
 def test_what_mix_returns_is_what_forward_uses(name):
     """Change the gate alone: forward must follow it, and mix, which ends before it, must not."""
     mixer, u = make(name), hidden(12)
@@ -235,6 +235,30 @@ def test_based_is_softmax_attention_with_a_taylor_series_for_the_exponential(rop
             q, k = apply_rotary_pos_emb(q, k, *rotation)
         scores = q @ k.mT
         weights = (1 + scores + scores.square() / 2).tril()
+        weights = weights / weights.sum(-1, keepdim=True)
+        expected = mixer.out_proj((weights @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(mixer(u, position_embeddings=rotation)[0], expected, rtol=1e-10, atol=1e-10)
+    matrix = mixer.mixing_matrix(u, position_embeddings=rotation)
+    torch.testing.assert_close(matrix, weights, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("rope", ["drop", "keep"])
+def test_hedgehog_forgets_and_averages_by_products_of_softmaxes(rope):
+    mixer, u = make("hedgehog", rope=rope), hidden(15)
+    mixer.conv1d.open_()
+    angle = torch.arange(15.0, dtype=torch.float64)[None, :, None] * torch.tensor([1.0, 0.3, 1.0, 0.3])
+    rotation = angle.cos(), angle.sin()
+    with torch.no_grad():
+        parts = mixer.in_proj(u).split([mixer.wide, mixer.wide, mixer.inner, HEADS], dim=-1)
+        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in parts[:3])
+        if rope == "keep":
+            q, k = apply_rotary_pos_emb(q, k, *rotation)
+        near, far = ((sign * 2 * q).softmax(-1) @ (sign * 2 * k).softmax(-1).mT for sign in (1, -1))
+        kept = torch.sigmoid(-(parts[3] + mixer.A_log_bias)).mT  # of what a position finds
+        since = torch.stack(
+            [torch.stack([kept[..., s + 1 : t + 1].prod(-1) for s in range(15)], -1) for t in range(15)], -2
+        )
+        weights = (since * (near + far)).tril()
         weights = weights / weights.sum(-1, keepdim=True)
         expected = mixer.out_proj((weights @ v).transpose(1, 2).flatten(2))
     torch.testing.assert_close(mixer(u, position_embeddings=rotation)[0], expected, rtol=1e-10, atol=1e-10)

@@ -260,7 +260,7 @@ def test_doctor_knows_whom_each_mixer_is_served_by(monkeypatch, installed):
     told = doctor._scan_backends(gpu)
     assert [name for name, backend in told.items() if backend["used"]] == ["mamba_ssm", "torch"]
     assert told["mamba_ssm"]["why"].endswith("which serve mamba2 only; runs mamba2 here")
-    assert told["torch"]["why"].endswith("runs discrete_mamba2, based here")
+    assert told["torch"]["why"].endswith("runs discrete_mamba2, based, hedgehog here")
 
     installed.add("fla")
     told = doctor._scan_backends(gpu)

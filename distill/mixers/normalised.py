@@ -1,0 +1,81 @@
+"""Linear attention whose rows sum to one, as a softmax's do: the terms that BASED and Hedgehog have in common.
+
+========  =============================================================================
+symbol    meaning
+========  =============================================================================
+φ(q), φ(k)  features of query and key, N numbers a head, whose products are never below zero
+v, a      value, decay
+========  =============================================================================
+
+::
+
+    S_t, n_t     = a_t S_{t−1} + v_t ⊗ φ(k_t),  a_t n_{t−1} + φ(k_t)
+    y_t          = S_t φ(q_t) / (n_t · φ(q_t))
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.cache import MixerCacheLayer
+from distill.mixers.parts import widen
+from distill.mixers.state_space import ScanTerms
+from distill.ssd import scan
+from distill.ssd.factors import MatrixFactors
+
+LEAST = 1e-4
+"""Padding before the first token reads nothing, and must not become NaN; a token reads more than that of itself."""
+
+
+@dataclass(frozen=True)
+class NormalisedTerms:
+    """Everything ``y = M v`` needs, per position.
+
+    Attributes:
+        k_BTHN: φ of the keys; 0 at padding.
+        q_BTHN: φ of the queries.
+        v_BTHP: values.
+        log_decay_BTH: logarithm of a, ≤ 0; 0 at padding.
+    """
+
+    k_BTHN: Tensor
+    q_BTHN: Tensor
+    v_BTHP: Tensor
+    log_decay_BTH: Tensor
+
+    @property
+    def values(self) -> Tensor:
+        """v_BTHP."""
+        return self.v_BTHP
+
+    def run(self, *, resets_BT: Tensor | None, cache: MixerCacheLayer | None) -> Tensor:
+        """y_BTHP in fp32. With a cache it continues from the state there, and brings that up to date."""
+        v_BTHP = widen(self.v_BTHP)
+        counted_BTHP = torch.cat([v_BTHP, torch.ones_like(v_BTHP[..., :1])], dim=-1)  # S and n are one state
+        y_BTHP = self._scan(counted_BTHP, self.q_BTHN).run(resets_BT=resets_BT, cache=cache)
+        return y_BTHP[..., :-1] / y_BTHP[..., -1:].clamp_min(LEAST)
+
+    def matrix(self, *, resets_BT: Tensor | None) -> Tensor:
+        """M, (B, H, T, T), fp32; every row sums to 1."""
+        return self._scan(self.v_BTHP, self._read(resets_BT)).matrix(resets_BT=resets_BT)
+
+    def factors(self, *, resets_BT: Tensor | None) -> MatrixFactors:
+        """What :meth:`matrix` is made of: a row's sum is a number for what reads it."""
+        return MatrixFactors(self.log_decay_BTH, self.k_BTHN, self._read(resets_BT))
+
+    def _scan(self, x_BTHP: Tensor, q_BTHN: Tensor) -> ScanTerms:
+        no_skip_H = x_BTHP.new_zeros(x_BTHP.shape[2])
+        return ScanTerms(x_BTHP, self.k_BTHN, q_BTHN, self.log_decay_BTH, step_BTH=None, skip_H=no_skip_H)
+
+    def _read(self, resets_BT: Tensor | None) -> Tensor:
+        ones_BTH1 = torch.ones_like(self.k_BTHN[..., :1])
+        sum_BTH1, _ = scan(self.log_decay_BTH, self.k_BTHN, self.q_BTHN, ones_BTH1, resets_BT=resets_BT)
+        return self.q_BTHN / sum_BTH1.clamp_min(LEAST)
+
+
+def normalised_numel(mixer: Any) -> int:
+    """Numbers remembered per sequence: S and n of every head, and the convolution's inputs."""
+    heads = mixer.n_heads * (mixer.head_dim + 1) * mixer.state_dim
+    return heads + mixer.conv1d.in_channels * (mixer.conv1d.kernel_size[0] - 1)
