@@ -56,19 +56,18 @@ class Rows:
     """What a mixer calls the rows of ``in_proj`` that take values, keys and queries, and how a wider state starts.
 
     Attributes:
-        unused: which of keys and queries are zero in the columns that a state has more than a head.
+        unused: which of keys and queries is zero in the columns that a state has more than a head.
     """
 
     v: str
     k: str
     q: str
-    unused: tuple[str, ...]
+    unused: str
 
 
-_STATE_SPACE = Rows("x", "B", "C", unused=("C",))
-_TAYLOR = Rows("v", "k", "q", unused=("q",))
-_SPIKES = Rows("v", "k", "q", unused=("k", "q"))
-_DELTA = Rows("v", "k", "q", unused=("k",))
+_STATE_SPACE = Rows("x", "B", "C", unused="C")
+_FEATURES = Rows("v", "k", "q", unused="q")
+_DELTA = Rows("v", "k", "q", unused="k")
 
 
 Copied = Mamba2Mixer | DiscreteMamba2Mixer | GatedDeltaNetMixer | BasedMixer | HedgehogMixer
@@ -99,8 +98,9 @@ def _copy_projections(
         width = (place.stop - place.start) // mixer.n_heads
         made = mixer.in_proj.weight[place]
         # Columns of a state wider than the head: one of keys and queries starts at zero there, so that they have no
-        # influence, but the other at random, since the gradient of each is a multiple of the other (not a softmax).
-        beyond = torch.zeros_like(made) if name in named.unused else made
+        # influence, but the other at random, since the gradient of each is a multiple of the other. Where a
+        # softmax stands between, it is what tells these columns apart: else they would learn the same for ever.
+        beyond = torch.zeros_like(made) if name == named.unused else made
         weight_ID, bias = projection.weight, projection.bias
         if (gain_I := gains.get(name)) is not None:
             weight_ID = gain_I[:, None] * weight_ID
@@ -247,13 +247,13 @@ def _seed_gated_deltanet(mixer: Mixer, attention: AttentionView, trace: LayerTra
 
 def _seed_based(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> list[Seeded]:
     assert isinstance(mixer, BasedMixer)
-    return _copy_projections(mixer, attention, trace, _TAYLOR)
+    return _copy_projections(mixer, attention, trace, _FEATURES)
 
 
 def _seed_hedgehog(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> list[Seeded]:
     assert isinstance(mixer, HedgehogMixer)
     return [
-        *_copy_projections(mixer, attention, trace, _SPIKES),
+        *_copy_projections(mixer, attention, trace, _FEATURES),
         Seeded("in_proj A_log", "0"),
         Seeded("A_log_bias", "memories of 4 to 256 positions over the heads"),
     ]

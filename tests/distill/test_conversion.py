@@ -145,6 +145,17 @@ def test_a_wider_state_starts_as_the_narrow_one():
     assert (new_reads.abs().amax(dim=-1) > 0).all()  # every new column can be learned
 
 
+def test_new_columns_of_hedgehog_do_not_all_learn_the_same():
+    """Zeros on both sides of a softmax would get one gradient for all."""
+    ids = tokens(97, 2, 30)
+    wide = convert(tiny("llama"), mixer="hedgehog", state_dim=20)
+    wide(ids, labels=ids).loss.backward()
+    mixer = mixers_of(wide)[0]
+    for name in ("q", "k"):
+        new = mixer.in_proj.weight.grad[mixer.in_rows()[name]].unflatten(0, (4, 20))[:, 8:]
+        assert (torch.pdist(new[0]) > 1e-3 * new[0].norm()).all()
+
+
 @pytest.mark.parametrize("d", [3, 8, 12])
 def test_based_starts_with_the_nearest_scores_of_its_rank(family, d):
     """Rank d or less of a head's W_qᵀ W_k, by its singular values; all of it from d = P on."""
