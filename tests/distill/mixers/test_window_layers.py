@@ -109,6 +109,21 @@ def static_pieces_agree(student: PreTrainedModel) -> None:
         close(torch.cat(got, dim=1), expected)
 
 
+def test_a_step_with_a_static_cache_is_compiled_once_and_whole():
+    student, ids = disturbed(mixed("mamba2")), prompt(1, 20)
+    expected = student(ids, use_cache=False).logits
+    counted = torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+    counted.clear()
+    step = torch.compile(student.forward, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        cache = StaticCache(config=student.config, max_cache_len=32)
+        got = [student(ids[:, :10], past_key_values=cache).logits]
+        got += [step(ids[:, t : t + 1], past_key_values=cache).logits for t in range(10, 20)]
+    close(torch.cat(got, dim=1), expected)
+    assert counted["unique_graphs"] == 1
+
+
 def test_left_padded_prompts_generate_what_each_does_alone(student):
     prompts = [prompt(1, length)[0] for length in (1, 8, 21)]
     alone = torch.stack([student.generate(ids[None], **GREEDY)[0, len(ids) :] for ids in prompts])
