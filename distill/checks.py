@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from distill.errors import UserError
 from distill.recipe import Keep, LayerwiseTraining, Recipe, StageName
-from distill.student_checks import check_expand, check_exportable_student, check_kept_heads, check_rope, check_window
+from distill.student_checks import (
+    check_expand,
+    check_exportable_student,
+    check_kept_heads,
+    check_rope,
+    check_window,
+    check_window_layers,
+)
 from distill.vision_checks import check_image_rows, check_images, check_trained
 from distill.weight_files import TensorFacts, stored_tensors
 
@@ -109,6 +116,8 @@ def check(recipe: Recipe, *, ranks: int = 1, planning: bool = False) -> RecipeFa
         with found.at("student.keep_attention"):
             kept = kept_layers(recipe.student.keep_attention, text.num_hidden_layers)
             _check_mixers(text.num_hidden_layers - len(kept), recipe)
+            with found.at("student.window_layers"):
+                check_window_layers(recipe.student, config, kept)
             with found.at("student.keep_heads"):
                 check_kept_heads(recipe, config, kept)
             with found.at("student.bidirectional"):
@@ -316,7 +325,11 @@ def _check_mixing(mixer: str) -> None:
 def _check_heads(recipe: Recipe) -> None:
     """What is told apart inside of a mixer must be there."""
     hidden = recipe.stages.hidden
-    if recipe.student.mixer == "sliding_window" and hidden is not None:
+    if hidden is None:
+        return
+    if recipe.student.window_layers and hidden.target == "heads":
+        raise UserError("target: heads is not for window_layers, whose heads are not told apart; use mixer")
+    if recipe.student.mixer == "sliding_window":
         if hidden.target == "heads":
             raise UserError("target: heads is not for sliding_window, whose heads are not told apart; use mixer")
         if hidden.projections_frozen:

@@ -18,13 +18,14 @@ from transformers.initialization import no_init_weights
 from distill.attention import AttentionView, views
 from distill.calibration import calibrate
 from distill.copies import require_copies
-from distill.decoder import attention_of, layers_of, norm_eps
+from distill.decoder import attention_of, layers_of
 from distill.errors import UserError
 from distill.families import FAMILIES, family_name
 from distill.fitting import Calibrated
 from distill.heads import Heads, described, fill_heads_, require_heads
-from distill.layout import kept_heads, layer_kinds, mixer_layers, resolve
+from distill.layout import ATTENTION, WINDOWED, kept_heads, layer_kinds, mixer_layers, resolve
 from distill.memories import set_apart_
+from distill.mixer_settings import own_settings, shared_settings, state_dim_of
 from distill.mixers import KINDS
 from distill.mixers.kept_heads import kept_numel_per_token
 from distill.mixers.rotary import Rope
@@ -41,10 +42,7 @@ from distill.student import (
 )
 from distill.verification import verify, verify_delivery
 from distill.vision import refuse_both_ways
-from distill.window import SINKS
 
-WINDOW = 64
-TAYLOR_DIM = 16
 CONTEXTS = (1024, 4096, 32768, 131072)
 
 
@@ -100,6 +98,7 @@ def convert(
     conv_width: int = 4,
     rope: str = "drop",
     bidirectional: str = "refuse",
+    window_layers: Sequence[int] = (),
     window: int | None = None,
     sinks: int | None = None,
 ) -> PreTrainedModel:
@@ -119,7 +118,8 @@ def convert(
         conv_width: taps of the mixers' short convolution.
         rope: ``keep`` gives the mixers the teacher's rotary positions (``distill.mixers.rotary``), ``drop`` does not.
         bidirectional: for a teacher that reads images in both directions; ``"causal"`` lets mixers read them one way.
-        window, sinks: of ``sliding_window``, the tokens that its layers see (``distill.window``); 64 and 4 if None.
+        window_layers: 0-based indices of layers whose attention stays, behind a window, beside those with the mixer.
+        window, sinks: of these, or of ``sliding_window``: the tokens that they see (``distill.window``); 64, 4 if None.
 
     Returns:
         A ``PreTrainedModel`` in eval mode: in fp32 if ``teacher`` is a folder, in a loaded teacher's dtype and on its
@@ -143,6 +143,7 @@ def convert(
         conv_width=conv_width,
         rope=rope,
         bidirectional=bidirectional,
+        window_layers=window_layers,
         window=window,
         sinks=sinks,
     )
@@ -163,6 +164,7 @@ def convert_with_report(
     conv_width: int = 4,
     rope: str = "drop",
     bidirectional: str = "refuse",
+    window_layers: Sequence[int] = (),
     window: int | None = None,
     sinks: int | None = None,
 ) -> tuple[PreTrainedModel, Report]:
@@ -177,6 +179,7 @@ def convert_with_report(
         conv_width=conv_width,
         rope=rope,
         bidirectional=bidirectional,
+        window_layers=window_layers,
         window=window,
         sinks=sinks,
     )
@@ -188,7 +191,8 @@ def convert_with_report(
         student = _build(config, teacher)
     if expand > 1:
         for made in mixers_of(student).values():
-            set_apart_(made, expand)
+            if not made.of_attention:
+                set_apart_(made, expand)
     if not from_scratch:
         _copy_weights(teacher, student)
     if replaced and family_name(teacher.config) not in FAMILIES:
@@ -211,6 +215,7 @@ def plan(
     conv_width: int = 4,
     rope: str = "drop",
     bidirectional: str = "refuse",
+    window_layers: Sequence[int] = (),
     window: int | None = None,
     sinks: int | None = None,
 ) -> PreTrainedConfig:
@@ -233,47 +238,20 @@ def plan(
         refuse_both_ways(teacher)
     heads = dict(keep_heads or {})
     require_copies(expand, mixer, bool(heads))
-    layers = layer_kinds(text.num_hidden_layers, kept, mixer)
-    changed = [index for index, kind in enumerate(layers) if kind == mixer]
+    layers = layer_kinds(text.num_hidden_layers, kept, mixer, window_layers)
+    changed = [index for index, kind in enumerate(layers) if kind != ATTENTION]
     empty = empty_model(teacher)
     seen = views(empty, changed or [0])
     attention, *others = seen.values()
     if any((other.n_heads, other.head_dim) != (attention.n_heads, attention.head_dim) for other in others):
         raise UserError(f"the layers of this {family_name(teacher)} have different heads; mixers are all of one shape")
-    if state_dim is None:  # a Taylor series has a feature for every two of its numbers
-        state_dim = min(attention.head_dim, TAYLOR_DIM) if mixer == "based" else attention.head_dim
-    if rope == "keep" and mixer != "sliding_window":  # whose attention does with positions what it always did
-        require_rotation(empty, changed, state_dim)
-    settings = {
-        "n_heads": attention.n_heads * expand,
-        "head_dim": attention.head_dim,
-        "state_dim": state_dim,
-        "conv_width": conv_width,
-        "norm_eps": norm_eps(teacher),
-        "out_bias": attention.o.bias is not None,
-        "rope": rope,
-    }
-    own = _own_settings(mixer, [attention, *others], window, sinks)
-    require_heads(heads, len(layers), kept, attention.n_heads, mixer)
-    return student_config(teacher, layers, settings | own, described(empty, seen, heads))
-
-
-def _own_settings(mixer: str, replaced: list[AttentionView], window: int | None, sinks: int | None) -> dict[str, Any]:
-    """What only this kind of mixer is built with."""
-    attention = replaced[0]
-    if mixer != "sliding_window" and (window, sinks) != (None, None):
-        raise UserError(f"window and sinks are for sliding_window, not for {mixer}; leave them out")
-    if mixer == "sliding_window":
-        window, sinks = WINDOW if window is None else window, SINKS if sinks is None else sinks
-        if window < 1 or sinks < 0:
-            raise UserError(f"window is {window} and sinks {sinks}; they are at least 1 and 0 tokens")
-        if len({view.sliding_window for view in replaced}) > 1:
-            raise UserError("the layers to replace have different windows of their own; keep attention in one kind")
-        own = {"own_window": attention.sliding_window, "n_kv_heads": attention.n_kv_heads}
-        return {"window": window, "sinks": sinks, **own}
-    if mixer == "gated_deltanet":  # transformers' has no bias there, so only where the teacher's must go somewhere
-        return {"conv_bias": any(part.bias is not None for part in (attention.q, attention.k, attention.v))}
-    return {}
+    state_dim = state_dim_of(mixer, attention.head_dim) if state_dim is None else state_dim
+    if rope == "keep" and mixer != WINDOWED:  # behind a window attention does with positions what it always did
+        require_rotation(empty, [index for index in changed if layers[index] != WINDOWED], state_dim)
+    shared = shared_settings(teacher, attention, expand=expand, state_dim=state_dim, conv_width=conv_width, rope=rope)
+    own = own_settings(mixer, layers, seen, window, sinks)
+    require_heads(heads, layers, attention.n_heads, mixer)
+    return student_config(teacher, layers, shared | own, described(empty, seen, heads))
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -369,16 +347,13 @@ def _seed(
     student: PreTrainedModel, teacher: PreTrainedModel, replaced: dict[int, AttentionView], seed: int
 ) -> dict[int, list[Seeded]]:
     mixers: dict[int, Any] = mixers_of(student)
-    if any(mixer.of_attention for mixer in mixers.values()):
-        theirs = layers_of(teacher)
-        for index, mixer in mixers.items():
-            mixer.attention.load_state_dict(attention_of(theirs[index]).state_dict())
-        return {index: [Seeded("attention", "the teacher's own, all of it")] for index in mixers}
-    traces = calibrate(teacher, replaced, seed)
-    return {
-        index: seed_mixer(getattr(mixers[index], "mixer", mixers[index]), replaced[index], trace)
-        for index, trace in traces
-    }
+    seeded, theirs = dict[int, list[Seeded]](), layers_of(teacher)
+    for index in [index for index, mixer in mixers.items() if mixer.of_attention]:
+        mixers.pop(index).attention.load_state_dict(attention_of(theirs[index]).state_dict())
+        seeded[index] = [Seeded("attention", "the teacher's own, all of it")]
+    for index, trace in calibrate(teacher, {index: replaced[index] for index in mixers}, seed):
+        seeded[index] = seed_mixer(getattr(mixers[index], "mixer", mixers[index]), replaced[index], trace)
+    return dict(sorted(seeded.items()))
 
 
 def _count_by_role(model: PreTrainedModel) -> dict[str, int]:

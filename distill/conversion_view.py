@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distill.conversion import CONTEXTS, Report
-from distill.layout import ATTENTION
+from distill.layout import ATTENTION, WINDOWED
 from distill.recipe import TEXT_ROLES
 from distill.roles import ROLES
 from distill.units import count, size
@@ -21,14 +21,18 @@ def render(report: Report) -> RenderableType:
 def layers(report: Report) -> Text:
     """One letter a layer, and which keep attention."""
     kinds = report.layers
+    mixer = next((kind for kind in kinds if kind not in (ATTENTION, WINDOWED)), None)
+    mixer = mixer or (WINDOWED if WINDOWED in kinds else "mixers")
+    windows = [str(index) for index, kind in enumerate(kinds) if kind == WINDOWED != mixer]
     line = Text("layers  ")
     for index, kind in enumerate(kinds):
-        letter = "a" if kind == ATTENTION else "h" if index in report.heads else "m"
+        letter = _letter(kind, mixer, index in report.heads)
         line.append(f"{letter} ", style="cyan" if letter == "m" else "yellow")
     kept = [str(index) for index, kind in enumerate(kinds) if kind == ATTENTION]
-    mixer = next((kind for kind in kinds if kind != ATTENTION), "mixers")
     positions = " with rotary positions" if report.rope == "keep" else ""
-    line.append(f" {len(kinds) - len(kept)} of {len(kinds)} become {mixer} (m){positions}")
+    line.append(f" {len(kinds) - len(kept) - len(windows)} of {len(kinds)} become {mixer} (m){positions}")
+    if windows:
+        line.append(f"; {'layer' if len(windows) == 1 else 'layers'} {', '.join(windows)} attend behind a window (w)")
     if kept:
         line.append(f"; {'layer' if len(kept) == 1 else 'layers'} {', '.join(kept)} with attention (a)")
     if report.heads:
@@ -39,6 +43,14 @@ def layers(report: Report) -> Text:
             f"\n        attention as it was read, recomputed: off by {report.view_error:.0e} of its size at most"
         )
     return line
+
+
+def _letter(kind: str, mixer: str, has_heads: bool) -> str:
+    if kind == ATTENTION:
+        return "a"
+    if kind != mixer:
+        return "w"
+    return "h" if has_heads else "m"
 
 
 def origins(report: Report) -> Table:

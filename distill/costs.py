@@ -3,7 +3,8 @@
 ========  =============================================================================
 symbol    meaning
 ========  =============================================================================
-L, K      layers; of these the ones that keep attention (the other L − K get a mixer)
+L, K, W   layers; of these the ones that keep attention (the other L − K get a mixer), and of those with a mixer the
+          ones that have attention behind a window
 T         tokens a sequence, `data.block` or a stage's own
 D, V      hidden size, vocabulary
 H, P, N   heads, channels a head, state size a head
@@ -27,12 +28,13 @@ Floating-point operations a token, forward, multiplications and additions counte
 Backward costs twice the forward, and n weights that are frozen save 2 n of it. So a token of training costs::
 
     teacher     2 (n_attention + n_mlp)t + L attention
-    mixing      teacher + (L − K) (T + R) H P  +  3 (2 n_mixer + (L − K) (T + R) H N)
-    hidden      teacher                        +  3 (2 n_mixer + (L − K) scan)     and, with target: block,
+    mixing      teacher + M (T + R) H P        +  3 (2 n_mixer + M (T + R) H N),    M = L − K − W, theirs alone
+    hidden      teacher                        +  3 (2 n_mixer + mixers)           and, with target: block,
                                                +  3 · 2 n_mlp (L − K) / L          or, with target: heads,
                                                −  3 · 2 H P D (L − K)
     logits      teacher + head                 +  3 (layers + head),  where
-                                               layers = 2 (n_mixer + n_attention + n_mlp) + (L − K) scan + K attention
+                                               mixers = (L − K − W) scan + W attention
+               layers = 2 (n_mixer + n_attention + n_mlp) + mixers + K attention
                                                +  layers again, with gradient_checkpointing
                                                +  hidden with target: block, with hidden_weight
 
@@ -45,7 +47,7 @@ and moments a process holds depends on the engine: `distill.memory`.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -54,9 +56,10 @@ from distill import activations
 from distill.data.batches import micro_batches
 from distill.decoder import attention_of, layers_of
 from distill.experts import idle_parameters
-from distill.layout import ATTENTION, kept_heads, mixer_layers
+from distill.layout import ATTENTION, WINDOWED, kept_heads, mixer_layers
 from distill.mixers import FEATURES
 from distill.mixers.kept_heads import KeptHeads
+from distill.mixers.sliding_window import SlidingWindowMixer
 from distill.objectives import strips
 from distill.objectives.chunked import VOCABULARY_SLICE, chunk_rows
 from distill.recipe import HiddenStage, LogitsStage, MixingStage, Recipe, Stage
@@ -97,6 +100,7 @@ class Sizes:
 
     ``heads`` are the mixers', ``copies`` of each of attention's.
     ``kept_heads`` keep attention beside mixers, in all layers together, with ``kept_weights`` of their own.
+    ``n_windows`` of the layers with a mixer have attention behind a window, and ``window_weights`` of its parameters.
     """
 
     n_layers: int
@@ -114,10 +118,16 @@ class Sizes:
     kept_heads: int = 0
     kept_weights: int = 0
     copies: int = 1
+    n_windows: int = 0
+    window_weights: int = 0
 
     @property
     def n_changed(self) -> int:
         return self.n_layers - self.n_kept
+
+    @property
+    def n_scanned(self) -> int:
+        return self.n_changed - self.n_windows
 
     @property
     def rows(self) -> int:
@@ -128,7 +138,9 @@ def sizes_of(student: PreTrainedModel, block: int, teacher_roles: dict[str, int]
     """The sizes of a student, with the parameters by role of its teacher and its own."""
     text, mixer = student.config.get_text_config(), student.config.distill["mixer"]
     kept = [module for module in student.modules() if isinstance(module, KeptHeads)]
-    kind = next((kind for kind in student.config.distill["layers"] if kind != ATTENTION), "mamba2")
+    kinds = student.config.distill["layers"]
+    kind = next((kind for kind in kinds if kind not in (ATTENTION, WINDOWED)), "mamba2")
+    windows = [module for module in student.modules() if isinstance(module, SlidingWindowMixer)]
     return Sizes(
         n_layers=text.num_hidden_layers,
         n_kept=text.num_hidden_layers - len(mixer_layers(student.config)),
@@ -145,6 +157,8 @@ def sizes_of(student: PreTrainedModel, block: int, teacher_roles: dict[str, int]
         kept_heads=sum(len(heads.heads) for heads in kept),
         kept_weights=sum(parameter.numel() for heads in kept for parameter in heads.parameters()),
         copies=mixer["n_heads"] // text.num_attention_heads,
+        n_windows=len(windows),
+        window_weights=sum(parameter.numel() for window in windows for parameter in window.parameters()),
     )
 
 
@@ -174,7 +188,7 @@ def teacher_flops_per_token(sizes: Sizes, stage: Stage) -> float:
     s = sizes
     layers = 2 * (s.teacher["attention"] + s.teacher["mlp"] - s.idle) + s.n_layers * _attention(s)
     if isinstance(stage, MixingStage):
-        return layers + s.n_changed * (s.block + s.rows) * s.heads * s.head_dim
+        return layers + s.n_scanned * (s.block + s.rows) * s.heads * s.head_dim
     if isinstance(stage, HiddenStage):
         return layers
     return layers + _head(s) + (layers if stage.hidden_weight else 0)
@@ -183,10 +197,11 @@ def teacher_flops_per_token(sizes: Sizes, stage: Stage) -> float:
 def student_flops_per_token(sizes: Sizes, stage: Stage) -> float:
     """Forward and backward of what a stage runs of the student."""
     s, n = sizes, {**sizes.student, "mlp": sizes.student["mlp"] - sizes.idle}
-    scan = _scan(s)
     if isinstance(stage, MixingStage):
-        return 3 * (2 * n["mixer"] + s.n_changed * (s.block + s.rows) * s.heads * s.state_dim)
-    mixers = 2 * n["mixer"] + s.n_changed * scan
+        matched = n["mixer"] - s.window_weights
+        return 3 * (2 * matched + s.n_scanned * (s.block + s.rows) * s.heads * s.state_dim)
+    # What a window hides is computed, and masked.
+    mixers = 2 * n["mixer"] + s.n_scanned * _scan(s) + s.n_windows * _attention(s)
     scores = 4 * s.block * s.kept_heads * s.head_dim
     beside = 2 * s.kept_weights + scores  # heads beside mixers; they do not train in stage 2
     mlp = 2 * n["mlp"] * s.n_changed / s.n_layers  # of the layers with a mixer
@@ -196,7 +211,7 @@ def student_flops_per_token(sizes: Sizes, stage: Stage) -> float:
             return 3 * (mixers + mlp) - frozen_mlp + beside
         unused = 2 * s.heads * s.head_dim * s.hidden * s.n_changed if stage.target == "heads" else 0
         return 3 * (mixers - unused) + beside
-    layers = 2 * (n["mixer"] + n["attention"] + n["mlp"]) + s.n_changed * scan + s.n_kept * _attention(s) + scores
+    layers = mixers + 2 * (n["attention"] + n["mlp"]) + s.n_kept * _attention(s) + scores
     frozen = sum(2 * n[role] for role in ("mixer", "attention", "mlp") if role not in stage.train)
     again = layers if stage.gradient_checkpointing else 0
     alone = 0.0  # the layers with a mixer once more, on the teacher's hidden states
@@ -209,8 +224,6 @@ def student_flops_per_token(sizes: Sizes, stage: Stage) -> float:
 
 def _scan(sizes: Sizes) -> int:
     s, chunk = sizes, min(CHUNK, sizes.block)
-    if s.mixer == "sliding_window":  # what the window hides is computed, and masked
-        return _attention(s)
     if s.mixer == "gated_deltanet":
         return s.heads * (chunk * (5 * s.state_dim + 3 * s.head_dim) + 6 * s.head_dim * s.state_dim)
     return s.heads * (2 * chunk * (s.state_dim + s.head_dim) + 4 * s.head_dim * s.state_dim)
@@ -315,27 +328,48 @@ def _every_layer(sizes: Sizes, student: PreTrainedModel, dtype: torch.dtype) -> 
 
 def _kept_by_layers(recipe: Recipe, stage: Stage, sizes: Sizes, student: PreTrainedModel, sequences: int) -> Kept:
     """A layer at a time, and what the teacher read and wrote in each, which stays until the last has trained."""
-    if not sizes.n_changed:
+    trained = _trained_alone(stage, student)
+    if not trained:
         return Kept(0, 0, 0, 0)
-    layer = layers_of(student)[mixer_layers(student.config)[0]]
-    shape = (sizes.hidden, sizes.block, DTYPES[recipe.dtype])
-    moved = room = 0
+    dtype, moved, room = DTYPES[recipe.dtype], 0, 0
+    each = _each_alone(stage, sizes, student, trained, dtype)
     if isinstance(stage, MixingStage):
-        saved = activations.of_matrix(attention_of(layer), *shape)
         heads = sequences * sizes.heads
         room = strips.working_bytes(heads, sizes.head_dim, sizes.state_dim, sizes.block, "cuda")
         # Written three times, as scores, as weights and as errors, and never kept.
-        moved = sizes.n_changed * 4 * heads * sizes.block * (sizes.block + sizes.rows) // 2
-    elif isinstance(stage, HiddenStage) and stage.target == "block":
-        saved = activations.of_layer(layer, *shape)
-    elif isinstance(stage, HiddenStage) and stage.target == "heads":
-        saved = activations.of_heads(attention_of(layer), *shape)
-    else:
-        saved = activations.of_mixer(attention_of(layer), *shape)
-    graph = sequences * saved.a_sequence
-    traced = _traced(stage, sizes, mixer_layers(student.config))
+        moved = len(trained) * 4 * heads * sizes.block * (sizes.block + sizes.rows) // 2
+    largest = max(each, key=lambda saved: saved.a_sequence)
+    traced = _traced(stage, sizes, trained)
     traces = sequences * sizes.block * traced * DTYPES[recipe.teacher.dtype].itemsize
-    return Kept(graph=graph + room, traces=traces, weights=saved.once, in_all=sizes.n_changed * graph + traces + moved)
+    in_all = sequences * sum(saved.a_sequence for saved in each) + traces + moved
+    return Kept(graph=sequences * largest.a_sequence + room, traces=traces, weights=largest.once, in_all=in_all)
+
+
+def _trained_alone(stage: Stage, student: PreTrainedModel) -> list[int]:
+    """The layers that one of the first two stages trains: with a mixer, and in the first with a matrix to match."""
+    kinds = student.config.distill["layers"]
+    matrices = isinstance(stage, MixingStage)
+    return [index for index in mixer_layers(student.config) if not (matrices and kinds[index] == WINDOWED)]
+
+
+def _each_alone(
+    stage: Stage, sizes: Sizes, student: PreTrainedModel, trained: list[int], dtype: torch.dtype
+) -> list[activations.Saved]:
+    """What each of these layers keeps in a stage that trains them alone; those of one kind are alike."""
+    layers, kinds = layers_of(student), student.config.distill["layers"]
+
+    def of(layer: Any) -> activations.Saved:
+        if isinstance(stage, MixingStage):
+            return activations.of_matrix(attention_of(layer), sizes.hidden, sizes.block, dtype)
+        if isinstance(stage, HiddenStage) and stage.target == "block":
+            return activations.of_layer(layer, sizes.hidden, sizes.block, dtype)
+        if isinstance(stage, HiddenStage) and stage.target == "heads":
+            return activations.of_heads(attention_of(layer), sizes.hidden, sizes.block, dtype)
+        return activations.of_mixer(attention_of(layer), sizes.hidden, sizes.block, dtype)
+
+    first = {kinds[index]: index for index in reversed(trained)}
+    saved = {kind: of(layers[index]) for kind, index in first.items()}
+    return [saved[kinds[index]] for index in trained]
 
 
 def _traced(stage: Stage, sizes: Sizes, changed: list[int]) -> int:

@@ -45,7 +45,7 @@ _OPTIONAL = {
 _STEPPED = {"mamba2": True, "discrete_mamba2": False, "based": False, "hedgehog": False}
 _UNSCANNED = {
     "gated_deltanet": "the delta rule instead of a scan: chunked matmuls in plain PyTorch, on every device",
-    "sliding_window": "the teacher's attention behind a mask, with every cache that is a DynamicCache",
+    "sliding_window": "the teacher's attention behind a mask, bounded in a DynamicCache, not in a StaticCache",
 }
 
 

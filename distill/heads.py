@@ -4,7 +4,7 @@ Heads are query heads, numbered from 0. What is kept of a layer are these heads'
 rows of the key/value heads that they read, and their columns of the output projection (`distill.mixers.kept_heads`).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from distill.attention import AttentionView
 from distill.decoder import attention_of, layers_of
 from distill.errors import UserError
 from distill.families import family_of, found
+from distill.layout import ATTENTION
 from distill.mixers import MIXERS
 from distill.mixers.kept_heads import HeadHybrid
 from distill.within import whole_shape
@@ -52,8 +53,13 @@ def require_unmatched(heads: Heads, n_heads: int) -> None:
         )
 
 
-def require_heads(heads: Heads, n_layers: int, kept_layers: Iterable[int], n_heads: int, mixer: str) -> None:
+def require_heads(heads: Heads, layers: Sequence[str], n_heads: int, mixer: str) -> None:
     """Refuse heads that are not there, or not beside a mixer.
+
+    Args:
+        layers: one name a layer, ``"attention"`` or a mixer's.
+        n_heads: of attention.
+        mixer: the student's, of which there may be no layer.
 
     Raises:
         UserError: with the layer, and what would do.
@@ -61,10 +67,16 @@ def require_heads(heads: Heads, n_layers: int, kept_layers: Iterable[int], n_hea
     if heads and mixer not in MIXERS:
         raise UserError(f"keep_heads is not for {mixer}, which keeps all heads; take {', '.join(sorted(MIXERS))}")
     for index, chosen in heads.items():
-        if not 0 <= index < n_layers:
-            raise UserError(f"keep_heads names layer {index}; the teacher has {n_layers}, numbered 0 to {n_layers - 1}")
-        if index in set(kept_layers):
+        depth = len(layers)
+        if not 0 <= index < depth:
+            raise UserError(f"keep_heads names layer {index}; the teacher has {depth}, numbered 0 to {depth - 1}")
+        if layers[index] == ATTENTION:
             raise UserError(f"keep_heads names layer {index}, which keeps attention; leave it out of one of them")
+        if layers[index] not in MIXERS:
+            raise UserError(
+                f"keep_heads names layer {index}, which window_layers names too: it keeps all heads, behind a window;"
+                " leave it out of one of them"
+            )
         outside = [head for head in chosen if not 0 <= head < n_heads]
         if outside or not chosen or len(set(chosen)) < len(chosen):
             raise UserError(

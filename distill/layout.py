@@ -1,4 +1,7 @@
-"""Which decoder layers keep their attention: a list, a repeated pattern, a ratio or a count, made into indices."""
+"""Which decoder layers keep their attention, and which put it behind a window: made into one name a layer.
+
+Layers that keep attention are given as a list, a repeated pattern, a ratio or a count; those with a window as a list.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,13 +11,16 @@ from transformers import PreTrainedConfig
 from distill.errors import UserError
 
 ATTENTION = "attention"
+WINDOWED = "sliding_window"
+OF_WINDOW = ("window", "sinks", "own_window", "n_kv_heads")
+"""What only layers of the kind ``WINDOWED`` are built with."""
 NAMES = {
     "mamba2": "Mamba-2",
     "discrete_mamba2": "discrete Mamba-2",
     "gated_deltanet": "Gated DeltaNet",
     "based": "BASED",
     "hedgehog": "Hedgehog",
-    "sliding_window": "sliding-window attention",
+    WINDOWED: "sliding-window attention",
 }
 """What people call the kinds of layers that may stand where attention stood."""
 
@@ -44,7 +50,7 @@ def resolve(
     if len(named) != 1:
         raise UserError(f"keep_attention takes exactly one of {', '.join(given)}; got {', '.join(named) or 'none'}")
     if layers is not None:
-        return _checked(layers, n_layers)
+        return _checked(layers, n_layers, "keep_attention")
     if pattern is not None:
         return _from_pattern(pattern, n_layers)
     if ratio is not None:
@@ -65,14 +71,39 @@ def evenly_spaced(count: int, n_layers: int) -> list[int]:
     return [(i + 1) * n_layers // count - 1 for i in range(count)]
 
 
-def layer_kinds(n_layers: int, kept: Sequence[int], mixer: str) -> list[str]:
-    """One name a layer, ``"attention"`` or the mixer's: what a student's config stores."""
-    return [ATTENTION if index in set(kept) else mixer for index in range(n_layers)]
+def layer_kinds(n_layers: int, kept: Sequence[int], mixer: str, windows: Sequence[int] = ()) -> list[str]:
+    """One name a layer, ``"attention"`` or a mixer's: what a student's config stores.
+
+    Args:
+        kept: the layers that keep attention.
+        windows: those with attention behind a window, in a student of another ``mixer``.
+
+    Raises:
+        UserError: ``windows`` names layers that are not there, are named twice or keep attention, or leaves none to
+            the mixer.
+    """
+    behind = set(_checked(windows, n_layers, "window_layers"))
+    if behind and mixer == WINDOWED:
+        raise UserError(f"window_layers is for students of another mixer; all that {mixer} has are such layers")
+    if both := sorted(behind & set(kept)):
+        raise UserError(
+            f"window_layers names layer {', '.join(map(str, both))}, which keeps attention; leave it out of one of them"
+        )
+    if behind and len(behind) + len(kept) == n_layers:
+        raise UserError(f"window_layers leaves no layer to {mixer}; name fewer, or give mixer: {WINDOWED} without them")
+    others = [WINDOWED if index in behind else mixer for index in range(n_layers)]
+    return [ATTENTION if index in set(kept) else kind for index, kind in enumerate(others)]
 
 
 def mixer_layers(config: PreTrainedConfig) -> list[int]:
     """Indices of the layers whose attention a mixer replaced."""
     return [index for index, kind in enumerate(config.distill["layers"]) if kind != ATTENTION]
+
+
+def settings_of(layout: dict[str, Any], kind: str) -> dict[str, Any]:
+    """What a mixer of one kind is built with: all kinds share what a layout has, but for what a window needs."""
+    own = () if kind == WINDOWED else OF_WINDOW
+    return {name: value for name, value in layout["mixer"].items() if name not in own}
 
 
 def kept_heads(config: PreTrainedConfig) -> dict[int, list[int]]:
@@ -85,16 +116,16 @@ def parts_of(layout: dict[str, Any]) -> list[str]:
     return sorted({*layout["layers"], *(["heads"] if layout.get("heads") else [])})
 
 
-def _checked(layers: Sequence[int], n_layers: int) -> list[int]:
+def _checked(layers: Sequence[int], n_layers: int, key: str) -> list[int]:
     outside = [index for index in layers if not 0 <= index < n_layers]
     if outside:
         raise UserError(
-            f"keep_attention names layer {', '.join(map(str, outside))}; "
+            f"{key} names layer {', '.join(map(str, outside))}; "
             f"the teacher has {n_layers} layers, numbered 0 to {n_layers - 1}"
         )
     repeated = sorted({index for index in layers if list(layers).count(index) > 1})
     if repeated:
-        raise UserError(f"keep_attention names layer {', '.join(map(str, repeated))} more than once")
+        raise UserError(f"{key} names layer {', '.join(map(str, repeated))} more than once")
     return sorted(layers)
 
 

@@ -62,7 +62,7 @@ from transformers import PreTrainedModel
 
 from distill.costs import DTYPES, Kept, Sizes, runs_teacher
 from distill.reach import trained
-from distill.recipe import HiddenStage, LayerwiseTraining, LogitsStage, Recipe, Stage
+from distill.recipe import HiddenStage, LayerwiseTraining, LogitsStage, MixingStage, Recipe, Stage
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,10 @@ def numbers(
     """
     of_student = sizes.student
     teacher = sizes.teacher if runs_teacher(stage) else dict.fromkeys(sizes.teacher, 0)
-    mixer, mlp = of_student["mixer"] / max(1, sizes.n_changed), of_student["mlp"] / sizes.n_layers
+    mixers, n_mixers = of_student["mixer"], sizes.n_changed
+    if isinstance(stage, MixingStage):  # which leaves windows alone
+        mixers, n_mixers = mixers - sizes.window_weights, sizes.n_scanned
+    mixer, mlp = mixers / max(1, n_mixers), of_student["mlp"] / sizes.n_layers
     whole = max(mixer, of_student["attention"] / max(1, sizes.n_kept)) + mlp
     of_teacher = (teacher["attention"] + teacher["mlp"]) / sizes.n_layers
     embedding = sizes.hidden * sizes.vocabulary
@@ -257,7 +260,7 @@ def numbers(
             ran, ran_in_teacher = ran + (mixer + mlp) * sizes.n_changed, 2 * ran_in_teacher - teacher["head"]
     else:
         layer = mixer + (mlp if isinstance(stage, HiddenStage) and stage.target == "block" else 0)
-        ran, ran_in_teacher = layer * sizes.n_changed, sum(teacher.values()) - teacher["head"]
+        ran, ran_in_teacher = layer * n_mixers, sum(teacher.values()) - teacher["head"]
     return Numbers(
         R=processes,
         n=sum(of_student.values()),
@@ -276,7 +279,7 @@ def numbers(
         w=kept.weights,
         g=kept.graph,
         q=kept.traces,
-        K=sizes.n_changed,
+        K=n_mixers,
         a=passes,
         h=kept.beside,
     )

@@ -3,7 +3,7 @@
 The others must not train. They have no gradient, or one that is always zero, and yet an optimizer would change them:
 AdamW decays whatever it is given, and DeepSpeed takes a missing gradient for a zero.
 
-    mixing                   what shapes the mixers' matrices
+    mixing                   what shapes the mixers' matrices, where these have factors
     hidden, target: mixer    the mixers
     hidden, target: heads    the mixers without their output projection
     hidden, target: block    the layers that have a mixer
@@ -30,7 +30,8 @@ def reached(student: PreTrainedModel, stage: Stage) -> set[str]:
     layers = layers_of(student)
     parameters: Iterable[nn.Parameter]
     if isinstance(stage, MixingStage):
-        parameters = (parameter for mixer in mixers.values() for parameter in mixer.matrix_parameters())
+        matched = (mixer for mixer in mixers.values() if mixer.without_factors is None)
+        parameters = (parameter for mixer in matched for parameter in mixer.matrix_parameters())
     elif stage.target == "mixer":
         parameters = (parameter for mixer in mixers.values() for parameter in mixer.parameters())
     elif stage.target == "heads":

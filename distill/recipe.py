@@ -160,6 +160,7 @@ _SETTINGS = (
     "conv_width",
     "rope",
     "bidirectional",
+    "window_layers",
     "window",
     "sinks",
 )
@@ -188,10 +189,12 @@ class Student(Section):
     """For teachers that read images in both directions (PaliGemma, Gemma 3): causal lets mixers read them one way."""
     exportable: Literal["granite", "bamba", "gguf"] | None = None
     """A format that `distill export` must be able to write the student in, checked before the run; null for any."""
+    window_layers: Annotated[tuple[Annotated[Integer, Field(ge=0)], ...], Distinct] = ()
+    """Layers, from 0, whose attention stays behind a window, beside those with the mixer (as in BASED and Samba)."""
     window: Count | None = None
-    """For sliding_window: the latest tokens that a layer sees, and remembers; null for 64."""
+    """For sliding_window and window_layers: the latest tokens that a layer sees, and remembers; null for 64."""
     sinks: Annotated[Integer, Field(ge=0)] | None = None
-    """For sliding_window: the first tokens of a document that it sees besides; null for 4."""
+    """For sliding_window and window_layers: the first tokens of a document that it sees besides; null for 4."""
     rope: Literal["drop", "keep"] = "drop"
     """keep: B and C (k and q) carry the teacher's rotary positions, as its keys and queries do; drop: they do not."""
     calibrate: Calibrate | None = None
@@ -345,7 +348,9 @@ class Recipe(Section):
             content["student"].pop("calibrate")
         if self.student.expand == 1:
             content["student"].pop("expand")
-        if self.student.mixer != "sliding_window":  # then they are null; runs from before there were any go on
+        if not self.student.window_layers:
+            content["student"].pop("window_layers")
+        if self.student.mixer != "sliding_window" and not self.student.window_layers:  # then these are null
             content["student"].pop("window")
             content["student"].pop("sinks")
         if not self.student.keep_heads:

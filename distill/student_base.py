@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from distill.decoder import attention_of, layers_of, replace_attention
 from distill.decoder_inputs import mask_for_generate, prepare_inputs_of
 from distill.errors import UserError
-from distill.layout import mixer_layers
+from distill.layout import mixer_layers, settings_of
 from distill.mixers import BESIDE, KINDS
 
 
@@ -19,8 +19,8 @@ class Student:
     """Stands before a teacher's class in a student class's bases.
 
     ``config.distill`` holds ``layers`` (one name a layer: ``"attention"`` or a mixer's) and ``mixer`` (the arguments
-    the mixers are built with); where single heads keep attention beside a mixer, ``heads`` has what these are built
-    with, by layer, as a string.
+    the mixers are built with, those of all kinds together); where single heads keep attention beside a mixer, ``heads``
+    has what these are built with, by layer, as a string.
     """
 
     # A state cannot be rolled back, which assisted generation would need: generate refuses it by this flag.
@@ -51,12 +51,13 @@ def install_mixers(model: PreTrainedModel, layout: dict[str, Any]) -> None:
             f" {', '.join(sorted(KINDS)) or 'no mixers'}: they are not of one student; export it again"
         )
     for index in places:
-        made: Any = KINDS[layout["layers"][index]]
+        kind = layout["layers"][index]
+        made: Any = KINDS[kind]
         if made.of_attention:
-            mixer = made(attention_of(layers[index]), layer_idx=index, **layout["mixer"])
+            mixer = made(attention_of(layers[index]), layer_idx=index, **settings_of(layout, kind))
         else:
             hidden_size = model.config.get_text_config().hidden_size
-            mixer = made(hidden_size=hidden_size, layer_idx=index, **layout["mixer"])
+            mixer = made(hidden_size=hidden_size, layer_idx=index, **settings_of(layout, kind))
         if str(index) in beside:
             mixer = BESIDE["heads"](mixer, attention_of(layers[index]), **beside[str(index)])
         replace_attention(layers[index], mixer.to(dtype=model.dtype))

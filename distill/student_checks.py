@@ -10,8 +10,22 @@ if TYPE_CHECKING:  # as in `distill.checks`
 
 
 def check_window(student: Student) -> None:
-    if student.mixer != "sliding_window" and (student.window, student.sinks) != (None, None):
-        raise UserError(f"window and sinks are for student.mixer: sliding_window, not {student.mixer}; leave them out")
+    """A window is given only where some layer has one."""
+    has_one = student.mixer == "sliding_window" or student.window_layers
+    if not has_one and (student.window, student.sinks) != (None, None):
+        raise UserError(
+            f"window and sinks are for student.mixer: sliding_window, not {student.mixer}; leave them out, or name"
+            " student.window_layers"
+        )
+
+
+def check_window_layers(student: Student, config: "PreTrainedConfig", kept: tuple[int, ...]) -> None:
+    """The layers are there, do not keep attention, and leave some to the mixer; their own windows agree."""
+    if student.window_layers:
+        from distill.conversion import plan
+
+        own, both_ways = student.window_layers, student.bidirectional
+        plan(config, mixer=student.mixer, keep_attention=kept, window_layers=own, bidirectional=both_ways)
 
 
 def check_exportable_student(
@@ -42,7 +56,10 @@ def check_rope(student: Student, config: "PreTrainedConfig", kept: tuple[int, ..
     if student.rope == "keep":
         from distill.conversion import plan
 
-        plan(config, mixer=student.mixer, keep_attention=kept, state_dim=student.state_dim, rope=student.rope)
+        own, state_dim = student.window_layers, student.state_dim
+        plan(
+            config, mixer=student.mixer, keep_attention=kept, window_layers=own, state_dim=state_dim, rope=student.rope
+        )
 
 
 def check_kept_heads(recipe: Recipe, config: "PreTrainedConfig", kept: tuple[int, ...]) -> None:
@@ -52,7 +69,14 @@ def check_kept_heads(recipe: Recipe, config: "PreTrainedConfig", kept: tuple[int
 
     student = recipe.student
     if student.keep_heads:
-        heads, both_ways = student.keep_heads, student.bidirectional
-        made = plan(config, mixer=student.mixer, keep_attention=kept, keep_heads=heads, bidirectional=both_ways)
+        heads = student.keep_heads
+        made = plan(
+            config,
+            mixer=student.mixer,
+            keep_attention=kept,
+            keep_heads=heads,
+            window_layers=student.window_layers,
+            bidirectional=student.bidirectional,
+        )
         if recipe.stages.mixing is not None:
             require_unmatched(heads, made.distill["mixer"]["n_heads"])

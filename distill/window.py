@@ -14,7 +14,8 @@ padding is no sink, and neither is another document's token. Two things are as w
 - A layer with a window of its own sees nothing that it did not see before; its document's first tokens are sinks for as
   long as that window has not filled up.
 
-A cache holds ``window + sinks`` tokens, no more, however long the context (:class:`WindowedLayer`).
+A cache that grows holds ``window + sinks`` tokens here, no more, however long the context (:class:`WindowedLayer`). One
+of a fixed size (``StaticCache``), whose tensors may not be cut down, keeps what it has room for, and the mask hides it.
 """
 
 import functools
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
 
 from distill.decoder_inputs import CACHES
 
@@ -165,6 +166,9 @@ def _see_less(
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     hidden_BTD, mask = kwargs[names[0]], kwargs.get("attention_mask")
     given = [kwargs[name] for name in ("cache", *CACHES) if kwargs.get(name) is not None]
+    if given and isinstance(given[0], StaticCache):
+        kwargs["attention_mask"] = _in_static(given[0].layers[index], hidden_BTD, mask, rule, own)
+        return (), kwargs
     held = _room(given[0], index, rule) if given else None
     n_new = hidden_BTD.shape[1]
     n_read = n_new + (0 if held is None else held.cumulative_length)
@@ -178,10 +182,24 @@ def _see_less(
         before = n_read - kept.shape[-1]  # tokens that the mask of a layer with its own window leaves out
         kept, mask = (_columns(one, columns_BS - before) for one in (kept, mask))
         held.keep(columns_BS, kept[:, 0, -1])
-    kwargs["attention_mask"] = (
-        kept if mask is None or mask.dtype == torch.bool else mask.masked_fill(~kept, _least(mask))
-    )
+    kwargs["attention_mask"] = _hiding(mask, kept)
     return (), kwargs
+
+
+def _in_static(layer: Any, hidden_BTD: Tensor, mask: Tensor | None, rule: Window, own: int | None) -> Tensor | None:
+    """The mask, less what is hidden, where all columns of a cache layer of a fixed size are handed out."""
+    n_new = hidden_BTD.shape[1]
+    n_columns = layer.get_mask_sizes(n_new)[0]
+    if n_columns <= rule.window:
+        return mask
+    if mask is None:  # the library leaves it out where the cache is empty: token t then lies in column t
+        mask = torch.ones(n_new, n_columns, dtype=torch.bool, device=hidden_BTD.device).tril()[None, None]
+    return _hiding(mask, _kept(mask, n_new, n_columns, rule, own, hidden_BTD.device))
+
+
+def _hiding(mask: Tensor | None, kept: Tensor) -> Tensor:
+    """W in the form of the mask that a layer was handed."""
+    return kept if mask is None or mask.dtype == torch.bool else mask.masked_fill(~kept, _least(mask))
 
 
 def _kept(mask: Tensor | None, n_new: int, n_read: int, rule: Window, own: int | None, device: torch.device) -> Tensor:
@@ -218,7 +236,9 @@ def _least(mask: Tensor) -> float:
 def _room(cache: Any, index: int, rule: Window) -> WindowedLayer:
     """The layer's place in the cache, one that holds no more than is seen."""
     if not isinstance(cache, DynamicCache):
-        raise ValueError(f"a window takes a DynamicCache, not a {type(cache).__name__}; pass one, or none")
+        raise ValueError(
+            f"a window takes a DynamicCache or a StaticCache, not a {type(cache).__name__}; pass one, or none"
+        )
     while len(cache.layers) <= index:
         cache.layers.append(DynamicLayer())
     layer: Any = cache.layers[index]

@@ -4,7 +4,8 @@
 
 For layer l with teacher hidden state u:  min ‖ softmax-attention(u) − mixing-matrix(u) ‖_F, a mean over heads, or one
 of the other forms of `distill.objectives.mixing`; heads that are kept beside a mixer have their matrix and are no part,
-and of several copies of a head each is matched to it by itself.
+and of several copies of a head each is matched to it by itself. Layers of attention behind a window
+(``student.window_layers``) have a matrix without factors, which starts as the teacher's, and are left alone.
 Every mixer reads the teacher's hidden state, so layers train alone and one layer's graph is alive at a time. Neither
 matrix is ever written out: memory grows with T, not with T².
 """
@@ -20,6 +21,7 @@ from distill.attention import views
 from distill.capture import LayerTrace, sequence_arguments, traced_layers
 from distill.copies import copies_of
 from distill.decoder import layers_of
+from distill.engines import processes
 from distill.handover import StageRecord
 from distill.layout import kept_heads
 from distill.objectives import Form, streamed_mixing_distance
@@ -40,7 +42,7 @@ class MixingObjective:
     def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, settings: MixingStage) -> None:
         self.teacher, self.dtype = teacher, student.dtype
         self.form: Form = settings.form
-        self.mixers = mixers_of(student)
+        self.mixers = {index: mixer for index, mixer in mixers_of(student).items() if mixer.without_factors is None}
         self.layers, self.attention = layers_of(teacher), views(teacher, self.mixers)
         kept = kept_heads(student.config)
         self.matched = {
@@ -96,6 +98,9 @@ class MixingObjective:
 
 
 def main(run: Run) -> StageRecord:
+    if (windows := run.recipe.student.window_layers) and processes.is_main():
+        named = f"layer{'s' if len(windows) > 1 else ''} {', '.join(map(str, sorted(windows)))}"
+        print(f"mixing leaves {named} alone: attention behind a window, whose matrix has no factors", flush=True)
     return train_stage(run, "mixing", partial(MixingObjective, run.teacher))
 
 

@@ -19,7 +19,7 @@ from distill.export.footprint import CONTEXTS, Footprint, footprint_of
 from distill.export.metadata import metadata
 from distill.export.usage import how_to_load
 from distill.export.written import Written
-from distill.layout import ATTENTION, NAMES, kept_heads
+from distill.layout import ATTENTION, NAMES, WINDOWED, kept_heads
 from distill.standalone import package_version
 from distill.units import count, duration, size
 from distill.vision import is_vision
@@ -56,7 +56,7 @@ def make_card(account: Account, written: Written) -> ModelCard:
 def _introduction(account: Account, written: Written) -> str:
     layout = account.config.distill["layers"]
     mixers = [kind for kind in layout if kind != ATTENTION]
-    what = NAMES.get(mixers[0], mixers[0]) if mixers else "attention"
+    what = " and ".join(NAMES.get(kind, kind) for kind in dict.fromkeys(mixers)) or "attention"
     kept = [str(index) for index, kind in enumerate(layout) if kind == ATTENTION]
     layers = (
         f"{len(mixers)} of its {len(layout)} layers are {what} layers; attention is kept in layer {', '.join(kept)}"
@@ -92,7 +92,7 @@ def _warning(account: Account) -> str | None:
 
 def _architecture(account: Account, written: Written, footprint: Footprint) -> str:
     config: Any = account.config
-    text, mixer = config.get_text_config(), config.distill["mixer"]
+    text = config.get_text_config()
     dtype = "int8 linear layers, the rest " if written.quantised else ""
     rows = {
         "family": config.distill["teacher"],
@@ -100,16 +100,26 @@ def _architecture(account: Account, written: Written, footprint: Footprint) -> s
         "stored as": f"{written.format}, {dtype}{_dtype(config)}, {size(written.n_bytes)}",
         "layers": ", ".join(f"{kind} × {len(list(run))}" for kind, run in groupby(config.distill["layers"])),
         "width; vocabulary": f"{text.hidden_size}; {text.vocab_size:,}",
-        "a mixer": f"{mixer['n_heads']} heads of {mixer['head_dim']} channels × {_remembered(mixer)}",
+        **{a: _a_layer(kind, config) for a, kind in _kinds_to_tell(config).items()},
         "context": f"{_trained_on(account)}; the configuration allows {text.max_position_embeddings:,} tokens",
     }
     return table(["", ""], rows.items())
 
 
-def _remembered(mixer: dict[str, Any]) -> str:
-    if "window" in mixer:
-        return f"the first {mixer['sinks']} and the last {mixer['window']} tokens"
-    return f"{mixer['state_dim']} states"
+def _kinds_to_tell(config: Any) -> dict[str, str]:
+    """Which kinds of layers are told of, by what a row calls one; a layer behind a window is a mixer where all are."""
+    mixers = [kind for kind in config.distill["layers"] if kind != ATTENTION] or ["mamba2"]
+    first = next((kind for kind in mixers if kind != WINDOWED), WINDOWED)
+    told = {"a mixer": first}
+    return told | {"a window": WINDOWED} if WINDOWED in mixers and first != WINDOWED else told
+
+
+def _a_layer(kind: str, config: Any) -> str:
+    mixer = config.distill["mixer"]
+    if kind == WINDOWED:
+        heads = f"{config.get_text_config().num_attention_heads} heads of {mixer['head_dim']} channels"
+        return f"{heads} × the first {mixer['sinks']} and the last {mixer['window']} tokens"
+    return f"{mixer['n_heads']} heads of {mixer['head_dim']} channels × {mixer['state_dim']} states"
 
 
 def _dtype(config: Any) -> str:

@@ -12,6 +12,7 @@ h, K, p   attention's query heads, key/value heads, channels a head
 
     attention layer   2 K p T numbers of keys and values,    4 h p T operations a token (scores, weighted sum)
     mixer             H P N + its convolution's inputs,      4 H P N operations a token (written, read)
+    behind a window   2 K p T and 4 h p T, with window + sinks for T
 
 Projections, MLPs and the head come on top, of both alike.
 """
@@ -24,7 +25,7 @@ from transformers import PreTrainedConfig
 
 from distill.attention import AttentionView, views
 from distill.conversion import empty_model
-from distill.layout import ATTENTION
+from distill.layout import ATTENTION, WINDOWED
 from distill.mixers import FEATURES
 from distill.mixers.kept_heads import KeptHeads
 from distill.student import state_bytes, teacher_class
@@ -90,18 +91,22 @@ def footprint_of(config: PreTrainedConfig) -> Footprint:
     return Footprint(
         parameters=sum(parameter.numel() for parameter in student.parameters()),
         state_bytes=state_bytes(student),
-        scan_operations=sum(_mixing(kind, config.distill["mixer"]) for kind in kinds if kind != ATTENTION),
+        scan_operations=sum(
+            _mixing(kind, config.distill["mixer"], attention[index])
+            for index, kind in enumerate(kinds)
+            if kind != ATTENTION
+        ),
         layers=tuple(_cost(attention[index], dtype) for index in range(len(kinds))),
         kept=tuple(index for index, kind in enumerate(kinds) if kind == ATTENTION),
         heads=tuple(_cost_of_heads(module, dtype) for module in student.modules() if isinstance(module, KeptHeads)),
     )
 
 
-def _mixing(kind: str, mixer: dict[str, Any]) -> int:
+def _mixing(kind: str, mixer: dict[str, Any], attention: AttentionView) -> int:
     """Operations a token: a state written and read, and with the delta rule what a key finds taken back."""
+    if kind == WINDOWED:
+        return 4 * attention.n_heads * attention.head_dim * (mixer["window"] + mixer["sinks"])
     channels = mixer["n_heads"] * mixer["head_dim"]
-    if kind == "sliding_window":
-        return 4 * channels * (mixer["window"] + mixer["sinks"])
     if kind in FEATURES:
         return 4 * (channels + mixer["n_heads"]) * FEATURES[kind](mixer["state_dim"])
     return (6 if kind == "gated_deltanet" else 4) * channels * mixer["state_dim"]

@@ -26,9 +26,12 @@ def metadata(account: Account, written: Written) -> ModelCardData:
     datasets = [source.split(":")[1] for source in account.sources if source.startswith("dataset:")]
     results = _results(account)
     kinds = set(account.config.distill["layers"])
-    mixer = next(iter(kinds - {ATTENTION}), "mamba2")
-    of_mixers = _TAGS.get(mixer, ["mamba2", "state-space-model"])
-    tags = [*of_mixers, "distillation", *(["hybrid"] if len(kinds) > 1 else [])]
+    mixers = sorted(kinds - {ATTENTION}) or ["mamba2"]
+    tags = [
+        *(tag for mixer in mixers for tag in _TAGS.get(mixer, ["mamba2", "state-space-model"])),
+        "distillation",
+        *(["hybrid"] if len(kinds) > 1 else []),
+    ]
     tags += [*TAGS[written.format], *(["torchao", "int8"] if written.quantised else [])]
     return ModelCardData(
         language=teacher.language,

@@ -15,6 +15,7 @@ from distill.errors import UserError
 from distill.export.facts import SCALES, StudentFacts, facts_of
 from distill.export.limits import LIMITS, Limits
 from distill.export.weights import unplaced
+from distill.layout import WINDOWED
 
 ELSEWHERE = "no recipe setting changes that: distill export --to standalone keeps all of it"
 
@@ -102,7 +103,9 @@ _NO_CLASS = {
 def _layout(facts: StudentFacts, limits: Limits) -> Iterator[Refusal]:
     for kind in sorted({facts.kinds[index] for index in facts.mixers} - {"mamba2"}):
         layers = tuple(index for index in facts.mixers if facts.kinds[index] == kind)
-        yield Refusal(layers, f"{kind} mixers{_NO_CLASS.get(kind, '')}", "set student.mixer: mamba2")
+        beside = kind == WINDOWED and len(layers) < len(facts.mixers)
+        remedy = "set student.window_layers: []" if beside else "set student.mixer: mamba2"
+        yield Refusal(layers, f"{kind} mixers{_NO_CLASS.get(kind, '')}", remedy)
     if facts.heads:
         shown = "; ".join(f"layer {index}: {', '.join(map(str, heads))}" for index, heads in facts.heads.items())
         reason = f"single attention heads beside a mixer ({shown})"

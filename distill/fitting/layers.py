@@ -6,7 +6,8 @@
 
 Y is what a mixer's heads make, A what attention adds to the stream. In sequence a state that leaves a fitted layer's
 attention is as near to the teacher's as the projection allows; that holds where a layer adds attention's output to the
-stream as it is, which is looked at first. What heads that are kept beside a mixer add counts as done already.
+stream as it is, which is looked at first. What heads that are kept beside a mixer add counts as done already. Layers of
+attention behind a window are left alone; in sequence, what their window loses is for the layers above to make good.
 """
 
 from collections.abc import Iterator, Sequence
@@ -64,7 +65,7 @@ def calibrate_student(
     """Fit the mixers of a freshly converted ``student`` in place; nothing else of it changes.
 
     Args:
-        student: with mixers that have an output projection of their own (``distill.mixers.MIXERS``).
+        student: with mixers that have an output projection of their own (``distill.mixers.MIXERS``), in some layers.
         teacher: the one it was converted from, on the same device.
         batches: training text, as ``Rows.batch`` gives it.
         memories: choose each head's decay, on the first ``MATRIX_TOKENS``.
@@ -76,10 +77,11 @@ def calibrate_student(
         UserError: the mixers cannot be fitted, or in sequence, where the teacher's layers do something else with
             attention's output than to add it.
     """
-    mixers = _bare_mixers(student)
-    if not mixers:
+    slots: dict[int, Any] = mixers_of(student)
+    if not slots:
         return {}
-    refuse_unfitted(next(iter(mixers.values())), memories)
+    mixers = _bare_mixers(student)
+    refuse_unfitted(next(iter((mixers or slots).values())), memories)
     batches = [{name: tensor.to(student.device) for name, tensor in batch.items()} for batch in batches]
     if memories:
         _fit_memories(mixers, teacher, batches)
@@ -169,8 +171,9 @@ def _valid(batch: Batch, *tensors_BTC: Tensor) -> list[Tensor]:
 
 
 def _bare_mixers(student: PreTrainedModel) -> dict[int, Any]:
-    """The mixers alone, without the heads that may be kept beside them."""
-    return {index: getattr(slot, "mixer", slot) for index, slot in mixers_of(student).items()}
+    """The mixers to fit, without the heads that may be kept beside them; none where attention is behind a window."""
+    slots = {index: slot for index, slot in mixers_of(student).items() if not slot.of_attention}
+    return {index: getattr(slot, "mixer", slot) for index, slot in slots.items()}
 
 
 @dataclass

@@ -23,8 +23,9 @@ The quotient is ``distill.mixers.normalised``'s. Nothing decays and nothing is g
 teacher's starts as the teacher's attention as far as the series goes. Its state is the largest here: at d = 16 it has
 153 × (P + 1) numbers a head.
 
-Source: "Simple linear attention language models balance the recall-throughput tradeoff" (arXiv 2402.18668), section 4,
-without its layers of sliding-window attention. The features x_i x_j and x_j x_i are one, which halves its state.
+Source: "Simple linear attention language models balance the recall-throughput tradeoff" (arXiv 2402.18668), section 4.
+Its models have layers of sliding-window attention among these: ``window_layers`` of ``distill.convert`` and
+``student.window_layers`` of a recipe put some. The features x_i x_j and x_j x_i are one, which halves its state.
 """
 
 import torch

@@ -83,6 +83,11 @@ def ask(
         _require_matrix(recipe)
     if recipe.student.keep_heads:
         raise UserError("student.keep_heads keeps single heads, and selection is of whole layers; leave it out")
+    if recipe.student.window_layers:
+        raise UserError(
+            "student.window_layers sets layers apart before any is chosen, and selection is among all layers of one"
+            " mixer; leave it out, and name it beside the keep_attention that is found"
+        )
     # Of all layers, which are those of the aligned student: a layer that cannot be converted is refused here.
     facts = open_run(path, [*overrides, *aligned_settings(recipe, output, {})]).facts
     if processes.world() > 1:

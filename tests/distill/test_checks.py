@@ -149,7 +149,16 @@ def test_a_public_teacher(run_check: Check) -> None:
             ["student.mixer=sliding_window", "stages.hidden.target=heads"],
             "stages.hidden: target: heads is not for sliding_window",
         ),
+        (
+            ["student.window_layers=[1]", "stages.hidden.target=heads"],
+            "stages.hidden: target: heads is not for window_layers",
+        ),
         (["student.window=8"], "student.window and sinks are for student.mixer: sliding_window, not mamba2"),
+        (["student.window_layers=[4]"], "student.window_layers names layer 4; the teacher has 4 layers"),
+        (
+            ["student.window_layers=[1, 3]", "student.keep_attention={pattern: m a}"],
+            "student.window_layers names layer 1, 3, which keeps attention",
+        ),
         (["data.block=65"], "data.block: 65 tokens are more than the 64 positions that the teacher knows"),
         (["stages.hidden.tokens=100"], "stages.hidden.tokens: 100 tokens are less than one step of 128"),
         (["stages.hidden.block=24"], "stages.hidden.block: 24 does not divide data.block, which is 64; take 16, or"),

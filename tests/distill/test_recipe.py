@@ -176,6 +176,7 @@ def test_wrong_values(write: Callable[[str], Path], line: str, said: str) -> Non
         ("student.keep_attention={}", "given: none"),
         ("student.keep_attention=[1, a]", "student.keep_attention[1]: must be a whole number, not 'a'"),
         ("student.keep_attention=[1, 1]", "student.keep_attention: must not name anything twice"),
+        ("student.window_layers=[1, 1]", "student.window_layers: must not name anything twice"),
         ("student.keep_attention=3", "student.keep_attention: must be a section with the keys layers"),
         ("stages={}", "stages: give at least one of mixing, hidden, logits"),
         ("stages.mixing={}", "stages.mixing.tokens: missing: tokens to train on"),

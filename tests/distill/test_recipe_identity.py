@@ -120,6 +120,7 @@ def test_digest_ignores_what_changes_no_result(small: Path, override: str) -> No
         ("dtype=bfloat16", {"convert", *STAGE_NAMES}),
         ("teacher.path=other", {"convert", *STAGE_NAMES}),
         ("student.keep_attention=[1]", {"convert", *STAGE_NAMES}),
+        ("student.window_layers=[1]", {"convert", *STAGE_NAMES}),
         ("data.block=128", {"convert", *STAGE_NAMES}),
         ("data.held_out.fraction=0.2", {"convert", *STAGE_NAMES}),
         ("stages.mixing.lr=1e-4", set(STAGE_NAMES)),
@@ -145,8 +146,15 @@ def test_a_stage_digest_covers_the_stage_and_what_comes_before(small: Path, over
 def test_keys_that_came_later_are_in_no_digest_until_they_are_given(small: Path) -> None:
     """So that runs from before there were any go on."""
     content = load_recipe(small)._content(STAGE_NAMES)
-    assert not {"calibrate", "expand", "window", "sinks"} & content["student"].keys()
+    assert not {"calibrate", "expand", "window_layers", "window", "sinks"} & content["student"].keys()
     assert not {"training_only", "train_on_source"} & content["data"].keys()
+
+
+def test_a_window_is_in_the_digest_wherever_a_layer_has_one(small: Path) -> None:
+    sizes = ["student.window=8", "student.sinks=1"]
+    for layers in (["student.mixer=sliding_window"], ["student.mixer=based", "student.window_layers=[1]"]):
+        digests = [load_recipe(small, [*layers, *more]).digest() for more in ([], sizes[:1], sizes[1:], sizes)]
+        assert len(set(digests)) == 4
 
 
 def test_digest_is_the_same_in_every_spelling(small: Path) -> None:

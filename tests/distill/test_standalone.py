@@ -100,6 +100,18 @@ def test_kept_heads_travel_with_the_folder(tmp_path, family, own_code):
     assert code_in(tmp_path / "again") == code_in(tmp_path / "student")
 
 
+def test_layers_behind_a_window_travel_with_the_folder(tmp_path, own_code):
+    student = convert(tiny("llama"), mixer="based", window_layers=[1], window=4, sinks=1)
+    student.save_pretrained(tmp_path / "student")
+    assert 'KINDS = {"based": BasedMixer, "sliding_window": SlidingWindowMixer}' in "".join(
+        code_in(tmp_path / "student").values()
+    )
+    loaded = own_code(tmp_path / "student")
+    assert torch.equal(loaded(LETTERS).logits, student(LETTERS).logits)
+    again = loaded.generate(LETTERS, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert torch.equal(again, student.generate(LETTERS, max_new_tokens=5, do_sample=False, eos_token_id=None))
+
+
 def test_bf16_by_the_folders_own_code(saved, own_code):
     _, folder = saved
     loaded = own_code(folder, dtype=torch.bfloat16)

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from distill import convert
 from distill.attention import views
@@ -226,13 +227,25 @@ def test_vision_language_teachers_with_windows_generate_alike_with_and_without_a
 def test_a_cache_of_another_kind_or_filled_elsewhere_is_refused():
     teacher, ids = tiny("llama"), prompt(1, 8)
     model = windowed(teacher, [1], window=3)
-    with pytest.raises(ValueError, match="takes a DynamicCache, not a StaticCache"):
-        model(ids, past_key_values=StaticCache(config=teacher.config, max_cache_len=32))
+    with pytest.raises(ValueError, match="takes a DynamicCache or a StaticCache, not a Cache"):
+        model(ids, past_key_values=Cache(layer_class_to_replicate=DynamicLayer))
     cache = DynamicCache()
     teacher(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="filled by another model"):
         model(ids, past_key_values=cache)
     assert not any(isinstance(layer, WindowedLayer) for layer in cache.layers)
+
+
+@pytest.mark.parametrize("how", ["eager", "sdpa"])
+def test_a_static_cache_holds_all_and_shows_what_the_window_does(how):
+    teacher, ids = tiny("llama"), prompt(2, 20)
+    teacher.set_attn_implementation(how)
+    model = windowed(teacher, [0, 1], window=3, sinks=1)
+    expected = model(ids, use_cache=False).logits
+    for pieces in ([20], [9, 2, 9], [1] * 20):
+        cache = StaticCache(config=teacher.config, max_cache_len=32)
+        got = torch.cat([model(piece, past_key_values=cache).logits for piece in ids.split(pieces, dim=1)], dim=1)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_makes_no_sense_is_refused():

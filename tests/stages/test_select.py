@@ -65,6 +65,11 @@ def test_heads_are_not_ranked_as_layers(recipe):
         ask(recipe, ["student.keep_heads={1: [0]}"], output=recipe.parent / "out", **SETTINGS)
 
 
+def test_layers_that_were_set_apart_are_not_chosen_among(recipe):
+    with pytest.raises(UserError, match=r"student\.window_layers sets layers apart before any is chosen"):
+        ask(recipe, ["student.window_layers=[1]"], output=recipe.parent / "out", **SETTINGS)
+
+
 def test_the_program_ends_with_exit_code_2(recipe):
     app = typer.Typer()
     app.command()(select.main)

@@ -167,3 +167,13 @@ def test_a_sliding_window_ends_what_attention_remembers_and_does():
     )
     student = student_config(mistral, ["attention", "mamba2"], {"n_heads": 4, "head_dim": 8, "state_dim": 8})
     assert [layer.window for layer in footprint_of(student).layers] == [16, 16]
+
+
+def test_layers_behind_a_window_have_a_row_of_their_own(tmp_path):
+    student = convert(tiny("llama"), mixer="based", window_layers=[1], window=5, sinks=2)
+    student.save_pretrained(tmp_path / "student")
+    card = card_of(tmp_path / "student", tmp_path / "card", n_bytes=10)
+    assert "all of its 3 layers are BASED and sliding-window attention layers" in card.content
+    assert "| a mixer | 4 heads of 8 channels × 8 states |" in card.content
+    assert "| a window | 4 heads of 8 channels × the first 2 and the last 5 tokens |" in card.content
+    assert {"based", "linear-attention", "sliding-window-attention", "hybrid"} <= set(card.data.tags)
