@@ -240,7 +240,7 @@ def test_convert_replaces_nothing_by_accident(run: Command, teacher: Path) -> No
         (["--rope", "yes"], "rope is 'yes'; allowed are drop, keep"),
         (
             ["--mixer", "mamba"],
-            "mixer is 'mamba'; allowed are based, discrete_mamba2, gated_deltanet, mamba2, sliding_window",
+            "mixer is 'mamba'; allowed are based, discrete_mamba2, gated_deltanet, hedgehog, mamba2, sliding_window",
         ),
     ],
 )
