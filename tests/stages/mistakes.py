@@ -82,8 +82,8 @@ MISTAKES = {
     "wrong type": Mistake(("data.block: must be a whole number, not 'many'",), ("data.block=many",)),
     "wrong value": Mistake(
         (
-            "student.mixer: must be one of mamba2, discrete_mamba2, gated_deltanet, based, hedgehog, sliding_window, not"
-            " 'mamba3', did you mean 'mamba2'?",
+            "student.mixer: must be one of mamba2, discrete_mamba2, gated_deltanet, based, hedgehog, sliding_window,"
+            " not 'mamba3', did you mean 'mamba2'?",
         ),
         ("student.mixer=mamba3",),
     ),
