@@ -206,4 +206,8 @@ def test_folders_load_where_this_package_is_not(tmp_path):
         torch.testing.assert_close(logits, student(LETTERS).logits, rtol=1e-5, atol=1e-5, msg=case)
         assert torch.equal(generated, student.generate(LETTERS, max_new_tokens=12, do_sample=False)), case
         shutil.rmtree(folder)
-        assert torch.equal(load_student(f"{folder}.again")(LETTERS).logits, student(LETTERS).logits), case
+        again = load_student(f"{folder}.again")
+        kept = again.state_dict()
+        assert all(torch.equal(kept[name], tensor) for name, tensor in student.state_dict().items()), case
+        # Not bit for bit: where weights lie in memory decides how a product of them is summed up.
+        torch.testing.assert_close(again(LETTERS).logits, student(LETTERS).logits, rtol=1e-6, atol=1e-6, msg=case)
