@@ -33,9 +33,9 @@ from torch import Tensor, nn
 
 from distill.cache import MixerCacheLayer
 from distill.mixers.face import factors_of, head_outputs_of, matrix_of, mix_over_time, mixed_and_values
-from distill.mixers.normalised import NormalisedTerms, normalised_numel
-from distill.mixers.parts import ShortConvolution, consecutive, mask_positions, random_projections_, split_heads, widen
-from distill.mixers.rotary import Rope, Rotation, rotate
+from distill.mixers.normalised import NormalisedTerms, normalised_numel, normalised_terms
+from distill.mixers.parts import ShortConvolution, consecutive, mask_positions, random_projections_, widen
+from distill.mixers.rotary import Rope, Rotation
 
 
 def n_features(d: int) -> int:
@@ -133,14 +133,14 @@ class BasedMixer(nn.Module):
         rotation: Rotation | None = None,
     ) -> tuple[NormalisedTerms, Tensor]:
         qkv_BTC = mask_positions(self.in_proj(hidden_BTD), valid_BT)
-        if self.projections_frozen:
-            qkv_BTC = qkv_BTC.detach()
-        qkv_BTC = self.conv1d(qkv_BTC, valid_BT=valid_BT, resets_BT=resets_BT, cache=cache)
-        q_BTI, k_BTI, v_BTI = qkv_BTC.split([self.wide, self.wide, self.inner], dim=-1)
-        q_BTHD, k_BTHD = split_heads(q_BTI, self.n_heads), split_heads(k_BTI, self.n_heads)
-        if self.rope == "keep":
-            k_BTHD, q_BTHD = rotate(k_BTHD, q_BTHD, rotation)
-        k_BTHN = mask_positions(taylor(k_BTHD).flatten(2), valid_BT).unflatten(2, (self.n_heads, -1))
-        nothing_forgotten_BTH = torch.zeros_like(k_BTHN[..., 0])
-        terms = NormalisedTerms(k_BTHN, taylor(q_BTHD), split_heads(v_BTI, self.n_heads), nothing_forgotten_BTH)
-        return terms, v_BTI
+        nothing_forgotten_BTH = widen(qkv_BTC).new_zeros(*qkv_BTC.shape[:2], self.n_heads)
+        return normalised_terms(
+            self,
+            qkv_BTC,
+            nothing_forgotten_BTH,
+            taylor,
+            valid_BT=valid_BT,
+            resets_BT=resets_BT,
+            cache=cache,
+            rotation=rotation,
+        )

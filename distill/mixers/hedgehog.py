@@ -35,17 +35,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.mixers.face import factors_of, head_outputs_of, matrix_of, mix_over_time, mixed_and_values
-from distill.mixers.normalised import NormalisedTerms, normalised_numel
+from distill.mixers.normalised import NormalisedTerms, normalised_numel, normalised_terms
 from distill.mixers.parts import (
     ShortConvolution,
     consecutive,
     inverse_softplus,
     mask_positions,
     random_projections_,
-    split_heads,
     widen,
 )
-from distill.mixers.rotary import Rope, Rotation, rotate
+from distill.mixers.rotary import Rope, Rotation
 
 SHARPNESS = 2.0
 """c: scores of attention's size make features that prefer some of their numbers, and still let all learn."""
@@ -144,21 +143,10 @@ class HedgehogMixer(nn.Module):
     ) -> tuple[NormalisedTerms, Tensor]:
         projected_BTE = mask_positions(self.in_proj(hidden_BTD), valid_BT)
         qkv_BTC, logit_BTH = projected_BTE.split([2 * self.wide + self.inner, self.n_heads], dim=-1)
-        if self.projections_frozen:
-            qkv_BTC = qkv_BTC.detach()
-        qkv_BTC = self.conv1d(qkv_BTC, valid_BT=valid_BT, resets_BT=resets_BT, cache=cache)
-        q_BTI, k_BTI, v_BTI = qkv_BTC.split([self.wide, self.wide, self.inner], dim=-1)
-        q_BTHD, k_BTHD = split_heads(q_BTI, self.n_heads), split_heads(k_BTI, self.n_heads)
-        if self.rope == "keep":
-            k_BTHD, q_BTHD = rotate(k_BTHD, q_BTHD, rotation)
-        log_decay_BTH = -F.softplus(widen(logit_BTH) + widen(self.A_log_bias))
-        terms = NormalisedTerms(
-            k_BTHN=mask_positions(spikes(k_BTHD).flatten(2), valid_BT).unflatten(2, (self.n_heads, -1)),
-            q_BTHN=spikes(q_BTHD),
-            v_BTHP=split_heads(v_BTI, self.n_heads),
-            log_decay_BTH=mask_positions(log_decay_BTH, valid_BT),
+        log_decay_BTH = mask_positions(-F.softplus(widen(logit_BTH) + widen(self.A_log_bias)), valid_BT)
+        return normalised_terms(
+            self, qkv_BTC, log_decay_BTH, spikes, valid_BT=valid_BT, resets_BT=resets_BT, cache=cache, rotation=rotation
         )
-        return terms, v_BTI
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ v, a      value, decay
     y_t          = S_t φ(q_t) / (n_t · φ(q_t))
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from distill.cache import MixerCacheLayer
-from distill.mixers.parts import widen
+from distill.mixers.parts import mask_positions, split_heads, widen
+from distill.mixers.rotary import Rotation, rotate
 from distill.mixers.state_space import ScanTerms
 from distill.ssd import scan
 from distill.ssd.factors import MatrixFactors
@@ -73,6 +75,29 @@ class NormalisedTerms:
         ones_BTH1 = torch.ones_like(self.k_BTHN[..., :1])
         sum_BTH1, _ = scan(self.log_decay_BTH, self.k_BTHN, self.q_BTHN, ones_BTH1, resets_BT=resets_BT)
         return self.q_BTHN / sum_BTH1.clamp_min(LEAST)
+
+
+def normalised_terms(
+    mixer: Any,
+    qkv_BTC: Tensor,
+    log_decay_BTH: Tensor,
+    features: Callable[[Tensor], Tensor],
+    *,
+    valid_BT: Tensor | None,
+    resets_BT: Tensor | None,
+    cache: MixerCacheLayer | None,
+    rotation: Rotation | None,
+) -> tuple[NormalisedTerms, Tensor]:
+    """Terms of q | k | v as ``in_proj`` makes them, and v_BTI: convolved, turned with ``rope: keep``, and q and k φ."""
+    if mixer.projections_frozen:
+        qkv_BTC = qkv_BTC.detach()
+    qkv_BTC = mixer.conv1d(qkv_BTC, valid_BT=valid_BT, resets_BT=resets_BT, cache=cache)
+    q_BTI, k_BTI, v_BTI = qkv_BTC.split([mixer.wide, mixer.wide, mixer.inner], dim=-1)
+    q_BTHD, k_BTHD = split_heads(q_BTI, mixer.n_heads), split_heads(k_BTI, mixer.n_heads)
+    if mixer.rope == "keep":
+        k_BTHD, q_BTHD = rotate(k_BTHD, q_BTHD, rotation)
+    k_BTHN = mask_positions(features(k_BTHD).flatten(2), valid_BT).unflatten(2, (mixer.n_heads, -1))
+    return NormalisedTerms(k_BTHN, features(q_BTHD), split_heads(v_BTI, mixer.n_heads), log_decay_BTH), v_BTI
 
 
 def normalised_numel(mixer: Any) -> int:
