@@ -114,6 +114,9 @@ def main(
     """Check and measure everything, and write the page."""
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("error: torch finds no CUDA device here (--device cpu --small tries the program without one)")
+    names = [section.name for section in (*PARITY, *BENCHMARKS)]
+    if unknown := set(only or ()) - set(names):
+        raise typer.BadParameter(f"--only {', '.join(sorted(unknown))}: allowed are {', '.join(names)}")
     dtype = "bfloat16" if device == "cuda" else "float32"
     with tempfile.TemporaryDirectory() as place:
         check = Check(device, dtype, small, Path(place), time.monotonic() + 60 * minutes)

@@ -235,11 +235,11 @@ def compare(checks: Iterable[Callable[[torch.device], Iterable[Row]]], device: s
     rows: list[Row] = []
     for row in (row for check in checks for row in _caught(check, torch.device(device))):
         rows.append(row)
-        failed = any(row.failed for row in rows)
         if output:
-            record(output, {"rows": [asdict(row) | {"failed": row.failed} for row in rows], "failed": failed})
+            figures = [asdict(row) | {"failed": row.failed} for row in rows]
+            record(output, {"rows": figures, "failed": any(row.failed for row in rows)})
     show(f"parity on {device}", ("what", "dtype", "error", "allowed", ""), (shown(row) for row in rows))
-    raise typer.Exit(int(failed))
+    raise typer.Exit(int(any(row.failed for row in rows)))
 
 
 def _caught(check: Callable[[torch.device], Iterable[Row]], device: torch.device) -> Iterator[Row]:
@@ -289,6 +289,8 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Also write the rows here, as JSON.")] = None,
 ) -> None:
     """Compare everything and print a table."""
+    if unknown := set(check or ()) - set(CHECKS):
+        raise typer.BadParameter(f"--check {', '.join(sorted(unknown))}: allowed are {', '.join(CHECKS)}")
     compare([CHECKS[name] for name in check or CHECKS], device, output)
 
 
