@@ -16,6 +16,15 @@ def prompt(*shape: int) -> torch.Tensor:
     return torch.randint(3, 97, shape)
 
 
+def two_documents() -> Batch:
+    """Two rows of 30 tokens, whose documents begin at 0 and 12; the second has padding behind."""
+    ids = prompt(2, 30)
+    valid = torch.ones(2, 30, dtype=torch.bool)
+    valid[1, 25:] = False
+    positions = torch.cat([torch.arange(12), torch.arange(18)]).expand(2, -1)
+    return {"input_ids": ids, "position_ids": positions, "labels": ids, "valid": valid}
+
+
 def pieces_agree(student: PreTrainedModel) -> None:
     """A prompt at once, in chunks and token by token through a cache gives what it gives without one."""
     ids = prompt(2, 40)

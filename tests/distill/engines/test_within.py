@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.utils import _to_kwargs
 
-from distill.within import through, whole_shape, within
+from distill.within import opened, through, whole_shape, within
 
 
 class Mixer(nn.Linear):
@@ -44,6 +45,20 @@ def test_the_call_gets_its_arguments_and_gives_its_result(mixer, hooked):
     assert hooked == ["before", "after"]
     assert mixer.calls == 0
     assert within(nn.Identity(), lambda: {"any": "thing"}) == {"any": "thing"}
+
+
+def test_hooks_see_an_argument_even_where_there_is_none(mixer):
+    """On CUDA, FSDP2 moves the arguments and takes the first; torch 2.11 does not find one in nothing."""
+    calls: list[tuple] = []
+    mixer.register_forward_pre_hook(lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    assert opened(mixer, lambda: torch.ones(())) == 1
+    assert within(mixer, lambda: mixer.weight) is mixer.weight
+    assert within(mixer, lambda a, b: a + b, 1, b=2) == 3
+    *bare, given = calls
+    assert given == ((1,), {"b": 2})
+    for args, kwargs in bare:
+        moved, named = _to_kwargs(args, kwargs, torch.device("cpu"), False)
+        assert (moved[0], named[0]) == ((None,), {})
 
 
 def test_forward_is_back_afterwards(mixer, hooked):

@@ -24,7 +24,7 @@ from stages.hidden import HiddenObjective
 from stages.logits import LogitObjective
 from stages.mixing import MixingObjective
 from tests.conftest import disturbed, tiny
-from tests.distill.agreement import close, layers_alone_agree, pieces_agree, prompt
+from tests.distill.agreement import close, layers_alone_agree, pieces_agree, prompt, two_documents
 from tests.distill.families.models import EVERY
 from tests.distill.families.models import tiny as tiny_case
 
@@ -174,18 +174,10 @@ def test_saving_and_loading_change_nothing(student, tmp_path):
     assert not (tmp_path / "other" / "distill_mixers_kept_heads.py").exists()
 
 
-def batch() -> dict[str, torch.Tensor]:
-    ids = prompt(2, 30)
-    valid = torch.ones(2, 30, dtype=torch.bool)
-    valid[1, 25:] = False
-    positions = torch.cat([torch.arange(12), torch.arange(18)]).expand(2, -1)
-    return {"input_ids": ids, "position_ids": positions, "labels": ids, "valid": valid}
-
-
 @pytest.mark.parametrize("case", ["Llama", "Gemma 2", "Mistral"])
 def test_a_layer_fed_alone_is_the_layer_in_its_model(case):
     """Called without the decoder: documents, padding and the window are the layer's own to hide."""
-    layers_alone_agree(disturbed(convert(tiny_case(case), keep_heads=HEADS)), batch())
+    layers_alone_agree(disturbed(convert(tiny_case(case), keep_heads=HEADS)), two_documents())
 
 
 @pytest.mark.parametrize("case", ["Llama", "Mistral"])
@@ -211,7 +203,10 @@ def test_without_a_mask_of_four_dimensions_the_cache_says_what_is_seen(case, pad
 def test_stage_1_matches_the_other_heads_alone():
     teacher = tiny("llama")
     student = disturbed(convert(teacher, keep_heads={1: [0, 3]}))
-    rows = batch() | {"valid": torch.ones(2, 30, dtype=torch.bool), "position_ids": torch.arange(30).expand(2, -1)}
+    rows = two_documents() | {
+        "valid": torch.ones(2, 30, dtype=torch.bool),
+        "position_ids": torch.arange(30).expand(2, -1),
+    }
     parts = {part.name: part for part in MixingObjective(teacher, student, MixingStage(tokens=1000)).parts(rows)}
     trace = layer_traces(teacher, rows, [1], ["attention_input"])[1]
     seen, mixer = views(teacher, [1])[1], mixers_of(student)[1]
@@ -226,7 +221,7 @@ def test_stage_1_matches_the_other_heads_alone():
 def test_kept_heads_are_attention_by_role_and_have_their_teachers_matrix_and_outputs():
     teacher = tiny("llama")
     student = convert(teacher, keep_heads={1: [0, 3]})
-    trace = layer_traces(teacher, batch(), [1])[1]
+    trace = layer_traces(teacher, two_documents(), [1])[1]
     seen, mixer = views(teacher, [1])[1], mixers_of(student)[1]
     resets = torch.zeros(2, 30, dtype=torch.bool)
     resets[:, 12] = True
@@ -250,7 +245,7 @@ def test_stage_2_trains_the_mixer_beside_heads_that_stay(student, target):
     teacher, settings = tiny("llama"), HiddenStage(tokens=1000, target=target)
     objective = HiddenObjective(teacher, student.requires_grad_(True), settings)
     objective.begin(0.0)
-    sum(part.loss_sum() for part in objective.parts(batch())).backward()
+    sum(part.loss_sum() for part in objective.parts(two_documents())).backward()
     for mixer in mixers_of(student).values():
         read = [parameter for name, parameter in mixer.named_parameters() if "kept." not in name]
         without = [one for one in read if one.grad is None or not one.grad.any()]
@@ -261,7 +256,7 @@ def test_stage_2_trains_the_mixer_beside_heads_that_stay(student, target):
 def test_gradients_of_the_last_stage_reach_heads_and_mixer_from_the_start():
     student = convert(tiny("llama"), keep_heads=HEADS).requires_grad_(True)
     objective = LogitObjective(tiny("llama"), student, LogitsStage(tokens=1000))
-    sum(part.loss_sum() for part in objective.parts(batch())).backward()
+    sum(part.loss_sum() for part in objective.parts(two_documents())).backward()
     for index in HEADS:
         mixer = mixers_of(student)[index]
         assert all(bool(parameter.grad.any()) for parameter in mixer.kept.parameters())

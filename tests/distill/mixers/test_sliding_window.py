@@ -7,13 +7,12 @@ from transformers import DynamicCache, PreTrainedModel
 from distill import convert, load_student
 from distill.conversion import plan, report
 from distill.errors import UserError
-from distill.objective import Batch
 from distill.recipe import HiddenStage
 from distill.student import mixers_of
 from distill.windowed import windowed
 from stages.hidden import HiddenObjective
 from tests.conftest import disturbed, tiny
-from tests.distill.agreement import close, layers_alone_agree
+from tests.distill.agreement import close, layers_alone_agree, two_documents
 
 WINDOW, SINKS = 5, 2
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
@@ -90,14 +89,6 @@ def test_saving_and_loading_change_nothing(student, tmp_path):
     assert "distill_attention.py" not in code
 
 
-def batch() -> Batch:
-    ids = prompt(2, 30)
-    valid = torch.ones(2, 30, dtype=torch.bool)
-    valid[1, 25:] = False
-    positions = torch.cat([torch.arange(12), torch.arange(18)]).expand(2, -1)
-    return {"input_ids": ids, "position_ids": positions, "labels": ids, "valid": valid}
-
-
 @pytest.mark.parametrize("how", ["eager", "sdpa"])
 def test_fed_the_teachers_states_a_wide_window_has_nothing_to_learn(how):
     """Called without the decoder: the masks for documents and padding are the mixer's own."""
@@ -105,7 +96,7 @@ def test_fed_the_teachers_states_a_wide_window_has_nothing_to_learn(how):
     teacher.set_attn_implementation(how)
     wide, narrow = (convert(teacher, mixer="sliding_window", window=size) for size in (30, 3))
     for student, least in ((wide, False), (narrow, True)):
-        parts = HiddenObjective(teacher, student.requires_grad_(True), HiddenStage(tokens=1000)).parts(batch())
+        parts = HiddenObjective(teacher, student.requires_grad_(True), HiddenStage(tokens=1000)).parts(two_documents())
         losses = [part.loss_sum() for part in parts]
         assert len(losses) == 3
         assert all(bool(loss > 1e-3) is least for loss in losses)
@@ -115,7 +106,7 @@ def test_fed_the_teachers_states_a_wide_window_has_nothing_to_learn(how):
 
 
 def test_a_layer_fed_alone_is_the_layer_in_its_model(student):
-    layers_alone_agree(student, batch())
+    layers_alone_agree(student, two_documents())
 
 
 def test_what_it_remembers_is_counted():

@@ -17,7 +17,6 @@ from distill.export.limits import LIMITS
 from distill.export.refusals import check_exportable
 from distill.fitting import calibrate_student
 from distill.mixers import MIXERS
-from distill.objective import Batch
 from distill.reach import reached
 from distill.recipe import HiddenStage, LogitsStage, MixingStage
 from distill.run import at_work_on
@@ -27,7 +26,7 @@ from stages.hidden import HiddenObjective
 from stages.logits import LogitObjective
 from stages.mixing import MixingObjective
 from tests.conftest import CHECKOUT, disturbed, tiny
-from tests.distill.agreement import close, layers_alone_agree, pieces_agree, prompt
+from tests.distill.agreement import close, layers_alone_agree, pieces_agree, prompt, two_documents
 from tests.distill.families.models import tiny as tiny_case
 
 WINDOW, SINKS = 5, 2
@@ -50,15 +49,6 @@ def mixer(request) -> str:
 def student(request, mixer) -> PreTrainedModel:
     windows, kept = LAYOUTS[request.param]
     return disturbed(mixed(mixer, windows, kept)).double()  # so that the order of sums does not matter
-
-
-def batch() -> Batch:
-    """Two rows of two documents, the second with padding behind."""
-    ids = prompt(2, 30)
-    valid = torch.ones(2, 30, dtype=torch.bool)
-    valid[1, 25:] = False
-    positions = torch.cat([torch.arange(12), torch.arange(18)]).expand(2, -1)
-    return {"input_ids": ids, "position_ids": positions, "labels": ids, "valid": valid}
 
 
 @pytest.mark.parametrize("how", ["eager", "sdpa"])
@@ -142,7 +132,7 @@ def test_packed_documents_give_the_logits_of_the_documents_alone(student):
 
 
 def test_a_layer_fed_alone_is_the_layer_in_its_model(student):
-    layers_alone_agree(student, batch())
+    layers_alone_agree(student, two_documents())
 
 
 def test_saving_and_loading_change_nothing(student, tmp_path):
@@ -210,7 +200,7 @@ def test_stage_1_leaves_them_alone_and_the_others_do_not():
     teacher = tiny("llama")
     student = disturbed(mixed()).requires_grad_(True)
     mixing = MixingObjective(teacher, student, MixingStage(tokens=1000))
-    parts = list(mixing.parts(batch()))
+    parts = list(mixing.parts(two_documents()))
     assert [part.name for part in parts] == ["layers.0", "layers.2"]
     sum(part.loss_sum() for part in parts).backward()
     moved = {name for name, one in student.named_parameters() if one.grad is not None and one.grad.any()}
@@ -218,7 +208,7 @@ def test_stage_1_leaves_them_alone_and_the_others_do_not():
     assert not moved & names_of(student, 1)
     student.zero_grad()
     for objective, settings in ((HiddenObjective, HiddenStage), (LogitObjective, LogitsStage)):
-        parts = list(objective(teacher, student, settings(tokens=1000)).parts(batch()))
+        parts = list(objective(teacher, student, settings(tokens=1000)).parts(two_documents()))
         assert len(parts) == (3 if objective is HiddenObjective else 1)
         sum(part.loss_sum() for part in parts).backward()
         moved = {name for name, one in student.named_parameters() if one.grad is not None and one.grad.any()}
