@@ -14,7 +14,6 @@ from distill.student import mixers_of
 from tests.conftest import tiny
 
 
-
 def seeded(family: str, **choices) -> tuple[AttentionView, Mamba2Mixer]:
     """Layer 0 of a teacher with biases wherever its family has them, and the mixer in its place; both fp64."""
     teacher = tiny(family).double()
