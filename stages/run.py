@@ -90,14 +90,19 @@ def summary(numbers: dict) -> Table:
 
 
 def _announce(run: Run, console: Console) -> None:
-    kept = ", ".join(map(str, run.facts.kept)) or "none"
-    if heads := run.recipe.student.keep_heads:
-        kept += (
+    student, n_layers = run.recipe.student, run.facts.n_layers
+    kept, behind = (", ".join(map(str, layers)) for layers in (run.facts.kept, student.window_layers))
+    n_mixers = n_layers - len(run.facts.kept) - len(student.window_layers)
+    attention = f"attention kept in: {kept or 'none'}"
+    if heads := student.keep_heads:
+        attention += (
             " (single heads: " + "; ".join(f"{layer}: {', '.join(map(str, at))}" for layer, at in heads.items()) + ")"
         )
+    if behind:
+        attention += f", behind a window in: {behind}"
     console.print(
-        f"{run.recipe.name}: {run.recipe.teacher.path} → {run.recipe.student.mixer} in {run.facts.n_layers} layers, "
-        f"attention kept in: {kept}; everything goes to {run.recipe.run_dir}"
+        f"{run.recipe.name}: {run.recipe.teacher.path} → {student.mixer} in {n_mixers} of {n_layers} layers, "
+        f"{attention}; everything goes to {run.recipe.run_dir}"
     )
 
 
