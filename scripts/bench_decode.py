@@ -29,7 +29,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
 from distill.cache import CountingMixerCacheLayer, MixerCacheLayer, cache_nbytes
@@ -37,36 +37,13 @@ from distill.conversion import plan, unset_model
 from distill.layout import evenly_spaced
 from distill.student import is_student, mixers_of
 from eval.timing import decoding, prefill, seconds
+from scripts.llama_shape import LlamaShape
 from scripts.measure import record, show
 
 PROMPT = 64
 KEPT = 8
 """One layer in so many keeps attention."""
 GiB = 2**30
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A Llama's."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate: int
-    vocab: int
-
-    def config(self) -> LlamaConfig:
-        return LlamaConfig(
-            vocab_size=self.vocab,
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            max_position_embeddings=2**20,
-            tie_word_embeddings=False,
-        )
 
 
 @dataclass(frozen=True)
@@ -117,7 +94,7 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
-    shape, run = Shape(hidden, layers, heads, kv_heads, intermediate, vocab), Run(batch, steps, blocks, compiled)
+    shape, run = LlamaShape(hidden, layers, heads, kv_heads, intermediate, vocab), Run(batch, steps, blocks, compiled)
     contexts = context or [1024, 4096, 32768, 131072]
     models = contenders(shape, getattr(torch, dtype), torch.device(device))
     rows = [
@@ -137,7 +114,7 @@ def main(
         record(output, {"shape": asdict(shape), "run": asdict(run), "dtype": dtype, "device": device, **figures})
 
 
-def contenders(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, PreTrainedModel]:
+def contenders(shape: LlamaShape, dtype: torch.dtype, device: torch.device) -> dict[str, PreTrainedModel]:
     """Teacher, hybrid and all-Mamba student; what they have in common lies in memory once."""
     teacher = unset_model(shape.config(), dtype).eval()
     models = {"teacher": teacher}

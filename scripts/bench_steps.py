@@ -35,7 +35,7 @@ import torch
 import typer
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from distill.attention import views
 from distill.conversion import convert
@@ -49,6 +49,7 @@ from distill.ssd.factors import MatrixFactors
 from distill.student import mixers_of
 from distill.training import parameter_groups
 from distill.training.gradients import Gradients
+from scripts.llama_shape import LlamaShape
 from scripts.measure import Call, record, seconds, show
 from stages.hidden import HiddenObjective
 from stages.logits import LogitObjective
@@ -65,15 +66,10 @@ TOKENS = 1  # a recipe's stage must say how many; nothing here reads it
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A Llama's, and a batch's."""
+class Size:
+    """The teacher's, which of its layers keep attention, and a batch's."""
 
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate: int
-    vocab: int
+    teacher: LlamaShape
     keep_every: int
     length: int
     batch: int
@@ -120,8 +116,8 @@ def main(
     """Measure every stage and print a table."""
     if threads:
         torch.set_num_threads(threads)
-    shape = Shape(hidden, layers, heads, kv_heads, intermediate, vocab, keep_every, length, batch)
-    rows = [measure(name, shape, device, getattr(torch, dtype), repeats, parts) for name in stage or list(OBJECTIVES)]
+    size = Size(LlamaShape(hidden, layers, heads, kv_heads, intermediate, vocab), keep_every, length, batch)
+    rows = [measure(name, size, device, getattr(torch, dtype), repeats, parts) for name in stage or list(OBJECTIVES)]
     title = f"{layers} layers × {hidden}, vocabulary {vocab}, {batch} × {length} tokens, {dtype} on {device}"
     head = ("stage", "step, ms", "floor, ms", "step / floor", "at most", "tokens/s", "TFLOP/s")
     show(title, head, (_shown(row, batch * length) for row in rows))
@@ -129,14 +125,14 @@ def main(
         lines = [(row["stage"], name, f"{took * 1e3:.1f}") for row in rows for name, took in row["parts"].items()]
         show("parts of the floors", ("stage", "part", "ms"), lines)
     if output:
-        record(output, {"shape": asdict(shape), "device": device, "dtype": dtype, "rows": rows})
+        record(output, {"size": asdict(size), "device": device, "dtype": dtype, "rows": rows})
 
 
-def measure(name: str, shape: Shape, device: str, dtype: torch.dtype, repeats: int, with_parts: bool) -> dict[str, Any]:
+def measure(name: str, size: Size, device: str, dtype: torch.dtype, repeats: int, with_parts: bool) -> dict[str, Any]:
     """One row; the models are made anew, so that one stage's optimizer is gone when the next begins."""
     make_settings, make_objective = OBJECTIVES[name]
     settings = make_settings.model_validate({"tokens": TOKENS})
-    setting = made(shape, settings, torch.device(device), dtype)
+    setting = made(size, settings, torch.device(device), dtype)
     objective = make_objective(setting.teacher, setting.student, settings)
     parts = FLOORS[name](setting)
     trains = step(setting, objective, settings)
@@ -169,23 +165,13 @@ def _grouped_attention() -> dict[Any, Callable[..., int]]:
     return {operation: backward if "backward" in str(operation) else forward for operation in attentions}
 
 
-def made(shape: Shape, settings: Stage, device: torch.device, dtype: torch.dtype) -> Setting:
+def made(size: Size, settings: Stage, device: torch.device, dtype: torch.dtype) -> Setting:
     """A random teacher in ``dtype``, its seeded student in fp32, and the optimizer of what the stage trains."""
     gc.collect()  # the stage before may still hold its optimizer
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=shape.length,
-        tie_word_embeddings=False,
-    )
     with device:
-        teacher = LlamaForCausalLM(config).eval().requires_grad_(False)
-    kept = [index for index in range(shape.layers) if index % shape.keep_every == shape.keep_every // 2]
+        teacher = LlamaForCausalLM(size.teacher.config()).eval().requires_grad_(False)
+    kept = [index for index in range(size.teacher.layers) if index % size.keep_every == size.keep_every // 2]
     student = convert(teacher, keep_attention=kept).float().to(device).train()
     groups = parameter_groups(
         student,
@@ -197,11 +183,11 @@ def made(shape: Shape, settings: Stage, device: torch.device, dtype: torch.dtype
         asked=False,
         reached=reached(student, settings),
     )
-    ids_BT = torch.randint(shape.vocab, (shape.batch, shape.length), device=device)
+    ids_BT = torch.randint(size.teacher.vocab, (size.batch, size.length), device=device)
     batch = {
         "input_ids": ids_BT,
         "labels": ids_BT,
-        "position_ids": torch.arange(shape.length, device=device).expand_as(ids_BT),
+        "position_ids": torch.arange(size.length, device=device).expand_as(ids_BT),
         "valid": torch.ones_like(ids_BT, dtype=torch.bool),
     }
     return Setting(teacher.to(dtype), student, PlainEngine(student, groups), batch, dtype)

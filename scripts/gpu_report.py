@@ -119,16 +119,16 @@ def logits(figures: Figures, ceilings: Ceilings, size: int) -> list[str]:
 
 def steps(figures: Figures, ceilings: Ceilings, size: int) -> list[str]:
     """Operations as torch counts the step's matrix products."""
-    shape = figures["shape"]
+    made, teacher = figures["size"], figures["size"]["teacher"]
 
     def row(one: Figures) -> tuple[str, ...]:
         ratio = f"{one['ratio']:.3f} (at most {one['target']:.2f}{'' if one['ratio'] <= one['target'] else ', missed'})"
-        speed = f"{shape['batch'] * shape['length'] / one['step']:,.0f}"
+        speed = f"{made['batch'] * made['length'] / one['step']:,.0f}"
         times = (f"{one['step'] * 1e3:.1f}", f"{one['floor'] * 1e3:.1f}")
         return one["stage"], *times, ratio, speed, ceilings.cells(one["flops"], None)[0]
 
     head = ("stage", "step, ms", "floor, ms", "step / floor", "tokens/s", "TFLOP/s")
-    about = f"{shape['layers']} layers × {shape['hidden']}, {shape['batch']} × {shape['length']} tokens a step."
+    about = f"{teacher['layers']} layers × {teacher['hidden']}, {made['batch']} × {made['length']} tokens a step."
     return [about, "", *table(head, map(row, figures["rows"]))]
 
 
