@@ -2,13 +2,13 @@
 
     e                 heads of the mixer for each of attention's (``student.expand``)
     copies            of head h of attention: heads h·e … h·e + e − 1 of the mixer
-    x, B, C           of every copy: the whole head's v, k and q
+    x, B, C           of every copy: the whole head's v, k and q (of mamba2's second: −v, ``distill.mirrored``)
     out               of every copy: 1/e of the head's columns of the output projection
 
 So what the copies of a head are together is their mean:  out = Σ_h W_h · 1/e Σ_c M_hc v_h.
 
 Softmax attends to the last token and to one far away in one row; a state-space head forgets at one pace at a time. Two
-copies that differ in their memories, and in nothing else at the start, can be the near and the far part. Mamba's own
+copies that differ in their memories can be the near and the far part. Mamba's own
 ``expand``, which is 2, says the same of a layer: twice as many channels as the stream has.
 """
 
