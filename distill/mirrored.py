@@ -17,6 +17,7 @@ from torch import Tensor
 from distill.attention import AttentionView
 from distill.copies import copies_of
 from distill.mixers import Mamba2Mixer
+from distill.mixers.parts import in_convolution
 
 
 @torch.no_grad()
@@ -51,6 +52,6 @@ def mirror_values_(mixer: Mamba2Mixer, attention: AttentionView) -> bool:
 
 def _made_by(mixer: Mamba2Mixer, name: str) -> list[Tensor]:
     """The rows of ``in_proj`` that make something, and what the convolution adds to it."""
-    place, first = mixer.in_rows()[name], mixer.in_rows()["x"].start  # the convolution begins with x
+    rows = mixer.in_rows()
     assert mixer.conv1d.bias is not None
-    return [mixer.in_proj.weight[place], mixer.conv1d.bias[place.start - first : place.stop - first]]
+    return [mixer.in_proj.weight[rows[name]], mixer.conv1d.bias[in_convolution(rows, name)]]

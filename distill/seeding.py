@@ -20,7 +20,7 @@ from distill.capture import LayerTrace
 from distill.copies import copies_of, mean_of_copies, shared_out
 from distill.mirrored import mirror_state_, mirror_values_
 from distill.mixers import BasedMixer, DiscreteMamba2Mixer, GatedDeltaNetMixer, HedgehogMixer, Mamba2Mixer, Mixer
-from distill.mixers.parts import inverse_softplus
+from distill.mixers.parts import in_convolution, inverse_softplus
 from distill.objectives import attention_matrix
 from distill.projections import Projection
 
@@ -89,7 +89,6 @@ def _copy_projections(
     half = attention.scaling**0.5
     sources = {named.v: (attention.v, 1.0), named.k: (attention.k, half), named.q: (attention.q, half)}
     rows = mixer.in_rows()
-    first = min(rows[name].start for name in sources)
     gains = {
         named.k: _norm_gain(attention, attention.k, attention.k_norm, trace),
         named.q: _norm_gain(attention, attention.q, attention.q_norm, trace),
@@ -108,10 +107,9 @@ def _copy_projections(
             bias = None if bias is None else gain_I * bias
         mixer.in_proj.weight[place] = _heads(scale * weight_ID, attention.head_dim, beyond, width)
         if bias is not None:
-            inside = slice(place.start - first, place.stop - first)
             assert mixer.conv1d.bias is not None
             bias_I1, beyond = scale * bias[:, None], torch.zeros_like(made[:, :1])
-            mixer.conv1d.bias[inside] = _heads(bias_I1, attention.head_dim, beyond, width)[:, 0]
+            mixer.conv1d.bias[in_convolution(rows, name)] = _heads(bias_I1, attention.head_dim, beyond, width)[:, 0]
     copies = copies_of(mixer, attention)
     mixer.out_proj.weight.copy_(shared_out(attention.o.weight, attention.head_dim, copies))
     if attention.o.bias is not None:
@@ -272,7 +270,6 @@ def _narrow_scores_(mixer: Copied, attention: AttentionView, trace: LayerTrace, 
     long, which behind a norm they nearly are. Biases, which have no place in W, are dropped.
     """
     rows = mixer.in_rows()
-    first = min(rows[name].start for name in (named.v, named.k, named.q))
     q_HDP = _columns(attention, attention.q, attention.q_norm, trace)
     k_HDP = attention.per_query_head(_columns(attention, attention.k, attention.k_norm, trace), dim=0)
     # The singular values of W = Q_q (R_q R_kᵀ) Q_kᵀ are those of what stands in the middle, (P, P).
@@ -285,7 +282,7 @@ def _narrow_scores_(mixer: Copied, attention: AttentionView, trace: LayerTrace, 
         weight_HdD = weight_HdD.repeat_interleave(mixer.n_heads // len(weight_HdD), dim=0)
         mixer.in_proj.weight[rows[name]] = weight_HdD.flatten(0, 1).to(mixer.in_proj.weight.dtype)
         if mixer.conv1d.bias is not None:
-            mixer.conv1d.bias[rows[name].start - first : rows[name].stop - first].zero_()
+            mixer.conv1d.bias[in_convolution(rows, name)].zero_()
 
 
 def _columns(attention: AttentionView, projection: Projection, norm: Any, trace: LayerTrace) -> Tensor:

@@ -125,6 +125,12 @@ def consecutive(widths: dict[str, int]) -> dict[str, slice]:
     return {name: slice(end - width, end) for (name, width), end in zip(widths.items(), ends, strict=True)}
 
 
+def in_convolution(rows: dict[str, slice], name: str) -> slice:
+    """Where the convolution has the rows of ``in_proj`` called ``name``: only a gate that comes first passes it by."""
+    before = rows["z"].stop if next(iter(rows)) == "z" else 0
+    return slice(rows[name].start - before, rows[name].stop - before)
+
+
 def split_heads(x_BTC: Tensor, n_heads: int) -> Tensor:
     return x_BTC.unflatten(-1, (n_heads, -1))
 
