@@ -147,6 +147,7 @@ def main(
     With --task recall, one that looks up what its prompt says; --task recall --help has its options.
     """
     wanted = read_tokens("--tokens", tokens)
+    tokens_per_step, steps = batch_size * block, steps_for(wanted, batch_size, block)
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     train_documents, test_documents = split_documents(read_documents("python-stdlib"), fraction=HELD_OUT)
@@ -171,8 +172,6 @@ def main(
         pad=tokenizer.pad_token_id,
     )
     n_parameters = sum(p.numel() for p in model.parameters())
-    tokens_per_step = batch_size * block
-    steps = steps_for(wanted, batch_size, block)
     say(f"{n_parameters:,} parameters; {full.n_tokens:,} training and {full_test.n_tokens:,} held-out tokens")
     say(f"{steps} steps of {tokens_per_step:,} tokens: {wanted / full.n_tokens:.1f} epochs")
     facts = {

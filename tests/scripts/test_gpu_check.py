@@ -15,7 +15,7 @@ from scripts.gpu_report import page
 from scripts.gpu_sections import BENCHMARKS, PARITY, Section
 from tests.conftest import CHECKOUT
 
-ELSEWHERE = ("parity: logits", "parity: mixers")
+ELSEWHERE = ("parity: mixing", "parity: logits", "parity: mixers", "parity: decoding")
 
 
 def check(place: Path, seconds: float = 60.0) -> Check:
@@ -134,7 +134,7 @@ def test_all_of_it_at_tiny_sizes(tmp_path):
         ended = "left out: no small form" if section.small is None else "done"
         assert f"| {section.name} | {ended} |" in text, done.stdout
     for said in (
-        "Not established, not everything finished: parity: logits, parity: mixers.",
+        "Not established, not everything finished: parity: mixing, parity: logits, parity: mixers, parity: decoding.",
         "mean nothing",
         "## Scan 1B",
         "## Steps 1B",
