@@ -18,7 +18,7 @@ from distill.attention import AttentionView
 from distill.calibration import steady_direction
 from distill.capture import LayerTrace
 from distill.copies import copies_of, mean_of_copies, shared_out
-from distill.mirrored import mirror_state_, mirror_values_
+from distill.mirrored import Silenced, mirror_state_, mirror_values_
 from distill.mixers import BasedMixer, DiscreteMamba2Mixer, GatedDeltaNetMixer, HedgehogMixer, Mamba2Mixer, Mixer
 from distill.mixers.parts import in_convolution, inverse_softplus
 from distill.objectives import attention_matrix
@@ -185,25 +185,39 @@ def _value_sizes(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> T
     return size_H.repeat_interleave(copies_of(mixer, attention))
 
 
+def _mirrored_state_(mixer: Silenced, attention: AttentionView, named: Rows) -> list[Seeded]:
+    mirrored = mirror_state_(mixer, attention, (named.k, named.q))
+    return [
+        Seeded(f"in_proj {named.k}, {named.q}", "the columns past a head's: its own, sign turned, behind SiLU")
+    ] * mirrored
+
+
+def _mirrored_values_(mixer: Silenced, attention: AttentionView, named: Rows) -> list[Seeded]:
+    mirrored = mirror_values_(mixer, attention, named.v)
+    return [
+        Seeded(f"in_proj {named.v}, norm", "every second copy of a head with the sign turned, behind SiLU")
+    ] * mirrored
+
+
 def _seed_mamba2(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> list[Seeded]:
     assert isinstance(mixer, Mamba2Mixer)
     seeded = _copy_projections(mixer, attention, trace)
-    both_sides = mirror_state_(mixer, attention)
+    of_state = _mirrored_state_(mixer, attention, _STATE_SPACE)
     nn.init.zeros_(mixer.D)
     # The norm follows the gate, so a gate that is equal over a head's channels and never changes sign has no effect.
     mixer.in_proj.weight[mixer.in_rows()["z"]] = GATE_INPUT * steady_direction(trace.attention_input)
     # The norm makes every head's output unit size; attention's is about that of the values it averages.
     value_size_H = _value_sizes(mixer, attention, trace)
     mixer.norm.weight.copy_(value_size_H.repeat_interleave(mixer.head_dim))
-    of_values = mirror_values_(mixer, attention)
+    of_values = _mirrored_values_(mixer, attention, _STATE_SPACE)
     # A step of another size scales the whole matrix; A takes it out of the decay again.
     step_H = _size_ratio(mixer, attention, trace)
     mixer.dt_bias.copy_(inverse_softplus(step_H))
     mixer.A_log.sub_(step_H.log())
     return [
         *seeded,
-        *([Seeded("in_proj B, C", "the columns past a head's: its own, sign turned, behind SiLU")] * both_sides),
-        *([Seeded("in_proj x, norm", "every second copy of a head with the sign turned, behind SiLU")] * of_values),
+        *of_state,
+        *of_values,
         Seeded("in_proj z", "open: the direction in which the layer's inputs are steady"),
         Seeded("norm", "size of v, head by head"),
         Seeded("dt_bias", "size of the attention matrix, head by head"),
@@ -231,6 +245,7 @@ def _seed_gated_deltanet(mixer: Mixer, attention: AttentionView, trace: LayerTra
     assert isinstance(mixer, GatedDeltaNetMixer)
     # Keys that are zero in new columns are as long as before and find what they found; a query's length is normed out.
     seeded = _copy_projections(mixer, attention, trace, _DELTA)
+    of_state = _mirrored_state_(mixer, attention, _DELTA)
     steady_D = steady_direction(trace.attention_input)
     mixer.in_proj.weight[mixer.in_rows()["z"]] = GATE_INPUT * steady_D
     mixer.in_proj.weight[mixer.in_rows()["b"]] = math.log(BETA / (1 - BETA)) * steady_D
@@ -238,8 +253,11 @@ def _seed_gated_deltanet(mixer: Mixer, attention: AttentionView, trace: LayerTra
     value_size_H = _value_sizes(mixer, attention, trace)
     opened = GATE_INPUT / (1 + math.exp(-GATE_INPUT))
     mixer.norm.weight.copy_(value_size_H.repeat_interleave(mixer.head_dim) / opened)
+    of_values = _mirrored_values_(mixer, attention, _DELTA)
     return [
         *seeded,
+        *of_state,
+        *of_values,
         Seeded("in_proj z", "open: the direction in which the layer's inputs are steady"),
         Seeded("norm", "size of v, head by head"),
         Seeded("in_proj b", f"β = {BETA:g}, along that direction"),

@@ -4,67 +4,83 @@ import inspect
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill import convert, seeding
 from distill.attention import AttentionView, views
-from distill.mixers import Mamba2Mixer
+from distill.mirrored import Silenced
 from distill.student import mixers_of
 from tests.conftest import tiny
 
 
-def seeded(family: str, **choices) -> tuple[AttentionView, Mamba2Mixer]:
+@pytest.fixture(params=["mamba2", "gated_deltanet"])
+def kind(request) -> str:
+    return request.param
+
+
+def seeded(family: str, kind: str, **choices) -> tuple[AttentionView, Silenced]:
     """Layer 0 of a teacher with biases wherever its family has them, and the mixer in its place; both fp64."""
     teacher = tiny(family).double()
     with torch.no_grad():
         for name, parameter in teacher.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.3)
-    return views(teacher, [0])[0], mixers_of(convert(teacher, mixer="mamba2", seed=3, **choices))[0]
+    return views(teacher, [0])[0], mixers_of(convert(teacher, mixer=kind, seed=3, **choices))[0]
+
+
+def both_sides(x: Tensor) -> Tensor:
+    return torch.cat([F.silu(x), F.silu(-x)], dim=-1)
 
 
 @pytest.mark.parametrize("copies", [1, 2])
-def test_scores_count_what_agrees_on_either_side(family, copies):
-    attention, mixer = seeded(family, state_dim=36, expand=copies)  # more than two of any tiny teacher's heads
+def test_scores_count_what_agrees_on_either_side(family, kind, copies):
+    attention, mixer = seeded(family, kind, state_dim=36, expand=copies)  # more than two of any tiny teacher's heads
     u = torch.randn(2, 7, 32).double()
     terms, _ = mixer._terms(u, None, None, None)
-    q, k = (attention.scaling**0.5 * part for part in attention.queries_and_keys(u, None))
-    wanted = F.silu(q) @ F.silu(k).mT + F.silu(-q) @ F.silu(-k).mT
+    q, k = (both_sides(attention.scaling**0.5 * part) for part in attention.queries_and_keys(u, None))
     width = 2 * attention.head_dim
-    ours = torch.einsum("bthn,bshn->bhts", terms.C_BTHN[..., :width], terms.B_BTHN[..., :width])
-    torch.testing.assert_close(ours, wanted.repeat_interleave(copies, dim=1))
-    assert (terms.C_BTHN[..., width:] == 0).all()  # the columns past both sides start without influence
+    if kind == "mamba2":
+        reads, writes, beyond, tolerance = terms.C_BTHN, terms.B_BTHN, terms.C_BTHN, {}
+        size = 1.0
+    else:  # keys are of length 1, and so are queries with what they have past both sides
+        reads, writes, beyond, tolerance = terms.q_BTHN, terms.k_BTHN, terms.k_BTHN, {"rtol": 1e-3, "atol": 1e-4}
+        k, size = F.normalize(k, dim=-1), reads[..., :width].norm(dim=-1).mT[..., None]
+        q = F.normalize(q, dim=-1)
+    ours = torch.einsum("bthn,bshn->bhts", reads[..., :width], writes[..., :width])
+    torch.testing.assert_close(ours, size * (q @ k.mT).repeat_interleave(copies, dim=1), **tolerance)
+    assert (beyond[..., width:] == 0).all()  # the columns past both sides start without influence
 
 
-def test_two_copies_carry_the_whole_value(family):
-    attention, mixer = seeded(family, expand=2)
+def test_two_copies_carry_the_whole_value(family, kind):
+    attention, mixer = seeded(family, kind, expand=2)
     u = torch.randn(2, 7, 32).double()
     terms, _ = mixer._terms(u, None, None, None)
     sign = mixer.norm.weight.sign().unflatten(0, (-1, attention.head_dim))[:, 0]
-    together = (sign[:, None] * terms.x_BTHP).unflatten(2, (-1, 2)).sum(3)
+    together = (sign[:, None] * terms.values).unflatten(2, (-1, 2)).sum(3)
     torch.testing.assert_close(together, attention.values(u))
     assert sign.tolist() == [1, -1] * attention.n_heads
 
 
 @pytest.mark.parametrize("choices", [{}, {"state_dim": 15}], ids=str)
-def test_without_room_nothing_is_turned(choices, monkeypatch):
-    _, mixer = seeded("qwen2", **choices)
+def test_without_room_nothing_is_turned(choices, kind, monkeypatch):
+    _, mixer = seeded("qwen2", kind, **choices)
     for name in ("mirror_state_", "mirror_values_"):
         monkeypatch.setattr(seeding, name, lambda *_: False)
-    _, plain = seeded("qwen2", **choices)
+    _, plain = seeded("qwen2", kind, **choices)
     for ours, theirs in zip(mixer.parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
 @torch.no_grad()
-def test_a_student_of_a_real_teacher_starts_nearer(stdlib_teacher, monkeypatch):
+def test_a_student_of_a_real_teacher_starts_nearer(stdlib_teacher, kind, monkeypatch):
     teacher = AutoModelForCausalLM.from_pretrained(stdlib_teacher)
     text = inspect.getsource(inspect)
     ids = AutoTokenizer.from_pretrained(stdlib_teacher)(text, return_tensors="pt").input_ids[:, :512].view(4, 128)
 
     def divergence() -> float:
-        student = convert(teacher, mixer="mamba2", expand=2, state_dim=2 * teacher.config.head_dim)
+        student = convert(teacher, mixer=kind, expand=2, state_dim=2 * teacher.config.head_dim)
         ours, theirs = (model(ids).logits.log_softmax(-1) for model in (student, teacher))
         return F.kl_div(ours, theirs, log_target=True, reduction="sum").item() / ids.numel()
 
