@@ -1,6 +1,8 @@
 """A distillation that takes seconds: a tiny random Llama with a tokenizer of its own, real text, three short stages."""
 
 import functools
+import json
+import os
 import shutil
 import sysconfig
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -46,20 +49,39 @@ def write_recipe(folder: Path, teacher: Path, text: Path) -> Path:
     return path
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that all workers of a session share: who needs it first makes it, the others wait for it."""
+    base = factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, whole = root / name, root / f"{name}.made"
+    with FileLock(root / f"{name}.lock"):
+        if not whole.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+            folder.mkdir()
+            make(folder)
+            whole.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory) -> Path:
     """A folder of real text: a few modules of the standard library."""
-    folder = tmp_path_factory.mktemp("text")
+    return made_once(tmp_path_factory, "text", write_text)
+
+
+def write_text(folder: Path) -> None:
     for module in MODULES:
         for path in Path(sysconfig.get_path("stdlib"), module).glob("*.py"):
             shutil.copy(path, folder / f"{module}-{path.name}")
-    return folder
 
 
 @pytest.fixture(scope="session")
 def saved_teacher(text, tmp_path_factory) -> Path:
     """A saved Llama of random weights, with a byte-level tokenizer that was trained on the text."""
-    folder = tmp_path_factory.mktemp("teachers") / "tiny-llama"
+    return made_once(tmp_path_factory, "tiny-llama", lambda folder: write_teacher(folder, text))
+
+
+def write_teacher(folder: Path, text: Path) -> None:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -87,7 +109,6 @@ def saved_teacher(text, tmp_path_factory) -> Path:
         eos_token_id=1,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -98,10 +119,14 @@ def recipe(tmp_path, saved_teacher, text) -> Path:
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory, saved_teacher, text) -> tuple[Path, Ended]:
     """The folder of a run that nothing interrupted, and what it said."""
-    folder = tmp_path_factory.mktemp("whole")
-    ended = fresh("stages.run", write_recipe(folder, saved_teacher, text))
-    assert ended.code == 0, ended.err
-    return folder / "run", ended
+
+    def make(folder: Path) -> None:
+        ended = fresh("stages.run", write_recipe(folder, saved_teacher, text))
+        assert ended.code == 0, ended.err
+        (folder / "ended.json").write_text(json.dumps(ended))
+
+    folder = made_once(tmp_path_factory, "whole", make)
+    return folder / "run", Ended(*json.loads((folder / "ended.json").read_text()))
 
 
 @pytest.fixture
@@ -118,10 +143,11 @@ def uninterrupted(tmp_path_factory, saved_teacher, text) -> Callable[[str], Path
     def made(config: str) -> Path:
         if config.startswith("zero") and find_spec("deepspeed") is None:
             pytest.skip("deepspeed is not installed")
-        folder = tmp_path_factory.mktemp(config)
+        return made_once(tmp_path_factory, config, functools.partial(run_under, config)) / "run"
+
+    def run_under(config: str, folder: Path) -> None:
         command = "stages.run", write_recipe(folder, saved_teacher, text), *CALM
         ended = run(*command) if config == "one" else Ranks(config, *command).wait()
         assert not any([ended.code] if isinstance(ended, Ended) else ended.codes), ended
-        return folder / "run"
 
     return made
