@@ -39,7 +39,7 @@ def test_a_projection_shared_out_reads_the_mean():
 
 @pytest.mark.parametrize("copies", [2, 3])
 def test_with_equal_memories_they_are_the_head_alone(family, mixer, copies, monkeypatch):
-    monkeypatch.setattr(seeding, "mirror_values_", lambda *_: False)  # else mamba2's second is −v
+    monkeypatch.setattr(seeding, "mirror_values_", lambda *_: False)  # else every second is −v where a SiLU is
     teacher = tiny(family).double()
     alone = convert(teacher, mixer=mixer, seed=3)
     monkeypatch.setattr(memories, "spread", lambda grid_H, n: memories_of(mixers_of(alone)[0]).repeat_interleave(n))
