@@ -2,7 +2,7 @@
 
     e                 heads of the mixer for each of attention's (``student.expand``)
     copies            of head h of attention: heads h·e … h·e + e − 1 of the mixer
-    x, B, C           of every copy: the whole head's v, k and q (behind a SiLU every second's: −v, ``distill.mirrored``)
+    x, B, C           of every copy: the head's v, k and q (behind a SiLU every second's is −v: ``distill.mirrored``)
     out               of every copy: 1/e of the head's columns of the output projection
 
 So what the copies of a head are together is their mean:  out = Σ_h W_h · 1/e Σ_c M_hc v_h.
