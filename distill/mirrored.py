@@ -20,12 +20,12 @@ from distill.copies import copies_of
 from distill.mixers import GatedDeltaNetMixer, Mamba2Mixer
 from distill.mixers.parts import in_convolution
 
-Silenced = Mamba2Mixer | GatedDeltaNetMixer
+Activated = Mamba2Mixer | GatedDeltaNetMixer
 """What reads values, keys and queries through a SiLU, and has a norm whose weight can turn a head's sign back."""
 
 
 @torch.no_grad()
-def mirror_state_(mixer: Silenced, attention: AttentionView, names: tuple[str, str]) -> bool:
+def mirror_state_(mixer: Activated, attention: AttentionView, names: tuple[str, str]) -> bool:
     """Turn columns P … 2 P of a head's keys and queries into its first P with the sign turned, if there are so many.
 
     Args:
@@ -45,7 +45,7 @@ def mirror_state_(mixer: Silenced, attention: AttentionView, names: tuple[str, s
 
 
 @torch.no_grad()
-def mirror_values_(mixer: Silenced, attention: AttentionView, name: str) -> bool:
+def mirror_values_(mixer: Activated, attention: AttentionView, name: str) -> bool:
     """Turn the sign of the values of every second copy of a head, and of its norm's weight, if there are copies.
 
     Args:
@@ -60,7 +60,7 @@ def mirror_values_(mixer: Silenced, attention: AttentionView, name: str) -> bool
     return copies > 1
 
 
-def _made_by(mixer: Silenced, name: str) -> list[Tensor]:
+def _made_by(mixer: Activated, name: str) -> list[Tensor]:
     """The rows of ``in_proj`` that make something, and what the convolution adds to it."""
     rows, bias = mixer.in_rows(), mixer.conv1d.bias
     return [mixer.in_proj.weight[rows[name]], *([] if bias is None else [bias[in_convolution(rows, name)]])]

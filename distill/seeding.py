@@ -18,7 +18,7 @@ from distill.attention import AttentionView
 from distill.calibration import steady_direction
 from distill.capture import LayerTrace
 from distill.copies import copies_of, mean_of_copies, shared_out
-from distill.mirrored import Silenced, mirror_state_, mirror_values_
+from distill.mirrored import Activated, mirror_state_, mirror_values_
 from distill.mixers import BasedMixer, DiscreteMamba2Mixer, GatedDeltaNetMixer, HedgehogMixer, Mamba2Mixer, Mixer
 from distill.mixers.parts import in_convolution, inverse_softplus
 from distill.objectives import attention_matrix
@@ -185,18 +185,16 @@ def _value_sizes(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> T
     return size_H.repeat_interleave(copies_of(mixer, attention))
 
 
-def _mirrored_state_(mixer: Silenced, attention: AttentionView, named: Rows) -> list[Seeded]:
-    mirrored = mirror_state_(mixer, attention, (named.k, named.q))
-    return [
-        Seeded(f"in_proj {named.k}, {named.q}", "the columns past a head's: its own, sign turned, behind SiLU")
-    ] * mirrored
+def _mirrored_state_(mixer: Activated, attention: AttentionView, named: Rows) -> list[Seeded]:
+    if not mirror_state_(mixer, attention, (named.k, named.q)):
+        return []
+    return [Seeded(f"in_proj {named.k}, {named.q}", "the columns past a head's: its own, sign turned, behind SiLU")]
 
 
-def _mirrored_values_(mixer: Silenced, attention: AttentionView, named: Rows) -> list[Seeded]:
-    mirrored = mirror_values_(mixer, attention, named.v)
-    return [
-        Seeded(f"in_proj {named.v}, norm", "every second copy of a head with the sign turned, behind SiLU")
-    ] * mirrored
+def _mirrored_values_(mixer: Activated, attention: AttentionView, named: Rows) -> list[Seeded]:
+    if not mirror_values_(mixer, attention, named.v):
+        return []
+    return [Seeded(f"in_proj {named.v}, norm", "every second copy of a head with the sign turned, behind SiLU")]
 
 
 def _seed_mamba2(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> list[Seeded]:

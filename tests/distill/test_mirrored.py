@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill import convert, seeding
 from distill.attention import AttentionView, views
-from distill.mirrored import Silenced
+from distill.mirrored import Activated
 from distill.student import mixers_of
 from tests.conftest import tiny
 
@@ -20,7 +20,7 @@ def kind(request) -> str:
     return request.param
 
 
-def seeded(family: str, kind: str, **choices) -> tuple[AttentionView, Silenced]:
+def seeded(family: str, kind: str, **choices) -> tuple[AttentionView, Activated]:
     """Layer 0 of a teacher with biases wherever its family has them, and the mixer in its place; both fp64."""
     teacher = tiny(family).double()
     with torch.no_grad():
