@@ -149,7 +149,7 @@ def _groups(student: PreTrainedModel, settings: Stage) -> Groups:
         mixer_lr=settings.mixer_lr,
         weight_decay=settings.weight_decay,
         betas=settings.betas,
-        asked="train" in settings.model_fields_set,
+        asked=settings.train != type(settings).model_fields["train"].default,  # a run's recipe.yaml writes defaults out
         reached=reached(student, settings),
     )
 

@@ -83,6 +83,16 @@ def test_stages_run_one_by_one(recipe, whole):
     require_same_run(folder, whole[0])
 
 
+def test_the_recipe_that_a_run_wrote_is_run_as_the_one_it_was_given(finished, whole):
+    """Its defaults are written out, such as roles that this model, whose head is tied, has not."""
+    for stage in (finished / "logits", finished / "training" / "logits"):
+        shutil.rmtree(stage)
+    ended = run("stages.run", finished / "recipe.yaml", f"run_dir={finished}")
+    assert ended.code == 0, ended.err
+    ours, theirs = (folder / "logits" / "model.safetensors" for folder in (finished, whole[0]))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
 PROGRAMS = (("stages.run",), ("stages.prepare",), ("stages.mixing",), ("eval.stage", "teacher"))
 
 
