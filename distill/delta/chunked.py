@@ -22,9 +22,6 @@ from torch import Tensor
 from distill.ssd.chunked import CHUNK, into_chunks
 from distill.ssd.reference import segment_decay
 
-CPU_CHUNK = 32
-"""Solving for a chunk costs a position more the longer the chunk is (docs/experiments.md)."""
-
 
 def delta_rule(
     log_decay_BTH: Tensor,
@@ -35,7 +32,7 @@ def delta_rule(
     *,
     initial_state_BHPN: Tensor | None = None,
     resets_BT: Tensor | None = None,
-    chunk: int | None = None,
+    chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """Run S_t = α_t S_{t−1} (I − β_t k_t k_tᵀ) + β_t v_t k_tᵀ, y_t = S_t q_t over a sequence.
 
@@ -49,15 +46,14 @@ def delta_rule(
         v_BTHP: values.
         initial_state_BHPN: the state before the first position; zeros if None.
         resets_BT: bool, True where a document begins: what came before is forgotten there.
-        chunk: positions handled at once; changes speed, not the result. ``CPU_CHUNK`` or, elsewhere, ``CHUNK``.
+        chunk: positions handled at once; changes speed, not the result.
 
     Returns:
         y_BTHP in v's dtype and the final state_BHPN in the dtype of the sums.
     """
     inputs, out_dtype = (log_decay_BTH, beta_BTH, k_BTHN, q_BTHN, v_BTHP), v_BTHP.dtype
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in inputs), torch.float32)
-    length, fastest = v_BTHP.shape[1], CPU_CHUNK if v_BTHP.device.type == "cpu" else CHUNK
-    chunk = min(chunk or fastest, length)
+    length, chunk = v_BTHP.shape[1], min(chunk, v_BTHP.shape[1])
     with torch.autocast(v_BTHP.device.type, enabled=False):
         # Padding at the end has log α = 0 and β = 0.
         log_decay_BcHQ, beta_BcHQ, k_BcHQN, q_BcHQN, v_BcHQP = (
