@@ -8,8 +8,8 @@
 So what the copies of a head are together is their mean:  out = Σ_h W_h · 1/e Σ_c M_hc v_h.
 
 Softmax attends to the last token and to one far away in one row; a state-space head forgets at one pace at a time. Two
-copies that differ in their memories can be the near and the far part. Mamba's own
-``expand``, which is 2, says the same of a layer: twice as many channels as the stream has.
+copies that differ in their memories can be the near and the far part. Mamba's own ``expand``, which is 2, says the same
+of a layer: twice as many channels as the stream has.
 """
 
 from typing import Protocol

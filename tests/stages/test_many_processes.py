@@ -31,17 +31,17 @@ pytestmark = pytest.mark.slow
 
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 TRAINED = STAGES[1:]
-TOLERANCE = {"mixing": (1e-6, 1e-5), "hidden": (1e-5, 5e-4), "logits": (1e-4, 5e-2)}
-"""By stage: how far a loss, and a gradient norm, may be from one process's, relatively."""
+TOLERANCE = {"mixing": (1e-6, 1e-5, 1e-6), "hidden": (1e-6, 5e-4, 1e-5), "logits": (1e-4, 5e-2, 1e-4)}
+"""By stage: how far a loss, a gradient norm and an evaluation's KL may be from one process's, relatively."""
 
 
 def rows(run: Path, stage: str, kind: str = "train") -> list[dict[str, Any]]:
     return [row for row in metrics(run / stage) if row["kind"] == kind]
 
 
-def require_close(got: Path, expected: Path, stage: str, loss: float, norm: float) -> None:
+def require_close(got: Path, expected: Path, stage: str, loss: float, norm: float, kl: float) -> None:
     """Every step's loss and gradient norm, and every evaluation, within these relative tolerances."""
-    for key, kind, tolerance in (("loss", "train", loss), ("grad_norm", "train", norm), ("kl", "eval", loss)):
+    for key, kind, tolerance in (("loss", "train", loss), ("grad_norm", "train", norm), ("kl", "eval", kl)):
         ours = [row[key] for row in rows(got, stage, kind)]
         assert ours == pytest.approx([row[key] for row in rows(expected, stage, kind)], rel=tolerance), (stage, key)
     assert [row["lr"] for row in rows(got, stage)] == [row["lr"] for row in rows(expected, stage)]
@@ -240,11 +240,11 @@ def half(tmp_path_factory, saved_teacher, text) -> Callable[[str, str], Path]:
     ("config", "precision"),
     [("ddp", "teacher"), ("fsdp2", "teacher"), ("zero3", "all")],
 )
-def test_bfloat16_under_every_engine(half, config, precision):
+def test_bfloat16_on_two_processes(half, config, precision):
     """A teacher in bfloat16 with a student in float32, and both computing in bfloat16."""
     got, expected = half(config, precision), half("one", precision)
     for stage in TRAINED:
         # An average of two gradients in bfloat16 is another number than one gradient in bfloat16: measured 7e-3 in the
         # loss, and of gradients that nearly cancel not much remains.
-        require_close(got, expected, stage, *(TOLERANCE[stage] if precision == "teacher" else (5e-2, math.inf)))
+        require_close(got, expected, stage, *(TOLERANCE[stage] if precision == "teacher" else (5e-2, math.inf, 5e-2)))
         assert {tensor.dtype for tensor in load_file(got / stage / "model.safetensors").values()} == {torch.float32}
