@@ -9,7 +9,6 @@ and all of a head to its copies (``distill.copies``).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +17,11 @@ from distill.attention import AttentionView
 from distill.calibration import steady_direction
 from distill.capture import LayerTrace
 from distill.copies import copies_of, mean_of_copies, shared_out
-from distill.mirrored import Activated, mirror_state_, mirror_values_
+from distill.head_maps import HeadMap, head_maps, nearest_scores
+from distill.mirrored import BehindSilu, mirror_state_, mirror_values_
 from distill.mixers import BasedMixer, DiscreteMamba2Mixer, GatedDeltaNetMixer, HedgehogMixer, Mamba2Mixer, Mixer
 from distill.mixers.parts import in_convolution, inverse_softplus
 from distill.objectives import attention_matrix
-from distill.projections import Projection
 
 GATE_INPUT = 2.0  # SiLU is past its bend here, and not yet so far that the gate could not close
 LARGEST_RATIO = 1e3
@@ -71,62 +70,79 @@ _FEATURES = Rows("v", "k", "q", unused="q")
 _DELTA = Rows("v", "k", "q", unused="k")
 
 
-Copied = Mamba2Mixer | DiscreteMamba2Mixer | GatedDeltaNetMixer | BasedMixer | HedgehogMixer
+Seedable = Mamba2Mixer | DiscreteMamba2Mixer | GatedDeltaNetMixer | BasedMixer | HedgehogMixer
 
 
 def _copy_projections(
-    mixer: Copied,
+    mixer: Seedable,
     attention: AttentionView,
     trace: LayerTrace,
     named: Rows = _STATE_SPACE,
 ) -> list[Seeded]:
-    """The four projections and, where the teacher has them, their biases.
-
-    The scaling of the scores is split evenly between B and C, which keeps both at one size. A norm of queries or keys
-    becomes a factor on each row. A bias goes into the convolution: its only open tap is the current position's, so
-    W u + b is what the projection would have been.
-    """
-    half = attention.scaling**0.5
-    sources = {named.v: (attention.v, 1.0), named.k: (attention.k, half), named.q: (attention.q, half)}
-    rows = mixer.in_rows()
-    gains = {
-        named.k: _norm_gain(attention, attention.k, attention.k_norm, trace),
-        named.q: _norm_gain(attention, attention.q, attention.q_norm, trace),
-    }
-    for name, (projection, scale) in sources.items():
-        place = rows[name]
-        width = (place.stop - place.start) // mixer.n_heads
-        made = mixer.in_proj.weight[place]
-        # Columns of a state wider than the head: one of keys and queries starts at zero there, so that they have no
-        # influence, but the other at random, since the gradient of each is a multiple of the other. Where a
-        # softmax stands between, it is what tells these columns apart: else they would learn the same for ever.
-        beyond = torch.zeros_like(made) if name == named.unused else made
-        weight_ID, bias = projection.weight, projection.bias
-        if (gain_I := gains.get(name)) is not None:
-            weight_ID = gain_I[:, None] * weight_ID
-            bias = None if bias is None else gain_I * bias
-        mixer.in_proj.weight[place] = _heads(scale * weight_ID, attention.head_dim, beyond, width)
-        if bias is not None:
-            assert mixer.conv1d.bias is not None
-            bias_I1, beyond = scale * bias[:, None], torch.zeros_like(made[:, :1])
-            mixer.conv1d.bias[in_convolution(rows, name)] = _heads(bias_I1, attention.head_dim, beyond, width)[:, 0]
-    copies = copies_of(mixer, attention)
-    mixer.out_proj.weight.copy_(shared_out(attention.o.weight, attention.head_dim, copies))
+    """The four projections and, where the teacher has them, their biases."""
+    query, key, value = head_maps(attention, trace)
+    columns = mixer.in_rows()[named.q]
+    state = (columns.stop - columns.start) // mixer.n_heads  # of BASED not all of its state: it makes features of them
+    if state < attention.head_dim:
+        query, key = nearest_scores(query, _per_query_head(key, attention), state, _turned(mixer, trace))
+    for name, made in ((named.v, value), (named.k, key), (named.q, query)):
+        _copy_rows_(mixer, name, made, zero_beyond=name == named.unused)
+    mixer.out_proj.weight.copy_(shared_out(attention.o.weight, attention.head_dim, copies_of(mixer, attention)))
     if attention.o.bias is not None:
         mixer.out_proj.bias.copy_(attention.o.bias)
-    state = (rows[named.q].stop - rows[named.q].start) // mixer.n_heads
-    if narrower := state < attention.head_dim:
-        _narrow_scores_(mixer, attention, trace, named, state)
+    return _told(mixer, attention, named, state)
+
+
+def _told(mixer: Seedable, attention: AttentionView, named: Rows, state: int) -> list[Seeded]:
+    """What `_copy_projections` did, for the report."""
+    copies = copies_of(mixer, attention)
     normed_k, normed_q = (_NORMED if norm is not None else "" for norm in (attention.k_norm, attention.q_norm))
     shared, copied = (_repeated(mixer.n_heads // heads) for heads in (attention.n_kv_heads, attention.n_heads))
-    return [
+    biased = any(projection.bias is not None for projection in (attention.q, attention.k, attention.v))
+    rows = [
         Seeded(f"in_proj {named.v}", f"v{shared}"),
         Seeded(f"in_proj {named.k}", f"k{shared}, × √scaling{normed_k}"),
         Seeded(f"in_proj {named.q}", f"q{copied}, × √scaling{normed_q}"),
         Seeded("out_proj", "o" + (f", each column shared out over {copies} heads" if copies > 1 else "")),
-        Seeded("conv1d", "identity" + (", bias from q, k, v" if attention.q.bias is not None else "")),
-        *([Seeded(f"in_proj {named.q}, {named.k}", f"the nearest scores of rank {state}, head by head")] * narrower),
+        Seeded("conv1d", "identity" + (", bias from q, k, v" if biased else "")),
     ]
+    if state < attention.head_dim:
+        rows.append(Seeded(f"in_proj {named.q}, {named.k}", f"the nearest scores of rank {state}, head by head"))
+    return rows
+
+
+def _copy_rows_(mixer: Seedable, name: str, made: HeadMap, *, zero_beyond: bool) -> None:
+    """The rows of ``in_proj`` that a map fills, repeated to the mixer's heads, and its bias.
+
+    The bias goes into the convolution: its only open tap is the current position's, so W u + b is what the projection
+    would have been.
+
+    A state wider than the map has rows beyond it. Those of keys or of queries start at zero, so that they have no
+    influence, but the others at random, since the gradient of each is a multiple of the other. Where a softmax stands
+    between, it is what tells these columns apart: else they would learn the same for ever.
+    """
+    rows, repeats = mixer.in_rows(), mixer.n_heads // len(made.weight_HPD)
+    in_rows_HWD = mixer.in_proj.weight[rows[name]].unflatten(0, (mixer.n_heads, -1))
+    used = min(in_rows_HWD.shape[1], made.weight_HPD.shape[1])
+    in_rows_HWD[:, :used] = made.weight_HPD.repeat_interleave(repeats, dim=0)[:, :used]
+    if zero_beyond:
+        in_rows_HWD[:, used:] = 0
+    if made.bias_HP is not None:
+        assert mixer.conv1d.bias is not None
+        bias_HW = mixer.conv1d.bias[in_convolution(rows, name)].unflatten(0, (mixer.n_heads, -1))
+        bias_HW[:, :used] = made.bias_HP.repeat_interleave(repeats, dim=0)[:, :used]
+
+
+def _per_query_head(key: HeadMap, attention: AttentionView) -> HeadMap:
+    bias_HP = None if key.bias_HP is None else attention.per_query_head(key.bias_HP, dim=0)
+    return HeadMap(attention.per_query_head(key.weight_HPD, dim=0), bias_HP)
+
+
+def _turned(mixer: Seedable, trace: LayerTrace) -> int:
+    """How many of a head's first columns are turned by their positions."""
+    if mixer.rope == "drop" or trace.position_embeddings is None:
+        return 0
+    return trace.position_embeddings[0].shape[-1]
 
 
 def _repeated(times: int) -> str:
@@ -134,30 +150,6 @@ def _repeated(times: int) -> str:
 
 
 _NORMED = ", × the norm's weight / mean size before the norm"
-
-
-def _norm_gain(attention: AttentionView, projection: Projection, norm: Any, trace: LayerTrace) -> Tensor | None:
-    """(heads·P,) what a norm of queries or keys multiplies each channel with, token for token in least squares.
-
-    A state-space layer has no norm there. norm(q) = w q / rms(q), of which only rms depends on the token: the factor is
-    w over a mean of rms, weighted by q². What is left, head by head, the ratio of the matrices' sizes takes out.
-    """
-    if norm is None:
-        return None
-    before_BTI = projection(trace.attention_input)
-    after_BTI = attention.by_head(before_BTI, before_BTI.shape[-1] // attention.head_dim, norm).flatten(2)
-    before_BTI, after_BTI = before_BTI.float(), after_BTI.float()
-    size_I = before_BTI.square().sum(dim=(0, 1))
-    return (before_BTI * after_BTI).sum(dim=(0, 1)) / size_I.clamp_min(torch.finfo(size_I.dtype).tiny)
-
-
-def _heads(weight: Tensor, head_dim: int, beyond: Tensor, width: int) -> Tensor:
-    """(heads·P, D) to (H·width, D): repeated to the mixer's heads; rows past a head's P are those of ``beyond``."""
-    by_head = weight.unflatten(0, (-1, head_dim))
-    out = beyond.unflatten(0, (-1, width)).clone()
-    used = min(width, head_dim)
-    out[:, :used] = by_head.repeat_interleave(len(out) // len(by_head), dim=0)[:, :used]
-    return out.flatten(0, 1)
 
 
 def _size_ratio(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> Tensor:
@@ -185,37 +177,35 @@ def _value_sizes(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> T
     return size_H.repeat_interleave(copies_of(mixer, attention))
 
 
-def _mirrored_state_(mixer: Activated, attention: AttentionView, named: Rows) -> list[Seeded]:
-    if not mirror_state_(mixer, attention, (named.k, named.q)):
-        return []
-    return [Seeded(f"in_proj {named.k}, {named.q}", "the columns past a head's: its own, sign turned, behind SiLU")]
-
-
-def _mirrored_values_(mixer: Activated, attention: AttentionView, named: Rows) -> list[Seeded]:
-    if not mirror_values_(mixer, attention, named.v):
-        return []
-    return [Seeded(f"in_proj {named.v}, norm", "every second copy of a head with the sign turned, behind SiLU")]
+def _mirror_(mixer: BehindSilu, attention: AttentionView, named: Rows) -> list[Seeded]:
+    """What the mixer's SiLU cuts off; the norm's weight must have been seeded, since it turns values back."""
+    told = []
+    if mirror_state_(mixer, attention, (named.k, named.q)):
+        told.append(
+            Seeded(f"in_proj {named.k}, {named.q}", "the columns past a head's: its own, sign turned, behind SiLU")
+        )
+    if mirror_values_(mixer, attention, named.v):
+        told.append(Seeded(f"in_proj {named.v}, norm", "every second copy of a head with the sign turned, behind SiLU"))
+    return told
 
 
 def _seed_mamba2(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> list[Seeded]:
     assert isinstance(mixer, Mamba2Mixer)
     seeded = _copy_projections(mixer, attention, trace)
-    of_state = _mirrored_state_(mixer, attention, _STATE_SPACE)
     nn.init.zeros_(mixer.D)
     # The norm follows the gate, so a gate that is equal over a head's channels and never changes sign has no effect.
     mixer.in_proj.weight[mixer.in_rows()["z"]] = GATE_INPUT * steady_direction(trace.attention_input)
     # The norm makes every head's output unit size; attention's is about that of the values it averages.
     value_size_H = _value_sizes(mixer, attention, trace)
     mixer.norm.weight.copy_(value_size_H.repeat_interleave(mixer.head_dim))
-    of_values = _mirrored_values_(mixer, attention, _STATE_SPACE)
+    mirrored = _mirror_(mixer, attention, _STATE_SPACE)
     # A step of another size scales the whole matrix; A takes it out of the decay again.
     step_H = _size_ratio(mixer, attention, trace)
     mixer.dt_bias.copy_(inverse_softplus(step_H))
     mixer.A_log.sub_(step_H.log())
     return [
         *seeded,
-        *of_state,
-        *of_values,
+        *mirrored,
         Seeded("in_proj z", "open: the direction in which the layer's inputs are steady"),
         Seeded("norm", "size of v, head by head"),
         Seeded("dt_bias", "size of the attention matrix, head by head"),
@@ -243,7 +233,6 @@ def _seed_gated_deltanet(mixer: Mixer, attention: AttentionView, trace: LayerTra
     assert isinstance(mixer, GatedDeltaNetMixer)
     # Keys that are zero in new columns are as long as before and find what they found; a query's length is normed out.
     seeded = _copy_projections(mixer, attention, trace, _DELTA)
-    of_state = _mirrored_state_(mixer, attention, _DELTA)
     steady_D = steady_direction(trace.attention_input)
     mixer.in_proj.weight[mixer.in_rows()["z"]] = GATE_INPUT * steady_D
     mixer.in_proj.weight[mixer.in_rows()["b"]] = math.log(BETA / (1 - BETA)) * steady_D
@@ -251,11 +240,10 @@ def _seed_gated_deltanet(mixer: Mixer, attention: AttentionView, trace: LayerTra
     value_size_H = _value_sizes(mixer, attention, trace)
     opened = GATE_INPUT / (1 + math.exp(-GATE_INPUT))
     mixer.norm.weight.copy_(value_size_H.repeat_interleave(mixer.head_dim) / opened)
-    of_values = _mirrored_values_(mixer, attention, _DELTA)
+    mirrored = _mirror_(mixer, attention, _DELTA)
     return [
         *seeded,
-        *of_state,
-        *of_values,
+        *mirrored,
         Seeded("in_proj z", "open: the direction in which the layer's inputs are steady"),
         Seeded("norm", "size of v, head by head"),
         Seeded("in_proj b", f"β = {BETA:g}, along that direction"),
@@ -276,36 +264,6 @@ def _seed_hedgehog(mixer: Mixer, attention: AttentionView, trace: LayerTrace) ->
         Seeded("in_proj A_log", "0"),
         Seeded("A_log_bias", "memories of 4 to 256 positions over the heads"),
     ]
-
-
-def _narrow_scores_(mixer: Copied, attention: AttentionView, trace: LayerTrace, named: Rows, d: int) -> None:
-    """Queries and keys of d numbers whose scores u_t W u_s are as near to attention's, before rotation, as d allow.
-
-    W = scaling · W_qᵀ W_k of a head, (D, D), and the nearest matrix of rank d is cut from its singular values
-    (Eckart and Young), the square root of each given to both sides. Inputs count as if all directions were equally
-    long, which behind a norm they nearly are. Biases, which have no place in W, are dropped.
-    """
-    rows = mixer.in_rows()
-    q_HDP = _columns(attention, attention.q, attention.q_norm, trace)
-    k_HDP = attention.per_query_head(_columns(attention, attention.k, attention.k_norm, trace), dim=0)
-    # The singular values of W = Q_q (R_q R_kᵀ) Q_kᵀ are those of what stands in the middle, (P, P).
-    (q_basis_HDP, q_HPP), (k_basis_HDP, k_HPP) = torch.linalg.qr(q_HDP), torch.linalg.qr(k_HDP)
-    left_HPP, size_HP, right_HPP = torch.linalg.svd(attention.scaling * q_HPP @ k_HPP.mT)
-    left_HDP, right_HPD = q_basis_HDP @ left_HPP, right_HPP @ k_basis_HDP.mT
-    root_H1d = size_HP[:, None, :d].sqrt()
-    narrow = {named.q: (left_HDP[:, :, :d] * root_H1d).mT, named.k: right_HPD[:, :d] * root_H1d.mT}
-    for name, weight_HdD in narrow.items():
-        weight_HdD = weight_HdD.repeat_interleave(mixer.n_heads // len(weight_HdD), dim=0)
-        mixer.in_proj.weight[rows[name]] = weight_HdD.flatten(0, 1).to(mixer.in_proj.weight.dtype)
-        if mixer.conv1d.bias is not None:
-            mixer.conv1d.bias[in_convolution(rows, name)].zero_()
-
-
-def _columns(attention: AttentionView, projection: Projection, norm: Any, trace: LayerTrace) -> Tensor:
-    """(heads, D, P), fp32: a projection's weights, head by head, times what its norm makes of each channel."""
-    weight_ID, gain_I = projection.weight.float(), _norm_gain(attention, projection, norm, trace)
-    scaled_ID = weight_ID if gain_I is None else gain_I[:, None] * weight_ID
-    return scaled_ID.unflatten(0, (-1, attention.head_dim)).mT
 
 
 SEEDS: dict[type, Callable[[Mixer, AttentionView, LayerTrace], list[Seeded]]] = {

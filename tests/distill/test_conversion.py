@@ -13,6 +13,7 @@ from distill.attention import family_of, view
 from distill.calibration import calibrate, steady_direction
 from distill.conversion import convert_with_report, empty_model, plan, report
 from distill.mixers import MIXERS
+from distill.mixers.parts import in_convolution
 from distill.objectives import attention_matrix
 from distill.recipe import Student
 from distill.roles import roles
@@ -158,7 +159,7 @@ def test_new_columns_of_hedgehog_do_not_all_learn_the_same():
 
 @pytest.mark.parametrize("d", [3, 8, 12])
 def test_based_starts_with_the_nearest_scores_of_its_rank(family, d):
-    """Rank d or less of a head's W_qᵀ W_k, by its singular values; all of it from d = P on."""
+    """Rank d or less of a head's W_qᵀ W_k, biases included, by its singular values; all of it from d = P on."""
     teacher = tiny(family)
     for index, mixer in mixers_of(convert(teacher, mixer="based", state_dim=d)).items():
         torch.testing.assert_close(
@@ -179,18 +180,25 @@ def test_a_narrower_state_starts_with_the_nearest_scores_of_its_rank(kind, named
 
 
 def scores(mixer, named: str, d: int) -> torch.Tensor:
-    """(H, D, D) of the rows called so."""
-    q, k = (mixer.in_proj.weight[mixer.in_rows()[name]].unflatten(0, (4, d)) for name in named)
+    """(H, D + 1, D + 1) of the rows called so; biases, which lie in the convolution, are of an input that is 1."""
+    rows, bias = mixer.in_rows(), mixer.conv1d.bias
+    biases = [None if bias is None else bias[in_convolution(rows, name)] for name in named]
+    q, k = (with_bias(mixer.in_proj.weight[rows[name]], b, d) for name, b in zip(named, biases, strict=True))
     return q.mT @ k
 
 
 def nearest_scores(teacher, family: str, index: int, d: int) -> torch.Tensor:
-    """(H, D, D): attention's W_qᵀ W_k, head by head, cut to rank d."""
+    """(H, D + 1, D + 1): attention's W_qᵀ W_k, head by head, cut to rank d."""
     attention = view(teacher.get_decoder().layers[index].self_attn, family_of(teacher.config))
-    q = attention.q.weight.unflatten(0, (4, -1))
-    k = attention.per_query_head(attention.k.weight.unflatten(0, (attention.n_kv_heads, -1)), dim=0)
-    left, size, right = torch.linalg.svd(attention.scaling * q.mT @ k)
+    q, k = (with_bias(part.weight, part.bias, attention.head_dim) for part in (attention.q, attention.k))
+    left, size, right = torch.linalg.svd(attention.scaling * q.mT @ attention.per_query_head(k, dim=0))
     return left[..., :d] * size[:, None, :d] @ right[:, :d]
+
+
+def with_bias(weight: torch.Tensor, bias: torch.Tensor | None, width: int) -> torch.Tensor:
+    """(heads, width, D + 1)."""
+    column = torch.zeros(len(weight)) if bias is None else bias
+    return torch.cat([weight, column[:, None]], dim=1).unflatten(0, (-1, width))
 
 
 def test_the_open_gate_of_mamba2_does_nothing_on_real_input(stories_teacher, stories_text):

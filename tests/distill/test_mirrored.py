@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill import convert, seeding
 from distill.attention import AttentionView, views
-from distill.mirrored import Activated
+from distill.mirrored import BehindSilu
 from distill.student import mixers_of
 from tests.conftest import tiny
 
@@ -20,7 +20,7 @@ def kind(request) -> str:
     return request.param
 
 
-def seeded(family: str, kind: str, **choices) -> tuple[AttentionView, Activated]:
+def seeded(family: str, kind: str, **choices) -> tuple[AttentionView, BehindSilu]:
     """Layer 0 of a teacher with biases wherever its family has them, and the mixer in its place; both fp64."""
     teacher = tiny(family).double()
     with torch.no_grad():
@@ -53,14 +53,17 @@ def test_scores_count_what_agrees_on_either_side(family, kind, copies):
     assert (beyond[..., width:] == 0).all()  # the columns past both sides start without influence
 
 
-def test_two_copies_carry_the_whole_value(family, kind):
-    attention, mixer = seeded(family, kind, expand=2)
+@pytest.mark.parametrize("copies", [2, 3, 4])
+def test_copies_together_carry_the_whole_value(family, kind, copies):
+    """Weighed as the norm's weight weighs them, but for the size that is the same for all."""
+    attention, mixer = seeded(family, kind, expand=copies)
     u = torch.randn(2, 7, 32).double()
     terms, _ = mixer._terms(u, None, None, None)
-    sign = mixer.norm.weight.sign().unflatten(0, (-1, attention.head_dim))[:, 0]
-    together = (sign[:, None] * terms.values).unflatten(2, (-1, 2)).sum(3)
+    weight = mixer.norm.weight.unflatten(0, (-1, copies, attention.head_dim))[..., 0]
+    weight = 2 * weight / weight.abs().sum(1, keepdim=True)  # SiLU(x) − SiLU(−x) = x, each side once in all
+    together = (weight.flatten()[:, None] * terms.values).unflatten(2, (-1, copies)).sum(3)
     torch.testing.assert_close(together, attention.values(u))
-    assert sign.tolist() == [1, -1] * attention.n_heads
+    assert (weight.sign() == torch.tensor([1, -1, 1, -1])[:copies]).all()
 
 
 @pytest.mark.parametrize("choices", [{}, {"state_dim": 15}], ids=str)
