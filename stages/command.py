@@ -10,7 +10,7 @@ import typer
 from distill.programs import quiet_unless_watched, report_user_errors
 from distill.run import at_work_on
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/quickstart.yaml.")]
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as those under recipes/.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's: stages.logits.tokens=3M"),
