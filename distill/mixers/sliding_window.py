@@ -55,7 +55,8 @@ class SlidingWindowMixer(nn.Module):
     ) -> None:
         super().__init__()
         self.attention = attention
-        self.window, self.sinks, self.n_kv_heads, self.head_dim = window, sinks, n_kv_heads, head_dim
+        self.window, self.sinks, self.own_window = window, sinks, own_window
+        self.n_kv_heads, self.head_dim = n_kv_heads, head_dim
         self._takes = tuple(inspect.signature(attention.forward).parameters)
         put_window(attention, layer_idx, Window((layer_idx,), window, sinks), own_window)
 
@@ -92,11 +93,18 @@ class SlidingWindowMixer(nn.Module):
         return (output[0] if isinstance(output, tuple) else output), None
 
     def _mask(self, hidden_BTD: Tensor, valid_BT: Tensor | None, resets_BT: Tensor | None) -> Tensor | None:
-        """What a decoder would hand out: eager attention adds its mask, and knows nothing of causality without one."""
+        """(B or 1, 1, T, T), what a decoder would hand out: the layer's own window is in it, the narrower one is not.
+
+        Eager attention adds its mask, and knows nothing of causality without one; sdpa needs none to be causal.
+        """
         config: Any = self.attention.config
-        if config._attn_implementation != "eager":
-            return None if valid_BT is None and resets_BT is None else visible(hidden_BTD, valid_BT, resets_BT)
-        hidden = ~visible(hidden_BTD, valid_BT, resets_BT)
+        eager = config._attn_implementation == "eager"
+        if not eager and valid_BT is None and resets_BT is None and self.own_window is None:
+            return None
+        seen_B1TT = visible(hidden_BTD, valid_BT, resets_BT, window=self.own_window)
+        if not eager:
+            return seen_B1TT
+        hidden = ~seen_B1TT
         return torch.zeros_like(hidden, dtype=hidden_BTD.dtype).masked_fill(hidden, torch.finfo(hidden_BTD.dtype).min)
 
     def state_numel(self) -> int:

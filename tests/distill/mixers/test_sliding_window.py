@@ -2,19 +2,21 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from distill import convert, load_student
+from distill.capture import Batch, layer_traces
 from distill.conversion import plan, report
 from distill.errors import UserError
 from distill.recipe import HiddenStage
 from distill.student import mixers_of
+from distill.teacher_fed import outputs_by_layer
 from distill.windowed import windowed
 from stages.hidden import HiddenObjective
-from tests.conftest import disturbed, tiny
+from tests.conftest import SHAPE, disturbed, tiny
 from tests.distill.agreement import close, layers_alone_agree, two_documents
 
-WINDOW, SINKS = 5, 2
+WINDOW, SINKS, OWN_WINDOW = 5, 2, 6
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
 
 
@@ -107,6 +109,36 @@ def test_fed_the_teachers_states_a_wide_window_has_nothing_to_learn(how):
 
 def test_a_layer_fed_alone_is_the_layer_in_its_model(student):
     layers_alone_agree(student, two_documents())
+
+
+@pytest.mark.parametrize("how", ["eager", "sdpa"])
+@pytest.mark.parametrize("window", [3, OWN_WINDOW + 4])
+def test_a_layer_with_a_window_of_its_own_never_sees_past_that(window, how):
+    """In its model, fed alone, and fed in one piece without padding, where sdpa would be causal and no more."""
+    teacher = teacher_with_a_window(how)
+    student = convert(teacher, mixer="sliding_window", window=window, sinks=SINKS)
+    layers_alone_agree(student, two_documents())
+    ids = prompt(2, 20)
+    seen = layer_traces(student, batch_of(ids), mixers_of(student), ["attention_input", "attention_output"])
+    for index, mixer in mixers_of(student).items():
+        trace = seen[index]
+        alone, _ = mixer(trace.attention_input, position_embeddings=trace.position_embeddings)
+        close(alone, trace.attention_output)
+    for _, outputs in outputs_by_layer(teacher, student, batch_of(ids), "mixer"):
+        made, wanted = outputs()
+        assert torch.allclose(made, wanted, atol=1e-5) is (window > OWN_WINDOW)
+
+
+def teacher_with_a_window(how: str) -> PreTrainedModel:
+    """All of its layers see ``OWN_WINDOW`` tokens."""
+    torch.manual_seed(0)
+    config = MistralConfig(**SHAPE, head_dim=12, sliding_window=OWN_WINDOW, attn_implementation=how)
+    return MistralForCausalLM(config).eval().requires_grad_(False)
+
+
+def batch_of(ids: torch.Tensor) -> Batch:
+    positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
+    return {"input_ids": ids, "position_ids": positions, "valid": torch.ones_like(ids, dtype=torch.bool)}
 
 
 def test_what_it_remembers_is_counted():
