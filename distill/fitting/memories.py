@@ -24,7 +24,7 @@ from distill.capture import LayerTrace
 from distill.copies import copies_of
 from distill.memories import SET_MEMORY, memories_of
 from distill.mixers import DiscreteMamba2Mixer, GatedDeltaNetMixer, HedgehogMixer, Mamba2Mixer, Mixer
-from distill.mixers.parts import inverse_softplus
+from distill.mixers.parts import between_tokens, inverse_softplus
 from distill.objectives import attention_matrix
 from distill.seeding import LARGEST_RATIO
 
@@ -103,7 +103,7 @@ def _attention(attention: AttentionView, trace: LayerTrace, arguments: Arguments
         window=attention.sliding_window,
         softcap=attention.softcap,
     )
-    return matrix_BHTT if valid_BT is None else matrix_BHTT * (valid_BT[:, None, :, None] & valid_BT[:, None, None])
+    return between_tokens(matrix_BHTT, valid_BT)
 
 
 def _summed(matrix_BHTT: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class Mixer(Protocol):
         resets_BT: Tensor | None = None,
         position_embeddings: Rotation | None = None,
     ) -> MatrixFactors:
-        """What that matrix is made of, borders of documents apart; MOHAWK's first stage matches it through them."""
+        """What that matrix is made of, borders of documents and padding apart; MOHAWK's first stage matches it so."""
         ...
 
     def matrix_parameters(self) -> list[nn.Parameter]:

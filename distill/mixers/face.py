@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from distill.cache import MixerCacheLayer
+from distill.mixers.parts import between_tokens
 from distill.mixers.rotary import Rotation
 from distill.ssd.factors import MatrixFactors
 
@@ -114,9 +115,10 @@ def matrix_of(
     resets_BT: Tensor | None = None,
     position_embeddings: Rotation | None = None,
 ) -> Tensor:
-    """The (B, H, T, T) matrix that takes the values to :func:`mixed_and_values`'s output; fp32."""
+    """The (B, H, T, T) matrix that takes the values to :func:`mixed_and_values`'s output; fp32, zeros at padding."""
     terms, _ = mixer._terms(hidden_BTD, valid_BT, resets_BT, None, position_embeddings)
-    return terms.matrix(resets_BT=resets_BT)
+    # A bias of the convolution makes a query of padding too, and D passes it on; nobody reads what comes of it.
+    return between_tokens(terms.matrix(resets_BT=resets_BT), valid_BT)
 
 
 def factors_of(
@@ -127,7 +129,10 @@ def factors_of(
     resets_BT: Tensor | None = None,
     position_embeddings: Rotation | None = None,
 ) -> MatrixFactors:
-    """What :func:`matrix_of` is made of, which grows with T and not with T²; of terms that have such factors."""
+    """What :func:`matrix_of` is made of, which grows with T and not with T²; of terms that have such factors.
+
+    Borders of documents and the zeros at padding are not in it.
+    """
     terms, _ = mixer._terms(hidden_BTD, valid_BT, resets_BT, None, position_embeddings)
     return terms.factors(resets_BT=resets_BT)
 

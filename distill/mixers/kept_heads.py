@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from distill.cache import HeadsCacheLayer
 from distill.mixers.face import cache_layer
-from distill.mixers.parts import split_heads
+from distill.mixers.parts import between_tokens, split_heads
 from distill.ssd.factors import MatrixFactors
 from distill.turning import Positions, rotation_of, turned
 from distill.visible import visible
@@ -144,10 +144,10 @@ class KeptHeads(nn.Module):
         resets_BT: Tensor | None = None,
         position_embeddings: Positions = None,
     ) -> Tensor:
-        """A, (B, n, T, T), at least fp32."""
+        """A, (B, n, T, T), at least fp32; zeros at padding, which attention lets read itself."""
         q_BnTP, k_BmTP = self._queries_and_keys(hidden_BTD, position_embeddings)
         seen = visible(hidden_BTD, valid_BT, resets_BT, window=self.window)
-        return self._weights(q_BnTP, k_BmTP[:, self.reads], seen)
+        return between_tokens(self._weights(q_BnTP, k_BmTP[:, self.reads], seen), valid_BT)
 
     def _queries_and_keys(self, hidden_BTD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """(B, n, T, P) and (B, m, T, P), through their norms, with positions rotated in."""

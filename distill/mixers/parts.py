@@ -140,6 +140,13 @@ def mask_positions(x_BTC: Tensor, valid_BT: Tensor | None) -> Tensor:
     return x_BTC if valid_BT is None else x_BTC * valid_BT[..., None].to(x_BTC.dtype)
 
 
+def between_tokens(matrix_BHTT: Tensor, valid_BT: Tensor | None) -> Tensor:
+    """The same, (B, H, T, T), with zeros in the rows and columns of padding."""
+    if valid_BT is None:
+        return matrix_BHTT
+    return matrix_BHTT.masked_fill(~(valid_BT[:, None, :, None] & valid_BT[:, None, None]), 0)
+
+
 def inverse_softplus(y: Tensor) -> Tensor:
     """x with softplus(x) = y, for y > 0."""
     return y + torch.log(-torch.expm1(-y))

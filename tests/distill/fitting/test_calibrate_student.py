@@ -201,8 +201,10 @@ def state_before(student, batch, index: int) -> torch.Tensor:
     return seen[0]
 
 
-def test_padding_has_no_say():
-    teacher, student = pair("mamba2")
+@pytest.mark.parametrize("memories", [False, True])
+@pytest.mark.parametrize("name", sorted(name for name, made in MIXERS.items() if made in SET_MEMORY))
+def test_padding_has_no_say(name, memories):
+    teacher, student = pair(name, "qwen2")  # whose biases speak where nothing is read
     other = copy.deepcopy(student)
     (whole,) = batches(1, length=40)
     padded = copy.deepcopy(whole)
@@ -211,9 +213,11 @@ def test_padding_has_no_say():
     padded["valid"][:, 30:] = False
     cut = {key: tensor[:, :30] for key, tensor in whole.items()}
     told = [
-        calibrate_student(model, teacher, [batch], memories=False) for model, batch in ((student, padded), (other, cut))
+        calibrate_student(model, teacher, [batch], memories=memories)
+        for model, batch in ((student, padded), (other, cut))
     ]
     for index in told[0]:
+        assert told[0][index].memories == (pytest.approx(told[1][index].memories) if memories else None)
         assert told[0][index].error_after == pytest.approx(told[1][index].error_after, rel=1e-6)
     for first, second in zip(student.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-8, atol=1e-10)

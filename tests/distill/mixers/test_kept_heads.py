@@ -240,6 +240,18 @@ def test_kept_heads_are_attention_by_role_and_have_their_teachers_matrix_and_out
     assert (kept, mixed) == ({"attention"}, {"mixer"})
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_matrix_has_zeros_at_padding(side):
+    mixer = mixers_of(disturbed(convert(tiny("qwen2"), keep_heads={1: [0, 3]})))[1]
+    torch.manual_seed(9)
+    u, valid = torch.randn(2, 20, 32), torch.ones(2, 20, dtype=torch.bool)
+    valid[1, 14:] = False
+    valid = valid.flip(1) if side == "left" else valid
+    matrix = mixer.mixing_matrix(u, valid_BT=valid)
+    said = (valid[:, :, None] & valid[:, None]).tril()
+    assert torch.equal(matrix.ne(0), said[:, None].expand_as(matrix))
+
+
 @pytest.mark.parametrize("target", ["mixer", "block", "heads"])
 def test_stage_2_trains_the_mixer_beside_heads_that_stay(student, target):
     teacher, settings = tiny("llama"), HiddenStage(tokens=1000, target=target)

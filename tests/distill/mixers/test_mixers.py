@@ -64,7 +64,8 @@ def test_the_matrix_is_that_of_its_factors(name, resets):
     matrix = mixer.mixing_matrix(u, valid_BT=valid, resets_BT=resets)
     factors = mixer.matrix_factors(u, valid_BT=valid, resets_BT=resets)
     documents = None if resets is None else resets.cumsum(1)
-    torch.testing.assert_close(written_out(factors, documents), matrix, rtol=1e-12, atol=1e-12)
+    written = written_out(factors, documents).masked_fill(~(valid[:, None, :, None] & valid[:, None, None]), 0)
+    torch.testing.assert_close(written, matrix, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", sorted(set(MIXERS) - {"based", "hedgehog"}))  # which have no gate
@@ -145,6 +146,17 @@ def test_padding_on_the_right_neither_writes_nor_decays(mixer):
     torch.testing.assert_close(cache.layers[0].state(), plain.layers[0].state(), rtol=1e-10, atol=1e-10)
     matrix = mixer.mixing_matrix(u, valid_BT=valid)
     torch.testing.assert_close(matrix[:, :, :14, :14], mixer.mixing_matrix(u[:, :14]))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_matrix_has_zeros_at_padding(mixer, side):
+    """In its rows and columns, and nowhere else below the diagonal."""
+    valid = torch.ones(2, 20, dtype=torch.bool)
+    valid[1, 14:] = False
+    valid = valid.flip(1) if side == "left" else valid
+    matrix = mixer.mixing_matrix(hidden(20), valid_BT=valid)
+    said = (valid[:, :, None] & valid[:, None]).tril()
+    assert torch.equal(matrix.ne(0).any(dim=1), said)
 
 
 def test_mamba2_is_transformers_mamba2():
