@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.attention import AttentionView, views
-from distill.capture import Batch, as_decoder_calls, layer_traces, sequence_arguments, traced_layers
+from distill.capture import Batch, LayerTrace, as_decoder_calls, layer_traces, sequence_arguments, traced_layers
 from distill.decoder import attention_of, layers_of
 from distill.errors import UserError
 from distill.fitting.memories import fit_memories_
@@ -102,13 +102,20 @@ def refuse_unfitted(mixer: Any, memories: bool) -> None:
 
 
 def _fit_memories(mixers: dict[int, Any], teacher: PreTrainedModel, batches: Sequence[Batch]) -> None:
-    length = batches[0]["input_ids"].shape[1]
-    rows = max(1, MATRIX_TOKENS // length)
-    batch = {name: tensor[:rows] for name, tensor in batches[0].items()}
+    batch = batches[0]
+    rows = max(1, MATRIX_TOKENS // batch["input_ids"].shape[1])
     read: dict[int, AttentionView] = views(teacher, mixers)
-    arguments = sequence_arguments(batch)
+    arguments = {name: None if one is None else one[:rows] for name, one in sequence_arguments(batch).items()}
     for index, trace in traced_layers(teacher, batch, mixers, wants=["attention_input"]):
-        fit_memories_(mixers[index], read[index], [(trace, arguments)])
+        fit_memories_(mixers[index], read[index], [(_of_rows(trace, rows), arguments)])
+
+
+def _of_rows(trace: LayerTrace, rows: int) -> LayerTrace:
+    """What the first rows of a batch read; the batch itself cannot be cut, since pixels are per image or per patch."""
+    few, positions = LayerTrace(), trace.position_embeddings
+    few.attention_input = trace.attention_input[:rows]
+    few.layer_kwargs = {} if positions is None else {"position_embeddings": tuple(part[:rows] for part in positions)}
+    return few
 
 
 def _in_parallel(
@@ -214,8 +221,7 @@ def _require_plain_sum(teacher: PreTrainedModel, batch: Batch) -> None:
     Raises:
         UserError: it does not (a norm or factor behind attention, an MLP beside it).
     """
-    few = {name: tensor[:1] for name, tensor in batch.items()}
-    trace = layer_traces(teacher, few, [0], wants=["layer_input", "attention_output", "layer_output"])[0]
+    trace = layer_traces(teacher, batch, [0], wants=["layer_input", "attention_output", "layer_output"])[0]
     layer, moved_BTD = layers_of(teacher)[0], trace.layer_input.roll(1, dims=-1)  # as large as the stream, and not it
 
     def replaced(_attention: Any, _args: Any, output: Any) -> Any:

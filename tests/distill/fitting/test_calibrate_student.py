@@ -10,7 +10,7 @@ from distill import UserError, convert
 from distill.capture import as_decoder_calls, layer_traces, sequence_arguments
 from distill.convert_stage import convert_stage
 from distill.decoder import layers_of
-from distill.fitting import calibrate_student
+from distill.fitting import calibrate_student, layers
 from distill.fitting.memories import SET_MEMORY
 from distill.mixers import MIXERS
 from distill.run import at_work_on
@@ -18,6 +18,7 @@ from distill.student import mixers_of
 from distill.teacher_fed import outputs_by_layer
 from tests.conftest import CHECKOUT, tiny
 from tests.distill.families.models import tiny as family_teacher
+from tests.vision_models import image_batch, row_of, tiny_vision
 
 NAMES = sorted(MIXERS)
 ORDERS = ["parallel", "sequential"]
@@ -221,6 +222,25 @@ def test_padding_has_no_say(name, memories):
         assert told[0][index].error_after == pytest.approx(told[1][index].error_after, rel=1e-6)
     for first, second in zip(student.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "idefics3"])
+def test_rows_with_images_are_fitted_too(name, order, monkeypatch):
+    """Whose pixels are per image or per patch: a batch's first rows are not the first of its tensors."""
+    monkeypatch.setattr(layers, "MATRIX_TOKENS", 1)
+    teacher, batch = tiny_vision(name), with_images(image_batch(name, (17, 12, 17)))
+    student, other = (convert(teacher, rope="keep") for _ in range(2))
+    told = calibrate_student(student, teacher, [batch], layers=order)
+    assert all(layer.error_after < layer.error_before for layer in told.values())
+    alone = with_images(row_of(name, image_batch(name, (17, 12, 17)), 0, slice(None)))
+    expected = calibrate_student(other, teacher, [alone], outputs=False)
+    assert [layer.memories for layer in told.values()] == [layer.memories for layer in expected.values()]
+
+
+def with_images(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As stages get them."""
+    return {**batch, "valid": batch["attention_mask"].bool()}
 
 
 PLAIN = ["Llama", "Qwen2", "GPT-2"]
