@@ -73,10 +73,9 @@ def _measure(
     def matrices(memories_H: Tensor) -> Tensor:
         """(B, H, copies, T, T)"""
         SET_MEMORY[type(mixer)](mixer, memories_H)
-        positions = trace.position_embeddings
-        return mixer.mixing_matrix(trace.attention_input, position_embeddings=positions, **arguments).unflatten(
-            1, (n_heads, copies)
-        )
+        positions, u_BTD = trace.position_embeddings, trace.attention_input.to(mixer.in_proj.weight.dtype)
+        matrix_BHTT = mixer.mixing_matrix(u_BTD, position_embeddings=positions, **arguments)
+        return matrix_BHTT.unflatten(1, (n_heads, copies))
 
     earlier_BHTT = torch.zeros_like(teacher_BHTT)
     if chosen:

@@ -243,6 +243,14 @@ def with_images(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**batch, "valid": batch["attention_mask"].bool()}
 
 
+def test_a_student_of_another_precision_is_fitted():
+    """On what a teacher in bf16 made, as stages train one in fp32."""
+    teacher = tiny("llama")
+    student = convert(teacher)
+    told = calibrate_student(student, teacher.bfloat16(), batches(1))
+    assert all(layer.error_after < layer.error_before for layer in told.values())
+
+
 PLAIN = ["Llama", "Qwen2", "GPT-2"]
 
 
