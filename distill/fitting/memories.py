@@ -34,9 +34,12 @@ MEMORIES = tuple(2 ** (half / 2) for half in range(21))
 Arguments = dict[str, Tensor | None]
 """A batch's padding and borders of documents (``capture.sequence_arguments``)."""
 
+Read = tuple[LayerTrace, Arguments]
+"""What both read: ``attention_input``, and what stands beside it."""
+
 
 @torch.no_grad()
-def fit_memories_(mixer: Mixer, attention: AttentionView, traces: Sequence[tuple[LayerTrace, Arguments]]) -> None:
+def fit_memories_(mixer: Mixer, attention: AttentionView, traces: Sequence[Read]) -> None:
     """Give every head of a freshly seeded ``mixer`` the memory that fits best, and its matrix attention's size.
 
     Args:
@@ -47,9 +50,14 @@ def fit_memories_(mixer: Mixer, attention: AttentionView, traces: Sequence[tuple
     copies = copies_of(mixer, attention)
     grid_M = torch.tensor(MEMORIES, dtype=torch.float64).to(now_H)
     chosen_HE, ratio_H = now_H.unflatten(0, (-1, copies)).clone(), torch.ones_like(now_H[::copies])
+    wanted = [_attention(attention, *read) for read in traces]
+    teacher_H = torch.stack([_summed(teacher_BHTT.square()) for teacher_BHTT in wanted]).sum(dim=0)
     for copy in range(copies):
-        measured = [_measure(mixer, attention, read, chosen_HE[:, :copy]) for read in traces]
-        along_MH, student_MH, teacher_H = (torch.stack(sums).sum(dim=0) for sums in zip(*measured, strict=True))
+        measured = [
+            _measure_(mixer, read, teacher_BHTT, grid_M, chosen_HE, copy)
+            for read, teacher_BHTT in zip(traces, wanted, strict=True)
+        ]
+        along_MH, student_MH = (torch.stack(sums).sum(dim=0) for sums in zip(*measured, strict=True))
         tiny = torch.finfo(along_MH.dtype).tiny
         gain_MH = along_MH.clamp_min(0).square() / student_MH.clamp_min(tiny)
         nearest_H = (grid_M[:, None].log() - chosen_HE[:, copy].log()).abs().argmin(dim=0)
@@ -61,37 +69,43 @@ def fit_memories_(mixer: Mixer, attention: AttentionView, traces: Sequence[tuple
     SCALE[type(mixer)](mixer, ratio_H.repeat_interleave(copies))
 
 
-def _measure(
-    mixer: Mixer, attention: AttentionView, read: tuple[LayerTrace, Arguments], chosen_He: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """⟨S + M_τ, A⟩ and |S + M_τ|², (M, H) for every τ, and |A|²; S is of the copies that have their memories."""
-    trace, arguments = read
-    teacher_BHTT = _attention(attention, trace, arguments)
-    n_heads, chosen = chosen_He.shape
-    copies = copies_of(mixer, attention)
+def _measure_(
+    mixer: Mixer, read: Read, teacher_BHTT: Tensor, grid_M: Tensor, chosen_HE: Tensor, copy: int
+) -> tuple[Tensor, Tensor]:
+    """⟨S + M_τ, A⟩ and |S + M_τ|², (M, H) for every τ; the mixer is left with the last that were tried.
 
-    def matrices(memories_H: Tensor) -> Tensor:
-        """(B, H, copies, T, T)"""
-        SET_MEMORY[type(mixer)](mixer, memories_H)
-        positions, u_BTD = trace.position_embeddings, trace.attention_input.to(mixer.in_proj.weight.dtype)
-        matrix_BHTT = mixer.mixing_matrix(u_BTD, position_embeddings=positions, **arguments)
-        return matrix_BHTT.unflatten(1, (n_heads, copies))
-
+    Args:
+        teacher_BHTT: A.
+        grid_M: every τ.
+        chosen_HE: of the first ``copy`` copies the memories that they have; S is the sum of their matrices.
+    """
+    n_heads, copies = chosen_HE.shape
     earlier_BHTT = torch.zeros_like(teacher_BHTT)
-    if chosen:
-        others_HE = chosen_He[:, :1].expand(-1, copies).clone()
-        others_HE[:, :chosen] = chosen_He
-        earlier_BHTT = matrices(others_HE.flatten())[:, :, :chosen].sum(dim=2)
+    if copy:
+        earlier_BHTT = _matrices_(mixer, read, chosen_HE)[:, :, :copy].sum(dim=2)
     along, sizes = [], []
-    for memory in MEMORIES:
-        # Copies are alike but for their memories, so the first stands for the one that is looked for.
-        together_BHTT = earlier_BHTT + matrices(chosen_He.new_full((mixer.n_heads,), memory))[:, :, 0]
-        along.append(_summed(together_BHTT * teacher_BHTT))
-        sizes.append(_summed(together_BHTT.square()))
-    return torch.stack(along), torch.stack(sizes), _summed(teacher_BHTT.square())
+    for tried_E in grid_M.split(copies):
+        # Copies are alike but for their memories, so each stands for the one that is looked for, with a τ of its own.
+        memories_E = tried_E[torch.arange(copies).clamp(max=len(tried_E) - 1)]
+        made_BHETT = _matrices_(mixer, read, memories_E.expand(n_heads, -1))
+        for place in range(len(tried_E)):
+            together_BHTT = earlier_BHTT + made_BHETT[:, :, place]
+            along.append(_summed(together_BHTT * teacher_BHTT))
+            sizes.append(_summed(together_BHTT.square()))
+    return torch.stack(along), torch.stack(sizes)
+
+
+def _matrices_(mixer: Mixer, read: Read, memories_HE: Tensor) -> Tensor:
+    """(B, H, E, T, T): every copy's matrix with these memories, which the mixer has from then on."""
+    trace, arguments = read
+    SET_MEMORY[type(mixer)](mixer, memories_HE.flatten())
+    positions, u_BTD = trace.position_embeddings, trace.attention_input.to(mixer.in_proj.weight.dtype)
+    matrix_BHTT = mixer.mixing_matrix(u_BTD, position_embeddings=positions, **arguments)
+    return matrix_BHTT.unflatten(1, memories_HE.shape)
 
 
 def _attention(attention: AttentionView, trace: LayerTrace, arguments: Arguments) -> Tensor:
+    """A, (B, H, T, T); zeros at padding."""
     q_BHTP, k_BHTP = attention.queries_and_keys(trace.attention_input, trace.position_embeddings)
     resets_BT, valid_BT = arguments["resets_BT"], arguments["valid_BT"]
     matrix_BHTT = attention_matrix(
@@ -106,6 +120,7 @@ def _attention(attention: AttentionView, trace: LayerTrace, arguments: Arguments
 
 
 def _summed(matrix_BHTT: Tensor) -> Tensor:
+    """(H,), in fp64."""
     return matrix_BHTT.sum(dim=(0, 2, 3), dtype=torch.float64)
 
 

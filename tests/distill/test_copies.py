@@ -1,5 +1,7 @@
 """Copies of a head: together they are the head, they differ in their memories, and some mixers have none."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from distill.calibration import calibrate
 from distill.capture import layer_traces, sequence_arguments
 from distill.copies import mean_of_copies, shared_out, spread
 from distill.errors import UserError
+from distill.fitting import memories as fitting
 from distill.fitting.memories import fit_memories_
 from distill.memories import SET_MEMORY, memories_of
 from distill.mixers import MIXERS
@@ -99,6 +102,21 @@ def test_fitted_on_text_each_has_the_memory_that_is_best_beside_those_before(mix
         other = torch.cat([first, torch.full_like(first, memory)], dim=1)
         assert (error(fitted[2], other) >= least * (1 - 1e-9)).all()
     assert (least < error(fitted[2], first.expand(-1, 2))).any()
+
+
+@pytest.mark.parametrize("copies", [1, 2, 4])
+def test_attention_is_computed_once_and_no_copys_matrix_for_nothing(copies, monkeypatch):
+    teacher = tiny("llama")
+    fitted, attention = mixers_of(convert(teacher, expand=copies))[0], views(teacher, [0])[0]
+    batch = {"input_ids": torch.randint(3, 97, (1, 12)), "position_ids": torch.arange(12)[None]}
+    trace = layer_traces(teacher, batch, [0], ["attention_input"])[0]
+    theirs, ours = Mock(wraps=fitting._attention), Mock(wraps=fitted.mixing_matrix)
+    monkeypatch.setattr(fitting, "_attention", theirs)
+    monkeypatch.setattr(fitted, "mixing_matrix", ours)
+    fit_memories_(fitted, attention, [(trace, {"valid_BT": None, "resets_BT": None})])
+    assert theirs.call_count == 1
+    each = -(-len(fitting.MEMORIES) // copies)  # copies try different memories at once
+    assert ours.call_count == copies * each + copies - 1  # and those that have theirs are added up
 
 
 def test_as_heads_they_are_compared_by_their_mean(mixer):
