@@ -27,8 +27,13 @@ from distill.mixers.state_space import ScanTerms
 from distill.ssd import scan
 from distill.ssd.factors import MatrixFactors
 
-LEAST = 1e-4
-"""Padding before the first token reads nothing, and must not become NaN; a token reads more than that of itself."""
+LEAST = 1e-18
+"""For sums of nothing, as padding before the first token reads, which must not become NaN.
+
+All summands are ≥ 0, so small sums are as exact as large ones and need no more: BASED's are ≥ ½, Hedgehog's as small as
+its features are spiky. A derivative divides by it twice, so its square has to be a number of fp32 (1e-20's inverse
+squared is not).
+"""
 
 
 @dataclass(frozen=True)

@@ -278,6 +278,41 @@ def test_hedgehog_forgets_and_averages_by_products_of_softmaxes(rope):
     torch.testing.assert_close(matrix, weights, rtol=1e-10, atol=1e-10)
 
 
+def spiky(scale: float) -> nn.Module:
+    """Queries and keys so large that a query's and a key's features hardly meet: in 1e-13 at 5, in 1e-39 at 15."""
+    mixer = make("hedgehog").float()
+    with torch.no_grad():
+        mixer.in_proj.weight[: 2 * mixer.wide] *= scale
+    return mixer
+
+
+@torch.no_grad()
+def test_rows_of_hedgehog_sum_to_one_however_little_a_query_finds():
+    mixer, u = spiky(5.0), hidden(70).float()
+    matrix = mixer.mixing_matrix(u)
+    torch.testing.assert_close(matrix.sum(-1), torch.ones_like(matrix[..., 0]))
+    y, x = mixer.mix(u)
+    torch.testing.assert_close(torch.einsum("bhts,bshp->bthp", matrix, x), y, rtol=1e-4, atol=1e-5)
+    expected, cache = mixer(u)[0], adopt(DynamicCache(), [0], n_layers=1)
+    got = torch.cat([mixer(piece, past_key_values=cache)[0] for piece in u.split([20] + [1] * 50, dim=1)], dim=1)
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("scale", [1.0, 15.0, 40.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("what", ["forward", "mixing_matrix"])
+def test_gradients_of_hedgehog_are_finite_however_little_a_query_finds(what, dtype, scale):
+    """Down to nothing at all, behind padding on the left and where numbers of fp32 end."""
+    mixer, valid = spiky(scale), torch.ones(4, 30, dtype=torch.bool)
+    valid[:2, :5] = False
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        made = getattr(mixer, what)(hidden(30, batch=4).float(), valid_BT=valid)
+    made = made[0] if what == "forward" else made
+    (made.float() * torch.randn(made.shape)).sum().backward()
+    assert made.isfinite().all()
+    assert all(one.grad.isfinite().all() for one in mixer.parameters() if one.grad is not None)
+
+
 def test_the_open_gate_of_discrete_mamba2_is_one():
     mixer = MIXERS["discrete_mamba2"](hidden_size=8, n_heads=2, head_dim=4, state_dim=4)
     torch.testing.assert_close(F.silu(mixer.z_bias), torch.ones(8))
