@@ -26,7 +26,7 @@ from distill.heads import Heads, described, fill_heads_, require_heads
 from distill.layout import ATTENTION, WINDOWED, kept_heads, layer_kinds, mixer_layers, resolve
 from distill.memories import set_apart_
 from distill.mixer_settings import own_settings, shared_settings, state_dim_of
-from distill.mixers import KINDS
+from distill.mixers import KINDS, SlidingWindowMixer, bare, is_mixer
 from distill.mixers.kept_heads import kept_numel_per_token
 from distill.mixers.rotary import Rope
 from distill.roles import ROLES, roles
@@ -191,7 +191,7 @@ def convert_with_report(
         student = _build(config, teacher)
     if expand > 1:
         for made in mixers_of(student).values():
-            if not made.of_attention:
+            if is_mixer(made):
                 set_apart_(made, expand)
     if not from_scratch:
         _copy_weights(teacher, student)
@@ -346,13 +346,14 @@ def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
 def _seed(
     student: PreTrainedModel, teacher: PreTrainedModel, replaced: dict[int, AttentionView], seed: int
 ) -> dict[int, list[Seeded]]:
-    mixers: dict[int, Any] = mixers_of(student)
+    slots = mixers_of(student)
     seeded, theirs = dict[int, list[Seeded]](), layers_of(teacher)
-    for index in [index for index, mixer in mixers.items() if mixer.of_attention]:
-        mixers.pop(index).attention.load_state_dict(attention_of(theirs[index]).state_dict())
-        seeded[index] = [Seeded("attention", "the teacher's own, all of it")]
-    for index, trace in calibrate(teacher, {index: replaced[index] for index in mixers}, seed):
-        seeded[index] = seed_mixer(getattr(mixers[index], "mixer", mixers[index]), replaced[index], trace)
+    for index, slot in slots.items():
+        if isinstance(slot, SlidingWindowMixer):
+            slot.attention.load_state_dict(attention_of(theirs[index]).state_dict())
+            seeded[index] = [Seeded("attention", "the teacher's own, all of it")]
+    for index, trace in calibrate(teacher, {index: replaced[index] for index in slots if index not in seeded}, seed):
+        seeded[index] = seed_mixer(bare(slots[index]), replaced[index], trace)
     return dict(sorted(seeded.items()))
 
 

@@ -81,8 +81,8 @@ def prepare_inputs_of(model: Any, mixers: Mapping[int, nn.Module]) -> None:
     """
     decoder, trunk = model.get_decoder(), trunk_of(model)
     passes_on = all(_passes_keywords_on(type(module).forward) for module in (decoder, *layers_of(model)))
-    with_state = {index: mixer for index, mixer in mixers.items() if not getattr(mixer, "of_attention", False)}
-    with_heads = frozenset(index for index, mixer in with_state.items() if getattr(mixer, "kept_heads", ()))
+    with_state = {index: mixer for index, mixer in mixers.items() if not mixer.of_attention}
+    with_heads = frozenset(index for index, mixer in with_state.items() if mixer.kept_heads)
     reader = Reader(decoder, sorted(with_state), with_heads)
     prepare = functools.partial(prepare_sequence, reader=reader, names=_arguments(decoder), passes_on=passes_on)
     decoder.register_forward_pre_hook(prepare, with_kwargs=True)

@@ -11,12 +11,12 @@ AdamW decays whatever it is given, and DeepSpeed takes a missing gradient for a 
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from distill.decoder import layers_of
+from distill.mixers import is_mixer
 from distill.recipe import HiddenStage, MixingStage, Stage
 from distill.roles import roles
 from distill.student import mixers_of
@@ -26,16 +26,17 @@ def reached(student: PreTrainedModel, stage: Stage) -> set[str]:
     """Names, as in ``student.named_parameters()``, of the parameters that the stage's loss depends on."""
     if not isinstance(stage, MixingStage | HiddenStage):
         return {name for name, _ in student.named_parameters()}
-    mixers: dict[int, Any] = mixers_of(student)
+    mixers = mixers_of(student)
     layers = layers_of(student)
     parameters: Iterable[nn.Parameter]
     if isinstance(stage, MixingStage):
-        matched = (mixer for mixer in mixers.values() if mixer.without_factors is None)
+        matched = (mixer for mixer in mixers.values() if is_mixer(mixer) and mixer.without_factors is None)
         parameters = (parameter for mixer in matched for parameter in mixer.matrix_parameters())
     elif stage.target == "mixer":
         parameters = (parameter for mixer in mixers.values() for parameter in mixer.parameters())
     elif stage.target == "heads":
-        unread = {id(parameter) for mixer in mixers.values() for parameter in mixer.out_proj.parameters()}
+        projections = (mixer.out_proj for mixer in mixers.values() if is_mixer(mixer))
+        unread = {id(parameter) for projection in projections for parameter in projection.parameters()}
         every = (parameter for mixer in mixers.values() for parameter in mixer.parameters())
         parameters = (parameter for parameter in every if id(parameter) not in unread)
     else:

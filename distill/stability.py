@@ -42,7 +42,7 @@ from distill.capture import sequence_arguments, traced_layers
 from distill.errors import UserError
 from distill.evaluating import evaluating
 from distill.evaluation import device_of
-from distill.mixers import Mixer
+from distill.mixers import Mixer, is_mixer
 from distill.mixers.rotary import Rotation
 from distill.student import is_student, mixers_of
 from distill.within import opened
@@ -85,7 +85,7 @@ def decaying(model: PreTrainedModel) -> dict[int, Mixer]:
     The delta rule turns its state as well (``mixer_exponent`` follows it), and a window has no state at all.
     """
     mixers = mixers_of(model) if is_student(model) else {}
-    return {index: mixer for index, mixer in mixers.items() if mixer.without_factors is None}
+    return {index: mixer for index, mixer in mixers.items() if is_mixer(mixer) and mixer.without_factors is None}
 
 
 def followers(batch: Mapping[str, Tensor]) -> Tensor:

@@ -21,7 +21,7 @@ from distill.auto_classes import auto_class, auto_classes, stock_class
 from distill.decoder import attention_of, layers_of, learns_positions
 from distill.errors import UserError
 from distill.layout import ATTENTION, kept_heads, mixer_layers, parts_of
-from distill.mixers import Mixer
+from distill.mixers import Slot
 from distill.standalone import auto_map, write_code
 from distill.student_base import Student
 from distill.vision import FAMILIES as VISION
@@ -187,8 +187,8 @@ def is_student(model: PreTrainedModel) -> bool:
     return getattr(model.config, "distill", None) is not None
 
 
-def mixers_of(student: PreTrainedModel) -> dict[int, Mixer]:
-    """The mixers of a student by layer index."""
+def mixers_of(student: PreTrainedModel) -> dict[int, Slot]:
+    """The mixers of a student by layer index, with what stands beside them."""
     layers = layers_of(student)
     return {index: attention_of(layers[index]) for index in mixer_layers(student.config)}
 

@@ -27,6 +27,7 @@ from distill.engines.placement import place_student
 from distill.errors import UserError
 from distill.evaluation import evaluate, layer_distances
 from distill.evaluation_record import MATRIX_TOKENS, Evaluation, MatrixPair, Sample, read_evaluation, write_evaluation
+from distill.mixers import is_mixer
 from distill.objectives import attention_matrix
 from distill.programs import quiet_unless_watched, report_user_errors
 from distill.run import Run, at_work_on
@@ -85,7 +86,7 @@ def matrix_pairs(run: Run, student: PreTrainedModel) -> list[MatrixPair]:
     Both read the teacher's hidden state, as in stage 1, so that a pair shows one layer's difference and not the sum of
     all layers' before it. Attention with a window is left out: what it does not see it does not see.
     """
-    mixers = {index: mixer for index, mixer in mixers_of(student).items() if not mixer.of_attention}
+    mixers = {index: mixer for index, mixer in mixers_of(student).items() if is_mixer(mixer)}
     shown = list(mixers)[:: -(-len(mixers) // LAYERS_SHOWN)] if mixers else []
     batch = {name: tensor.to(run.device) for name, tensor in _first_tokens(run).items()}
     layers, attentions = layers_of(run.teacher), views(run.teacher, shown)

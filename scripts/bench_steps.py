@@ -40,6 +40,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from distill.attention import views
 from distill.conversion import convert
 from distill.engines.plain import PlainEngine
+from distill.mixers import is_mixer
 from distill.objective import Batch, Objective
 from distill.objectives import streamed_mixing_distance
 from distill.reach import reached
@@ -211,7 +212,7 @@ def in_order(parts: dict[str, Call]) -> None:
 
 def mixing_floor(setting: Setting) -> dict[str, Call]:
     """Teacher, queries and keys, factors, distance, AdamW."""
-    mixers = mixers_of(setting.student)
+    mixers = {index: slot for index, slot in mixers_of(setting.student).items() if is_mixer(slot)}
     attention = views(setting.teacher, mixers)
     u_BTD = hidden_states(setting)
     teacher_BTD = u_BTD.to(setting.teacher.dtype)

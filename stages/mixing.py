@@ -24,6 +24,7 @@ from distill.decoder import layers_of
 from distill.engines import processes
 from distill.handover import StageRecord
 from distill.layout import kept_heads
+from distill.mixers import bare, is_mixer
 from distill.objectives import Form, streamed_mixing_distance
 from distill.recipe import MixingStage
 from distill.run import Run
@@ -42,7 +43,8 @@ class MixingObjective:
     def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, settings: MixingStage) -> None:
         self.teacher, self.dtype = teacher, student.dtype
         self.form: Form = settings.form
-        self.mixers = {index: mixer for index, mixer in mixers_of(student).items() if mixer.without_factors is None}
+        slots = mixers_of(student)
+        self.mixers = {index: slot for index, slot in slots.items() if is_mixer(slot) and slot.without_factors is None}
         self.layers, self.attention = layers_of(teacher), views(teacher, self.mixers)
         kept = kept_heads(student.config)
         self.matched = {
@@ -92,8 +94,8 @@ class MixingObjective:
             )
 
         # All of it within the mixer: D is one of its weights, which engines take away when its forward ends.
-        inner = getattr(mixer, "mixer", None)  # of one with heads beside it
-        call = distance if inner is None else partial(within, inner, distance)
+        inner = bare(mixer)  # of one with heads beside it
+        call = distance if inner is mixer else partial(within, inner, distance)
         return within(mixer, call, trace.attention_input.to(self.dtype))
 
 

@@ -26,6 +26,7 @@ from distill.errors import UserError
 from distill.fitting.memories import fit_memories_
 from distill.fitting.outputs import OutputSums
 from distill.memories import SET_MEMORY, memories_of
+from distill.mixers import Mixer, Slot, bare, is_mixer
 from distill.student import mixers_of
 
 Order = Literal["parallel", "sequential"]
@@ -77,7 +78,7 @@ def calibrate_student(
         UserError: the mixers cannot be fitted, or in sequence, where the teacher's layers do something else with
             attention's output than to add it.
     """
-    slots: dict[int, Any] = mixers_of(student)
+    slots = mixers_of(student)
     if not slots:
         return {}
     mixers = _bare_mixers(student)
@@ -93,7 +94,7 @@ def calibrate_student(
     }
 
 
-def refuse_unfitted(mixer: Any, memories: bool) -> None:
+def refuse_unfitted(mixer: Slot, memories: bool) -> None:
     """Raises UserError for mixers that have nothing to fit."""
     if mixer.of_attention:
         raise UserError("its layers are attention itself, and keep the teacher's output projection as it is")
@@ -101,7 +102,7 @@ def refuse_unfitted(mixer: Any, memories: bool) -> None:
         raise UserError("its heads forget nothing, so there is no memory to choose; leave memories out")
 
 
-def _fit_memories(mixers: dict[int, Any], teacher: PreTrainedModel, batches: Sequence[Batch]) -> None:
+def _fit_memories(mixers: dict[int, Mixer], teacher: PreTrainedModel, batches: Sequence[Batch]) -> None:
     batch = batches[0]
     rows = max(1, MATRIX_TOKENS // batch["input_ids"].shape[1])
     read: dict[int, AttentionView] = views(teacher, mixers)
@@ -162,11 +163,11 @@ def _in_sequence(
         ]
 
 
-def _sums_for(mixer: Any) -> OutputSums:
+def _sums_for(mixer: Mixer) -> OutputSums:
     return OutputSums(with_bias=mixer.out_proj.bias is not None)
 
 
-def _fit(mixer: Any, sums: OutputSums, ridge: float) -> Errors:
+def _fit(mixer: Mixer, sums: OutputSums, ridge: float) -> Errors:
     before = sums.error(mixer.out_proj)
     sums.fit_(mixer.out_proj, ridge)
     return before, sums.error(mixer.out_proj)
@@ -177,10 +178,9 @@ def _valid(batch: Batch, *tensors_BTC: Tensor) -> list[Tensor]:
     return [tensor_BTC[batch["valid"]] for tensor_BTC in tensors_BTC]
 
 
-def _bare_mixers(student: PreTrainedModel) -> dict[int, Any]:
+def _bare_mixers(student: PreTrainedModel) -> dict[int, Mixer]:
     """The mixers to fit, without the heads that may be kept beside them; none where attention is behind a window."""
-    slots = {index: slot for index, slot in mixers_of(student).items() if not slot.of_attention}
-    return {index: getattr(slot, "mixer", slot) for index, slot in slots.items()}
+    return {index: bare(slot) for index, slot in mixers_of(student).items() if is_mixer(slot)}
 
 
 @dataclass

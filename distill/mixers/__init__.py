@@ -1,11 +1,11 @@
 """What may stand where attention stood.
 
 A mixer is an ``nn.Module`` with the call signature of a Hugging Face attention layer, so that a decoder layer
-cannot tell the difference; :class:`Mixer` says what else the rest of the package asks of it.
+cannot tell the difference; :class:`Slot` and :class:`Mixer` say what else the rest of the package asks of it.
 """
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeGuard
 
 from torch import Tensor, nn
 
@@ -21,16 +21,43 @@ from distill.mixers.sliding_window import SlidingWindowMixer
 from distill.ssd.factors import MatrixFactors
 
 
-class Mixer(Protocol):
-    """The face of every mixer.
+class Slot(Protocol):
+    """What stands where attention stood: a mixer, a mixer beside heads that are kept, or attention behind a window.
+
+    All are ``nn.Module``s.
+
+    Attributes:
+        of_attention: it is built from the attention it replaces, has a cache like attention's, and nothing of ``Mixer``
+            but what stands here.
+        kept_heads: the query heads that keep attention beside the mixer.
+        without_factors: why a matrix has no factors; then there is neither ``matrix_factors`` nor
+            ``matrix_parameters``, and MOHAWK's first stage is refused or passes by.
+        projections_frozen: the rows of ``in_proj`` that make x, B and C (v, k and q) get no gradient.
+    """
+
+    of_attention: bool
+    kept_heads: Sequence[int]
+    without_factors: str | None
+    projections_frozen: bool
+
+    def __call__(self, hidden_states: Tensor, **attention_arguments: Any) -> tuple[Tensor, None]:
+        """(B, T, D) to (B, T, D), continuing from ``cache`` where given; None for attention weights."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As of any module."""
+        ...
+
+    def state_numel(self) -> int:
+        """Numbers it remembers per sequence, whatever the sequence's length."""
+        ...
+
+
+class Mixer(Slot, Protocol):
+    """The face of every mixer, also beside kept heads.
 
     ``valid_BT`` is False at padding, ``resets_BT`` True where a packed document begins, and ``position_embeddings``
     is the (cos, sin) that the decoder hands to its layers, which a mixer with ``rope: keep`` reads.
-    Where ``projections_frozen`` is set, the rows of ``in_proj`` that make x, B and C (v, k and q) get no gradient.
-    ``of_attention`` is set where a mixer is built from the attention it replaces: it has a cache like attention's, no
-    ``in_proj``, and of what stands below only its call and ``state_numel``.
-    ``without_factors`` says why a matrix has no factors; such a mixer has neither ``matrix_factors`` nor
-    ``matrix_parameters``, and MOHAWK's first stage is refused for it.
     ``n_heads`` is H below, all copies of a head counted (``distill.copies``).
     """
 
@@ -38,13 +65,6 @@ class Mixer(Protocol):
     head_dim: int
     in_proj: nn.Linear
     out_proj: nn.Linear
-    projections_frozen: bool
-    of_attention: bool
-    without_factors: str | None
-
-    def __call__(self, hidden_states: Tensor, **attention_arguments: Any) -> tuple[Tensor, None]:
-        """(B, T, D) to (B, T, D), continuing from ``cache`` where given; None for attention weights."""
-        ...
 
     def mixing_matrix(
         self,
@@ -72,17 +92,6 @@ class Mixer(Protocol):
         """The parameters that shape that matrix."""
         ...
 
-    def mix(
-        self,
-        hidden_BTD: Tensor,
-        *,
-        valid_BT: Tensor | None = None,
-        resets_BT: Tensor | None = None,
-        position_embeddings: Rotation | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(y_BTHP, x_BTHP): that product, and the values, before gate and output projection."""
-        ...
-
     def head_outputs(
         self,
         hidden_BTD: Tensor,
@@ -94,9 +103,16 @@ class Mixer(Protocol):
         """(B, T, H·P): what the output projection reads, head by head."""
         ...
 
-    def state_numel(self) -> int:
-        """Numbers it remembers per sequence, whatever the sequence's length."""
-        ...
+
+def is_mixer(slot: Slot) -> TypeGuard[Mixer]:
+    """Whether it has all of the ``Mixer`` protocol: attention behind a window has not."""
+    return not slot.of_attention
+
+
+def bare(slot: Slot) -> Mixer:
+    """The mixer alone, without the heads that may be kept beside it; of a slot that has one."""
+    assert is_mixer(slot), f"a {type(slot).__name__} has no mixer"
+    return slot.mixer if isinstance(slot, HeadHybrid) else slot
 
 
 MIXERS: dict[str, type[nn.Module]] = {
@@ -130,4 +146,7 @@ __all__ = [
     "Mamba2Mixer",
     "Mixer",
     "SlidingWindowMixer",
+    "Slot",
+    "bare",
+    "is_mixer",
 ]

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.cache import MixerCacheLayer
-from distill.mixers.face import factors_of, head_outputs_of, matrix_of, mix_over_time, mixed_and_values
+from distill.mixers.face import factors_of, head_outputs_of, matrix_of, mix_over_time
 from distill.mixers.normalised import NormalisedTerms, normalised_numel, normalised_terms
 from distill.mixers.parts import ShortConvolution, consecutive, mask_positions, random_projections_, widen
 from distill.mixers.rotary import Rope, Rotation
@@ -73,11 +73,11 @@ class BasedMixer(nn.Module):
 
     projections_frozen = False
     of_attention = False
+    kept_heads = ()
     without_factors = None
 
     forward = mix_over_time
     head_outputs = head_outputs_of
-    mix = mixed_and_values
     mixing_matrix = matrix_of
     matrix_factors = factors_of
     state_numel = normalised_numel

@@ -35,7 +35,6 @@ from distill.mixers.face import (
     head_outputs_of,
     matrix_of,
     mix_over_time,
-    mixed_and_values,
     remembered_numel,
 )
 from distill.mixers.parts import (
@@ -73,11 +72,11 @@ class DiscreteMamba2Mixer(nn.Module):
 
     projections_frozen = False
     of_attention = False
+    kept_heads = ()
     without_factors = None
 
     forward = mix_over_time
     head_outputs = head_outputs_of
-    mix = mixed_and_values
     mixing_matrix = matrix_of
     matrix_factors = factors_of
     state_numel = remembered_numel

@@ -94,19 +94,6 @@ def head_outputs_of(
     return _heads(mixer, hidden_BTD, valid_BT, resets_BT, None, position_embeddings)
 
 
-def mixed_and_values(
-    mixer: OfTerms,
-    hidden_BTD: Tensor,
-    *,
-    valid_BT: Tensor | None = None,
-    resets_BT: Tensor | None = None,
-    position_embeddings: Rotation | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(y_BTHP, v_BTHP): what the heads made and the values they mixed, before the gate."""
-    terms, _ = mixer._terms(hidden_BTD, valid_BT, resets_BT, None, position_embeddings)
-    return terms.run(resets_BT=resets_BT, cache=None), terms.values
-
-
 def matrix_of(
     mixer: OfTerms,
     hidden_BTD: Tensor,
@@ -115,7 +102,7 @@ def matrix_of(
     resets_BT: Tensor | None = None,
     position_embeddings: Rotation | None = None,
 ) -> Tensor:
-    """The (B, H, T, T) matrix that takes the values to :func:`mixed_and_values`'s output; fp32, zeros at padding."""
+    """The (B, H, T, T) matrix that takes the terms' values to what they make of them; fp32, zeros at padding."""
     terms, _ = mixer._terms(hidden_BTD, valid_BT, resets_BT, None, position_embeddings)
     # A bias of the convolution makes a query of padding too, and D passes it on; nobody reads what comes of it.
     return between_tokens(terms.matrix(resets_BT=resets_BT), valid_BT)

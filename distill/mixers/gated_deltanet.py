@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 from distill.cache import MixerCacheLayer
 from distill.delta import delta_matrix, delta_rule, delta_step
-from distill.mixers.face import head_outputs_of, matrix_of, mix_over_time, mixed_and_values, remembered_numel
+from distill.mixers.face import head_outputs_of, matrix_of, mix_over_time, remembered_numel
 from distill.mixers.parts import (
     GatedHeadNorm,
     ShortConvolution,
@@ -125,11 +125,11 @@ class GatedDeltaNetMixer(nn.Module):
 
     projections_frozen = False
     of_attention = False
+    kept_heads = ()
     without_factors = "the delta rule's matrix holds an inverse that couples all positions, and has no factors"
 
     forward = mix_over_time
     head_outputs = head_outputs_of
-    mix = mixed_and_values
     mixing_matrix = matrix_of
     state_numel = remembered_numel
 

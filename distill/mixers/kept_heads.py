@@ -187,7 +187,7 @@ def _seen_behind(memory: HeadsCacheLayer, hidden_BTD: Tensor, window: int | None
 class HeadHybrid(nn.Module):
     """A mixer and kept attention heads, with the call signature of an attention layer.
 
-    What is not said here is the mixer's: all of the ``Mixer`` protocol.
+    It has all of the ``Mixer`` protocol; what of that is no matter of heads is the mixer's.
 
     Args:
         mixer: of any class in ``MIXERS``.
@@ -199,6 +199,8 @@ class HeadHybrid(nn.Module):
         other_heads: the rest.
     """
 
+    of_attention = False
+
     def __init__(self, mixer: Any, attention: nn.Module, **kept: Any) -> None:
         super().__init__()
         sizes = {"n_heads": mixer.n_heads, "head_dim": mixer.head_dim, "hidden_size": mixer.out_proj.out_features}
@@ -206,11 +208,30 @@ class HeadHybrid(nn.Module):
         self.kept_heads = self.kept.heads
         self.other_heads = [head for head in range(mixer.n_heads) if head not in self.kept_heads]
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("mixer"), name)
+    @property
+    def n_heads(self) -> int:
+        """H."""
+        return self.mixer.n_heads
+
+    @property
+    def head_dim(self) -> int:
+        """P."""
+        return self.mixer.head_dim
+
+    @property
+    def in_proj(self) -> nn.Linear:
+        """The mixer's."""
+        return self.mixer.in_proj
+
+    @property
+    def out_proj(self) -> nn.Linear:
+        """The mixer's."""
+        return self.mixer.out_proj
+
+    @property
+    def without_factors(self) -> str | None:
+        """Why the mixer's matrix has none."""
+        return self.mixer.without_factors
 
     @property
     def projections_frozen(self) -> bool:
@@ -262,6 +283,14 @@ class HeadHybrid(nn.Module):
         To be called within the mixer (``distill.within``): some factors are weights of it.
         """
         return self.mixer.matrix_factors(hidden_BTD, **sequence).of_heads(self.other_heads)
+
+    def matrix_parameters(self) -> list[nn.Parameter]:
+        """The mixer's: kept heads have their matrix."""
+        return self.mixer.matrix_parameters()
+
+    def state_numel(self) -> int:
+        """Numbers remembered per sequence by the mixer: kept heads' keys and values grow with the context."""
+        return self.mixer.state_numel()
 
     def head_outputs(self, hidden_BTD: Tensor, **sequence: Any) -> Tensor:
         """(B, T, H·P): what the output projection of attention would read: kept heads', and the mixer's of the rest."""

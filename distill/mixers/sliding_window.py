@@ -35,10 +35,13 @@ class SlidingWindowMixer(nn.Module):
         shape: what other mixers are built with; not used.
 
     Attributes:
+        projections_frozen: asked of every mixer; attention is not held back by it.
         without_factors: why its matrix has none.
     """
 
     of_attention = True
+    kept_heads = ()
+    projections_frozen = False
     without_factors = "its matrix is a softmax, and starts as the teacher's but for what the window hides"
 
     def __init__(

@@ -9,7 +9,7 @@ import torch
 from distill import convert
 from distill.errors import UserError
 from distill.stability import followers, head_exponents, largest_exponent, memory_tokens, mixer_exponent
-from tests.distill.mixers.test_mixers import HEAD, HEADS, STATE, hidden, make
+from tests.distill.mixers.test_mixers import HEAD, HEADS, STATE, hidden, make, mixed_and_values
 
 LENGTH, SKIP = 160, 80
 LEARNED = ["discrete_mamba2", "mamba2"]
@@ -98,7 +98,7 @@ def test_a_tangent_is_what_two_trajectories_do(name):
     """Two states through the recurrence written out: how their distance shrinks."""
     mixer, u = spread(name), hidden(LENGTH, batch=1)
     with torch.no_grad():
-        factors, x = mixer.matrix_factors(u), mixer.mix(u)[1]
+        factors, x = mixer.matrix_factors(u), mixed_and_values(mixer, u)[1]
     step = 1 if factors.step_BTH is None else factors.step_BTH[..., None, None]
     written = step * x[..., None] * factors.B_BTHN[..., None, :]
     torch.manual_seed(4)

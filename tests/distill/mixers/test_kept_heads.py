@@ -15,7 +15,7 @@ from distill.conversion import empty_model, plan, report
 from distill.decoder import attention_of, layers_of
 from distill.errors import UserError
 from distill.export.footprint import footprint_of
-from distill.mixers import MIXERS
+from distill.mixers import MIXERS, Mixer, Slot, bare, is_mixer
 from distill.objectives import attention_matrix, mixing_distance
 from distill.recipe import HiddenStage, LogitsStage, MixingStage
 from distill.roles import roles
@@ -238,6 +238,22 @@ def test_kept_heads_are_attention_by_role_and_have_their_teachers_matrix_and_out
     kept = {role for name, role in by_role.items() if ".kept." in name}
     mixed = {role for name, role in by_role.items() if ".mixer." in name}
     assert (kept, mixed) == ({"attention"}, {"mixer"})
+
+
+def test_beside_kept_heads_a_mixer_answers_for_both_or_not_at_all(student):
+    beside, alone = (mixers_of(student)[index] for index in (0, 1))
+    window = mixers_of(convert(tiny("llama"), mixer="sliding_window"))[0]
+    assert (beside.kept_heads, alone.kept_heads, window.kept_heads) == ([3], (), ())
+    assert [is_mixer(slot) for slot in (beside, alone, window)] == [True, True, False]
+    assert bare(beside) is beside.mixer
+    assert bare(alone) is alone
+    with pytest.raises(AssertionError, match="SlidingWindowMixer has no mixer"):
+        bare(window)
+    faces = {name for face in (Slot, Mixer) for name in (*vars(face), *face.__annotations__) if name[0] != "_"}
+    assert {"of_attention", "kept_heads", "matrix_factors", "in_proj", "state_numel"} <= faces
+    faces -= set() if beside.without_factors is None else {"matrix_factors", "matrix_parameters"}
+    assert all(hasattr(slot, name) for slot in (beside, alone) for name in faces)
+    assert not any(hasattr(beside, name) for name in ("conv1d", "_terms", "gated", "in_rows"))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

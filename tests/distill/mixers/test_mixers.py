@@ -47,10 +47,16 @@ def borders(length: int, *starts: int) -> torch.Tensor:
     return resets
 
 
+def mixed_and_values(mixer, u, *, resets_BT=None, position_embeddings=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y_BTHP, v_BTHP): what the heads make and the values they mix, before the gate."""
+    terms, _ = mixer._terms(u, None, resets_BT, None, position_embeddings)
+    return terms.run(resets_BT=resets_BT, cache=None), terms.values
+
+
 @pytest.mark.parametrize("resets", [None, borders(70, 9, 40)])
 def test_matrix_times_values_is_what_forward_mixes(mixer, resets):
     u = hidden(70)
-    y, x = mixer.mix(u, resets_BT=resets)
+    y, x = mixed_and_values(mixer, u, resets_BT=resets)
     product = torch.einsum("bhts,bshp->bthp", mixer.mixing_matrix(u, resets_BT=resets), x)
     torch.testing.assert_close(product, y, rtol=1e-10, atol=1e-10)
 
@@ -69,14 +75,14 @@ def test_the_matrix_is_that_of_its_factors(name, resets):
 
 
 @pytest.mark.parametrize("name", sorted(set(MIXERS) - {"based", "hedgehog"}))  # which have no gate
-def test_what_mix_returns_is_what_forward_uses(name):
-    """Change the gate alone: forward must follow it, and mix, which ends before it, must not."""
+def test_what_the_terms_make_is_what_forward_uses(name):
+    """Change the gate alone: forward must follow it, and what the terms make, which ends before it, must not."""
     mixer, u = make(name), hidden(12)
-    before, (mixed, _) = mixer(u)[0], mixer.mix(u)
+    before, (mixed, _) = mixer(u)[0], mixed_and_values(mixer, u)
     with torch.no_grad():
         mixer.in_proj.weight[mixer.in_rows()["z"]] *= -1.5
     assert not torch.allclose(mixer(u)[0], before)
-    torch.testing.assert_close(mixer.mix(u)[0], mixed)
+    torch.testing.assert_close(mixed_and_values(mixer, u)[0], mixed)
 
 
 @pytest.mark.parametrize("pieces", [[30], [1] * 30, [7, 1, 1, 13, 8], [2, 28]])
@@ -291,7 +297,7 @@ def test_rows_of_hedgehog_sum_to_one_however_little_a_query_finds():
     mixer, u = spiky(5.0), hidden(70).float()
     matrix = mixer.mixing_matrix(u)
     torch.testing.assert_close(matrix.sum(-1), torch.ones_like(matrix[..., 0]))
-    y, x = mixer.mix(u)
+    y, x = mixed_and_values(mixer, u)
     torch.testing.assert_close(torch.einsum("bhts,bshp->bthp", matrix, x), y, rtol=1e-4, atol=1e-5)
     expected, cache = mixer(u)[0], adopt(DynamicCache(), [0], n_layers=1)
     got = torch.cat([mixer(piece, past_key_values=cache)[0] for piece in u.split([20] + [1] * 50, dim=1)], dim=1)

@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from distill.cache import adopt
 from distill.mixers import MIXERS
 from distill.mixers.rotary import rotate
-from tests.distill.mixers.test_mixers import HEADS, HIDDEN, borders, hidden, make
+from tests.distill.mixers.test_mixers import HEADS, HIDDEN, borders, hidden, make, mixed_and_values
 
 STATE, WIDTH = 8, 6
 
@@ -88,7 +88,7 @@ def test_matrix_and_gradients_are_those_of_the_rotated_factors(name):
 
 def test_forward_mixes_with_that_matrix(mixer):
     u, rotation = hidden(70), angles(counted(70))
-    y, x = mixer.mix(u, position_embeddings=rotation)
+    y, x = mixed_and_values(mixer, u, position_embeddings=rotation)
     matrix = mixer.mixing_matrix(u, position_embeddings=rotation)
     torch.testing.assert_close(torch.einsum("bhts,bshp->bthp", matrix, x), y, rtol=1e-10, atol=1e-10)
     before, _ = mixer(u, position_embeddings=rotation)
