@@ -26,7 +26,7 @@ from distill.errors import UserError
 from distill.fitting.memories import fit_memories_
 from distill.fitting.outputs import OutputSums
 from distill.memories import SET_MEMORY, memories_of
-from distill.mixers import Mixer, Slot, bare, is_mixer
+from distill.mixers import MIXERS, Mixer, Slot, bare, is_mixer
 from distill.student import mixers_of
 
 Order = Literal["parallel", "sequential"]
@@ -97,9 +97,16 @@ def calibrate_student(
 def refuse_unfitted(mixer: Slot, memories: bool) -> None:
     """Raises UserError for mixers that have nothing to fit."""
     if mixer.of_attention:
-        raise UserError("its layers are attention itself, and keep the teacher's output projection as it is")
+        raise UserError(
+            "calibrate is not for sliding_window: its layers are attention itself, and keep the teacher's output"
+            " projection as it is; leave it out"
+        )
     if memories and type(mixer) not in SET_MEMORY:
-        raise UserError("its heads forget nothing, so there is no memory to choose; leave memories out")
+        kind = next(name for name, made in MIXERS.items() if made is type(mixer))
+        raise UserError(
+            f"calibrate.memories is not for {kind}: its heads forget nothing, so there is no memory to choose; give"
+            " memories: false"
+        )
 
 
 def _fit_memories(mixers: dict[int, Mixer], teacher: PreTrainedModel, batches: Sequence[Batch]) -> None:

@@ -89,7 +89,11 @@ class Mixer(Slot, Protocol):
         ...
 
     def matrix_parameters(self) -> list[nn.Parameter]:
-        """The parameters that shape that matrix."""
+        """The parameters that shape that matrix.
+
+        ``in_proj`` is among them whole. Its rows that have no say get a gradient of zeros, so that weight decay alone
+        would move them: that is why ``MixingStage`` has none.
+        """
         ...
 
     def head_outputs(

@@ -113,7 +113,7 @@ class BasedMixer(nn.Module):
         self.conv1d.open_()
 
     def matrix_parameters(self) -> list[nn.Parameter]:
-        """What shapes :meth:`mixing_matrix`; of ``in_proj`` the rows of q and k alone."""
+        """What shapes :meth:`mixing_matrix`: of ``in_proj`` the rows of q and k; others' gradient is 0."""
         return [*self.in_proj.parameters(), *self.conv1d.parameters()]
 
     def in_rows(self) -> dict[str, slice]:

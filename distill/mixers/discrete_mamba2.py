@@ -125,7 +125,7 @@ class DiscreteMamba2Mixer(nn.Module):
         self.conv1d.bias[self.in_rows()["C"]] *= factor_I
 
     def matrix_parameters(self) -> list[nn.Parameter]:
-        """What shapes :meth:`mixing_matrix`; of ``in_proj`` the rows of B, C and A_log alone."""
+        """What shapes :meth:`mixing_matrix`: of ``in_proj`` the rows of B, C and A_log; others' gradient is 0."""
         return [*self.in_proj.parameters(), *self.conv1d.parameters(), self.A_log_bias, self.D]
 
     def in_rows(self) -> dict[str, slice]:

@@ -35,7 +35,15 @@ class Terms(Protocol):
 
 
 class OfTerms(Protocol):
-    """A mixer, as far as the functions of this file look at it."""
+    """A mixer, as far as the functions of this file look at it.
+
+    Attributes:
+        layer_idx: place in the decoder.
+        inner: H·P.
+        state_dim: N, numbers of state for each of a head's channels.
+        conv1d: over (B, T, C), C channels of what the terms are made of.
+        out_proj: (B, T, H·P) to (B, T, D).
+    """
 
     layer_idx: int
     inner: int
@@ -51,10 +59,10 @@ class OfTerms(Protocol):
         cache: MixerCacheLayer | None,
         rotation: Rotation | None = None,
     ) -> tuple[Any, Tensor]:
-        """The terms, and z_BTI for the gate."""
+        """The terms, of (B, T, D), and z_BTI for the gate; ``cache`` gives the convolution its past."""
 
     def gated(self, y_BTI: Tensor, z_BTI: Tensor) -> Tensor:
-        """What the heads made behind the gate; fp32."""
+        """What the heads made behind the gate, (B, T, H·P) of (B, T, H·P) and z; fp32."""
 
 
 def mix_over_time(
@@ -146,5 +154,6 @@ def _heads(
     memory: MixerCacheLayer | None,
     rotation: Rotation | None,
 ) -> Tensor:
+    """(B, T, H·P), behind the gate; fp32. ``memory`` is brought up to date."""
     terms, z_BTI = mixer._terms(hidden_BTD, valid_BT, resets_BT, memory, rotation)
     return mixer.gated(terms.run(resets_BT=resets_BT, cache=memory).flatten(2), z_BTI)

@@ -122,7 +122,7 @@ class HedgehogMixer(nn.Module):
         set_memory_(self, torch.logspace(2, 8, self.n_heads, base=2))
 
     def matrix_parameters(self) -> list[nn.Parameter]:
-        """What shapes :meth:`mixing_matrix`; of ``in_proj`` the rows of q, k and A_log alone."""
+        """What shapes :meth:`mixing_matrix`: of ``in_proj`` the rows of q, k and A_log; others' gradient is 0."""
         return [*self.in_proj.parameters(), *self.conv1d.parameters(), self.A_log_bias]
 
     def in_rows(self) -> dict[str, slice]:

@@ -117,7 +117,7 @@ class Mamba2Mixer(nn.Module):
         set_memory_(self, torch.logspace(2, 8, self.n_heads, base=2))
 
     def matrix_parameters(self) -> list[nn.Parameter]:
-        """What shapes :meth:`mixing_matrix`; of ``in_proj`` the rows of B, C and dt alone."""
+        """What shapes :meth:`mixing_matrix`: of ``in_proj`` the rows of B, C and dt; others' gradient is 0."""
         return [*self.in_proj.parameters(), *self.conv1d.parameters(), self.dt_bias, self.A_log, self.D]
 
     def in_rows(self) -> dict[str, slice]:

@@ -15,14 +15,14 @@ v, a      value, decay
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from distill.cache import MixerCacheLayer
-from distill.mixers.parts import mask_positions, split_heads, widen
-from distill.mixers.rotary import Rotation, rotate
+from distill.mixers.parts import ShortConvolution, mask_positions, split_heads, widen
+from distill.mixers.rotary import Rope, Rotation, rotate
 from distill.mixers.state_space import ScanTerms
 from distill.ssd import scan
 from distill.ssd.factors import MatrixFactors
@@ -82,8 +82,30 @@ class NormalisedTerms:
         return self.q_BTHN / sum_BTH1.clamp_min(LEAST)
 
 
+class Normalised(Protocol):
+    """A mixer of such terms, as far as the functions of this file look at it.
+
+    Attributes:
+        n_heads, head_dim: H, P.
+        state_dim: N, features of a query or a key.
+        inner, wide: H·P, and H·d where a query has d numbers before φ.
+        rope: whether q and k are turned.
+        projections_frozen: no gradient passes q, k and v on their way back.
+        conv1d: over q | k | v.
+    """
+
+    n_heads: int
+    head_dim: int
+    state_dim: int
+    inner: int
+    wide: int
+    rope: Rope
+    projections_frozen: bool
+    conv1d: ShortConvolution
+
+
 def normalised_terms(
-    mixer: Any,
+    mixer: Normalised,
     qkv_BTC: Tensor,
     log_decay_BTH: Tensor,
     features: Callable[[Tensor], Tensor],
@@ -93,7 +115,20 @@ def normalised_terms(
     cache: MixerCacheLayer | None,
     rotation: Rotation | None,
 ) -> tuple[NormalisedTerms, Tensor]:
-    """Terms of q | k | v as ``in_proj`` makes them, and v_BTI: convolved, turned with ``rope: keep``, and q and k φ."""
+    """Terms of q | k | v as ``in_proj`` makes them, and v_BTI: convolved, turned with ``rope: keep``, and q and k φ.
+
+    Args:
+        qkv_BTC: C = 2·H·d + H·P.
+        log_decay_BTH: logarithm of a, 0 at padding.
+        features: φ, (B, T, H, d) to (B, T, H, N).
+        valid_BT: False at padding.
+        resets_BT: True where a packed document begins.
+        cache: gives the convolution its past.
+        rotation: (cos, sin) as the decoder hands them to its layers.
+
+    Raises:
+        ValueError: with ``rope: keep``, as ``distill.mixers.rotary.rotate``.
+    """
     if mixer.projections_frozen:
         qkv_BTC = qkv_BTC.detach()
     qkv_BTC = mixer.conv1d(qkv_BTC, valid_BT=valid_BT, resets_BT=resets_BT, cache=cache)
@@ -105,7 +140,7 @@ def normalised_terms(
     return NormalisedTerms(k_BTHN, features(q_BTHD), split_heads(v_BTI, mixer.n_heads), log_decay_BTH), v_BTI
 
 
-def normalised_numel(mixer: Any) -> int:
+def normalised_numel(mixer: Normalised) -> int:
     """Numbers remembered per sequence: S and n of every head, and the convolution's inputs."""
     heads = mixer.n_heads * (mixer.head_dim + 1) * mixer.state_dim
     return heads + mixer.conv1d.in_channels * (mixer.conv1d.kernel_size[0] - 1)

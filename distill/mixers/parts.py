@@ -28,6 +28,7 @@ class GatedHeadNorm(nn.Module):
         self.n_heads, self.eps, self.norm_first = n_heads, eps, norm_first
 
     def forward(self, y_BTI: Tensor, z_BTI: Tensor) -> Tensor:
+        """Of y and z, each (B, T, H·P), the normed and gated y in the same shape; at least fp32."""
         y_BTI, gate_BTI = widen(y_BTI), F.silu(widen(z_BTI))
         if self.norm_first:
             return self._normed(y_BTI) * self.weight * gate_BTI
@@ -132,6 +133,7 @@ def in_convolution(rows: dict[str, slice], name: str) -> slice:
 
 
 def split_heads(x_BTC: Tensor, n_heads: int) -> Tensor:
+    """(B, T, H·P) to (B, T, H, P), of whatever width a head has."""
     return x_BTC.unflatten(-1, (n_heads, -1))
 
 

@@ -41,11 +41,17 @@ def rotate(B_BTHN: Tensor, C_BTHN: Tensor, rotation: Rotation | None) -> tuple[T
         ValueError: there is no rotation, or it is wider than the state.
     """
     if rotation is None:
-        raise ValueError("a mixer with rope: keep needs the position_embeddings that the decoder hands to its layers")
+        raise ValueError(
+            "a mixer with rope: keep needs the angles that the decoder hands to its layers: pass"
+            " position_embeddings=(cos, sin), or build it with rope='drop'"
+        )
     cos_BT1W, sin_BT1W = (widen(part).unsqueeze(2) for part in rotation)
     width, state = cos_BT1W.shape[-1], B_BTHN.shape[-1]
     if width > state:
-        raise ValueError(f"the rotation turns {width} columns and the state of a head has {state}")
+        raise ValueError(
+            f"the rotation turns {width} columns and the state of a head has {state}: build the mixer with a state_dim"
+            f" of at least {width}, or with rope='drop'"
+        )
     return _turned(B_BTHN, cos_BT1W, sin_BT1W), _turned(C_BTHN, cos_BT1W, sin_BT1W)
 
 

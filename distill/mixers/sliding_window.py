@@ -6,8 +6,8 @@
 
 The weights are the attention's, under its own names; they train as those of any mixer do. A student may have it in all
 layers that do not keep attention, or in some beside those of another mixer (``window_layers``), as BASED and Samba
-(arXiv 2406.07522) do. It remembers the keys and
-values of ``window + sinks`` tokens, however long the context. Positions are the attention's, whatever ``rope`` says.
+(arXiv 2406.07522) do. It remembers the keys and values of ``window + sinks`` tokens, however long the context.
+Positions are the attention's, whatever ``rope`` says.
 """
 
 import inspect

@@ -92,4 +92,5 @@ def _scan(
 
 
 def _written(x_BTHP: Tensor, step_BTH: Tensor | None) -> Tensor:
+    """Δ x, (B, T, H, P), which goes into the state."""
     return x_BTHP if step_BTH is None else x_BTHP * step_BTH[..., None]

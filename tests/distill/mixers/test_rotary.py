@@ -129,9 +129,9 @@ def test_what_has_16_bits_is_turned_in_32_and_rounded_once(dtype):
 
 
 def test_without_positions_or_with_too_many_columns_it_raises(mixer):
-    with pytest.raises(ValueError, match="needs the position_embeddings"):
+    with pytest.raises(ValueError, match=r"pass position_embeddings=\(cos, sin\)"):
         mixer(hidden(5))
-    with pytest.raises(ValueError, match="turns 10 columns and the state of a head has 8"):
+    with pytest.raises(ValueError, match=r"turns 10 columns and .* a head has 8: build .* state_dim of at least 10"):
         mixer(hidden(5), position_embeddings=angles(counted(5), 10))
 
 
