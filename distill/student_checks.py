@@ -22,10 +22,7 @@ def check_window(student: Student) -> None:
 def check_window_layers(student: Student, config: "PreTrainedConfig", kept: tuple[int, ...]) -> None:
     """The layers are there, do not keep attention, and leave some to the mixer; their own windows agree."""
     if student.window_layers:
-        from distill.conversion import plan
-
-        own, both_ways = student.window_layers, student.bidirectional
-        plan(config, mixer=student.mixer, keep_attention=kept, window_layers=own, bidirectional=both_ways)
+        _planned(student, config, kept, "window_layers")
 
 
 def check_exportable_student(
@@ -35,12 +32,10 @@ def check_exportable_student(
     student = recipe.student
     if student.exportable is None:
         return
-    from distill.conversion import plan
     from distill.export.refusals import check_exportable
     from distill.export.vocabulary import vocabulary
 
-    made = plan(config, keep_attention=kept, **student.settings())
-    check_exportable(made, student.exportable)
+    check_exportable(_planned(student, config, kept, *student.settings()), student.exportable)
     if student.exportable == "gguf" and tokenizer is not None:
         vocabulary(tokenizer, config.get_text_config().vocab_size)
 
@@ -54,29 +49,26 @@ def check_expand(student: Student) -> None:
 def check_rope(student: Student, config: "PreTrainedConfig", kept: tuple[int, ...]) -> None:
     """What a mixer could not rotate is refused by the plan of the conversion, with the reason."""
     if student.rope == "keep":
-        from distill.conversion import plan
-
-        own, state_dim = student.window_layers, student.state_dim
-        plan(
-            config, mixer=student.mixer, keep_attention=kept, window_layers=own, state_dim=state_dim, rope=student.rope
-        )
+        _planned(student, config, kept, "window_layers", "state_dim", "rope")
 
 
 def check_kept_heads(recipe: Recipe, config: "PreTrainedConfig", kept: tuple[int, ...]) -> None:
     """The heads are there, in layers with a mixer, and stage 1 has others to match."""
-    from distill.conversion import plan
     from distill.heads import require_unmatched
 
     student = recipe.student
     if student.keep_heads:
-        heads = student.keep_heads
-        made = plan(
-            config,
-            mixer=student.mixer,
-            keep_attention=kept,
-            keep_heads=heads,
-            window_layers=student.window_layers,
-            bidirectional=student.bidirectional,
-        )
+        made = _planned(student, config, kept, "window_layers", "keep_heads")
         if recipe.stages.mixing is not None:
-            require_unmatched(heads, made.distill["mixer"]["n_heads"])
+            require_unmatched(student.keep_heads, made.distill["mixer"]["n_heads"])
+
+
+def _planned(student: Student, config: "PreTrainedConfig", kept: tuple[int, ...], *names: str) -> "PreTrainedConfig":
+    """The student's config with its mixer and these settings alone: what else is wrong is told by its own check.
+
+    So is what a teacher reads in both directions, hence ``causal`` whatever the student says.
+    """
+    from distill.conversion import plan
+
+    wanted = {name: getattr(student, name) for name in ("mixer", *names)}
+    return plan(config, keep_attention=kept, **wanted | {"bidirectional": "causal"})
