@@ -5,11 +5,11 @@ teacher's own class (``distill.student``) with copies of its weights.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -17,18 +17,17 @@ from transformers.initialization import no_init_weights
 
 from distill.attention import AttentionView, views
 from distill.calibration import calibrate
-from distill.copies import require_copies
+from distill.choices import Choices
 from distill.decoder import attention_of, layers_of
 from distill.errors import UserError
 from distill.families import FAMILIES, family_name
 from distill.fitting import Calibrated
-from distill.heads import Heads, described, fill_heads_, require_heads
+from distill.heads import described, fill_heads_, require_heads
 from distill.layout import ATTENTION, WINDOWED, kept_heads, layer_kinds, mixer_layers, resolve
 from distill.memories import set_apart_
 from distill.mixer_settings import own_settings, shared_settings, state_dim_of
-from distill.mixers import KINDS, SlidingWindowMixer, bare, is_mixer
+from distill.mixers import SlidingWindowMixer, bare, is_mixer
 from distill.mixers.kept_heads import kept_numel_per_token
-from distill.mixers.rotary import Rope
 from distill.roles import ROLES, roles
 from distill.rotation import require_rotation
 from distill.seeding import Seeded, seed_mixer
@@ -84,42 +83,14 @@ class Report:
         return asdict(self)
 
 
-def convert(
-    teacher: str | Path | PreTrainedModel,
-    *,
-    mixer: str = "mamba2",
-    keep_attention: Sequence[int] = (),
-    keep_heads: Heads | None = None,
-    seed: int = 0,
-    seed_from_attention: bool = True,
-    from_scratch: bool = False,
-    expand: int = 1,
-    state_dim: int | None = None,
-    conv_width: int = 4,
-    rope: str = "drop",
-    bidirectional: str = "refuse",
-    window_layers: Sequence[int] = (),
-    window: int | None = None,
-    sinks: int | None = None,
-) -> PreTrainedModel:
+def convert(teacher: str | Path | PreTrainedModel, **choices: Any) -> PreTrainedModel:
     """Turn a pretrained Transformer into a student with linear-time layers.
 
     Args:
         teacher: a Hugging Face folder (or hub id), or a loaded model, which is left untouched.
-        mixer: what takes attention's place, a key of ``distill.mixers.KINDS``.
-        keep_attention: 0-based indices of the layers that keep attention; with all of them the student equals the
-            teacher bit for bit.
-        keep_heads: query heads that keep attention beside the mixer of their layer, by layer, such as ``{3: [0, 2]}``.
-        seed: for the tokens the seeding looks at and for mixers that start at random; the same seed, the same student.
-        seed_from_attention: copy the attention weights into the mixers; False starts the mixers at random.
-        from_scratch: take nothing from the teacher but its shape: all weights start as its class starts them.
-        expand: heads of the mixer for each of attention's (``distill.copies``).
-        state_dim: state size of a head; None means the teacher's head size (``based``: queries' and keys', at most 16).
-        conv_width: taps of the mixers' short convolution.
-        rope: ``keep`` gives the mixers the teacher's rotary positions (``distill.mixers.rotary``), ``drop`` does not.
-        bidirectional: for a teacher that reads images in both directions; ``"causal"`` lets mixers read them one way.
-        window_layers: 0-based indices of layers whose attention stays, behind a window, beside those with the mixer.
-        window, sinks: of these, or of ``sliding_window``: the tokens that they see (``distill.window``); 64, 4 if None.
+        **choices: by keyword what ``distill.choices.Choices`` has: ``mixer``, ``keep_attention``, ``keep_heads``,
+            ``seed``, ``seed_from_attention``, ``from_scratch``, ``expand``, ``state_dim``, ``conv_width``, ``rope``,
+            ``bidirectional``, ``window_layers``, ``window``, ``sinks``.
 
     Returns:
         A ``PreTrainedModel`` in eval mode: in fp32 if ``teacher`` is a folder, in a loaded teacher's dtype and on its
@@ -130,127 +101,73 @@ def convert(
             ``rope="keep"`` where attention's positions are not rotary ones that a mixer could have.
     """
     model = load_teacher(teacher) if isinstance(teacher, str | Path) else teacher
-    student, _ = convert_with_report(
-        model,
-        mixer=mixer,
-        keep_attention=keep_attention,
-        keep_heads=keep_heads,
-        seed=seed,
-        seed_from_attention=seed_from_attention,
-        from_scratch=from_scratch,
-        expand=expand,
-        state_dim=state_dim,
-        conv_width=conv_width,
-        rope=rope,
-        bidirectional=bidirectional,
-        window_layers=window_layers,
-        window=window,
-        sinks=sinks,
-    )
+    student, _ = convert_with_report(model, **choices)
     return student
 
 
-def convert_with_report(
-    teacher: PreTrainedModel,
-    *,
-    mixer: str = "mamba2",
-    keep_attention: Sequence[int] = (),
-    keep_heads: Heads | None = None,
-    seed: int = 0,
-    seed_from_attention: bool = True,
-    from_scratch: bool = False,
-    expand: int = 1,
-    state_dim: int | None = None,
-    conv_width: int = 4,
-    rope: str = "drop",
-    bidirectional: str = "refuse",
-    window_layers: Sequence[int] = (),
-    window: int | None = None,
-    sinks: int | None = None,
-) -> tuple[PreTrainedModel, Report]:
+def convert_with_report(teacher: PreTrainedModel, **choices: Any) -> tuple[PreTrainedModel, Report]:
     """:func:`convert`, with the account of what was done."""
-    config = plan(
-        teacher.config,
-        mixer=mixer,
-        keep_attention=keep_attention,
-        keep_heads=keep_heads,
-        expand=expand,
-        state_dim=state_dim,
-        conv_width=conv_width,
-        rope=rope,
-        bidirectional=bidirectional,
-        window_layers=window_layers,
-        window=window,
-        sinks=sinks,
-    )
+    wanted, config = Choices(**choices), plan(teacher.config, **choices)
     replaced = views(teacher, mixer_layers(config))
     errors = verify(teacher, replaced)
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(wanted.seed)
         student = _build(config, teacher)
-    if expand > 1:
+    if wanted.expand > 1:
         for made in mixers_of(student).values():
             if is_mixer(made):
-                set_apart_(made, expand)
-    if not from_scratch:
+                set_apart_(made, wanted.expand)
+    if not wanted.from_scratch:
         _copy_weights(teacher, student)
     if replaced and family_name(teacher.config) not in FAMILIES:
         verify_delivery(student)
-    seeded = _seed(student, teacher, replaced, seed) if seed_from_attention and not from_scratch else {}
-    if not from_scratch:
+    seeds = wanted.seed_from_attention and not wanted.from_scratch
+    seeded = _seed(student, teacher, replaced, wanted.seed) if seeds else {}
+    if not wanted.from_scratch:
         for index in kept_heads(config):
             fill_heads_(attention_of(layers_of(student)[index]), replaced[index])
     return student, report(teacher, student, seeded, max(errors.values(), default=None))
 
 
-def plan(
-    teacher: PreTrainedConfig,
-    *,
-    mixer: str = "mamba2",
-    keep_attention: Sequence[int] = (),
-    keep_heads: Heads | None = None,
-    expand: int = 1,
-    state_dim: int | None = None,
-    conv_width: int = 4,
-    rope: str = "drop",
-    bidirectional: str = "refuse",
-    window_layers: Sequence[int] = (),
-    window: int | None = None,
-    sinks: int | None = None,
-) -> PreTrainedConfig:
+def plan(teacher: PreTrainedConfig, **choices: Any) -> PreTrainedConfig:
     """The student's config, everything checked, without a weight in memory.
+
+    Args:
+        teacher: its config.
+        **choices: as :func:`convert`.
 
     Raises:
         UserError: as :func:`convert`.
     """
+    wanted = Choices(**choices)
     if getattr(teacher, "distill", None) is not None:
         raise UserError("the teacher is already a student of this project; convert the Transformer it came from")
-    if mixer not in KINDS:
-        raise UserError(f"mixer is {mixer!r}; allowed are {', '.join(sorted(KINDS))}")
-    text = teacher.get_text_config()
-    kept = resolve(text.num_hidden_layers, layers=list(keep_attention))
-    if (state_dim is not None and state_dim < 1) or conv_width < 1:
-        raise UserError(f"state_dim is {state_dim} and conv_width {conv_width}; both must be at least 1")
-    if rope not in get_args(Rope):
-        raise UserError(f"rope is {rope!r}; allowed are {', '.join(get_args(Rope))}")
-    if bidirectional != "causal" and len(kept) < text.num_hidden_layers:
+    depth = teacher.get_text_config().num_hidden_layers
+    kept = resolve(depth, layers=list(wanted.keep_attention))
+    if wanted.bidirectional != "causal" and len(kept) < depth:
         refuse_both_ways(teacher)
-    heads = dict(keep_heads or {})
-    require_copies(expand, mixer, bool(heads))
-    layers = layer_kinds(text.num_hidden_layers, kept, mixer, window_layers)
+    layers = layer_kinds(depth, kept, wanted.mixer, wanted.window_layers)
     changed = [index for index, kind in enumerate(layers) if kind != ATTENTION]
     empty = empty_model(teacher)
     seen = views(empty, changed or [0])
     attention, *others = seen.values()
     if any((other.n_heads, other.head_dim) != (attention.n_heads, attention.head_dim) for other in others):
         raise UserError(f"the layers of this {family_name(teacher)} have different heads; mixers are all of one shape")
-    state_dim = state_dim_of(mixer, attention.head_dim) if state_dim is None else state_dim
-    if rope == "keep" and mixer != WINDOWED:  # behind a window attention does with positions what it always did
+    state_dim = wanted.state_dim or state_dim_of(wanted.mixer, attention.head_dim)
+    if wanted.rope == "keep" and wanted.mixer != WINDOWED:  # behind a window positions are what they always were
         require_rotation(empty, [index for index in changed if layers[index] != WINDOWED], state_dim)
-    shared = shared_settings(teacher, attention, expand=expand, state_dim=state_dim, conv_width=conv_width, rope=rope)
-    own = own_settings(mixer, layers, seen, window, sinks)
-    require_heads(heads, layers, attention.n_heads, mixer)
+    shared = shared_settings(
+        teacher,
+        attention,
+        expand=wanted.expand,
+        state_dim=state_dim,
+        conv_width=wanted.conv_width,
+        rope=wanted.rope,
+    )
+    own = own_settings(wanted.mixer, layers, seen, wanted.window, wanted.sinks)
+    heads = dict(wanted.keep_heads or {})
+    require_heads(heads, layers, attention.n_heads, wanted.mixer)
     return student_config(teacher, layers, shared | own, described(empty, seen, heads))
 
 

@@ -1,8 +1,8 @@
 """Conversion: exactness, seeding, counts, and that the teacher is left alone."""
 
 import copy
-import inspect
 import weakref
+from dataclasses import fields
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from distill import UserError, convert
 from distill.attention import family_of, view
 from distill.calibration import calibrate, steady_direction
+from distill.choices import Choices
 from distill.conversion import convert_with_report, empty_model, plan, report
 from distill.mixers import MIXERS
 from distill.mixers.parts import in_convolution
@@ -305,8 +306,22 @@ def test_mistakes_are_refused(wanted, says):
 
 
 def test_a_recipe_says_all_that_a_conversion_asks():
-    asked = set(inspect.signature(plan).parameters) - {"teacher", "keep_attention"}
-    assert set(Student().settings()) == asked
+    given_apart = {"keep_attention", "seed", "seed_from_attention", "from_scratch"}
+    assert set(Student().settings()) == {field.name for field in fields(Choices)} - given_apart
+
+
+def test_a_recipe_and_a_call_choose_the_same_unless_told_otherwise():
+    chosen = Choices()
+    assert {name: value for name, value in Student().settings().items() if value != getattr(chosen, name)} == {
+        "keep_heads": {}
+    }
+
+
+def test_a_choice_that_there_is_none_of_is_refused():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'mixr'"):
+        convert(tiny("llama"), mixr="mamba2")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'layers'"):
+        plan(tiny("llama").config, layers=[0])
 
 
 def test_a_student_is_not_converted_again():
