@@ -53,7 +53,8 @@ class Report:
         layers: one name a layer, ``"attention"`` or the mixer's.
         seeded: for each changed layer, where each part of the mixer came from; empty if mixers started at random.
         parameters_before, parameters_after: counts by role (``distill.roles``).
-        state_bytes: what all mixers remember per sequence, fp32, at any length.
+        state_bytes: what all mixers remember per sequence, at any length: states in fp32, the inputs of convolutions
+            and what windows hold in the teacher's dtype, which a student has when it is converted.
         kv_bytes_per_token: what kept attention, of layers and of single heads, adds per token, in the teacher's dtype.
         teacher_kv_bytes_per_token: what the teacher adds per token.
         view_error: how far the teacher's attention, recomputed as it was read, is from its own output at most,
@@ -226,7 +227,7 @@ def report(
         seeded=seeded or {},
         parameters_before=_count_by_role(teacher),
         parameters_after=_count_by_role(student),
-        state_bytes=state_bytes(student),
+        state_bytes=state_bytes(student, teacher.dtype),
         kv_bytes_per_token=(len(kinds) - len(mixer_layers(student.config))) * kv_bytes
         + of_heads * teacher.dtype.itemsize,
         teacher_kv_bytes_per_token=len(kinds) * kv_bytes,

@@ -193,6 +193,11 @@ def mixers_of(student: PreTrainedModel) -> dict[int, Slot]:
     return {index: attention_of(layers[index]) for index in mixer_layers(student.config)}
 
 
-def state_bytes(student: PreTrainedModel, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes all mixers remember per sequence, at any context length."""
-    return sum(mixer.state_numel() for mixer in mixers_of(student).values()) * dtype.itemsize
+def state_bytes(student: PreTrainedModel, dtype: torch.dtype | None = None) -> int:
+    """Bytes all mixers remember per sequence, at any context length.
+
+    Args:
+        student: may be without weights.
+        dtype: of the weights it is to have, where it has not these; states are at least fp32 all the same.
+    """
+    return sum(mixer.state_bytes(dtype or student.dtype) for mixer in mixers_of(student).values())

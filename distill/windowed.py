@@ -14,7 +14,7 @@ from distill.conversion import report
 from distill.decoder import attention_of, layers_of
 from distill.errors import UserError
 from distill.layout import mixer_layers
-from distill.student import is_student
+from distill.student import is_student, state_bytes
 from distill.vision import read_both_ways
 from distill.window import SINKS, Window, put_window
 
@@ -54,8 +54,8 @@ def matching_window(teacher: PreTrainedModel, student: PreTrainedModel, *, sinks
     """The window, in the layers where ``student`` has mixers, that remembers as many bytes as those mixers do.
 
     Args:
-        teacher, student: may be without weights, but must have their dtype: a mixer's state is fp32, keys and values
-            are as the teacher is.
+        teacher, student: may be without weights, but must have their dtypes, by which keys and values count as well as
+            a mixer's last inputs; its state is fp32.
 
     Raises:
         UserError: the student has no mixers, or another depth.
@@ -69,7 +69,7 @@ def matching_window(teacher: PreTrainedModel, student: PreTrainedModel, *, sinks
         raise UserError(f"the teacher has {depths[0]} layers and the student {depths[1]}: it came from another teacher")
     layers, found = mixer_layers(student.config), report(teacher, student)
     per_token = found.teacher_kv_bytes_per_token // depths[0] * len(layers)
-    return Window(tuple(layers), max(1, found.state_bytes // per_token - sinks), sinks)
+    return Window(tuple(layers), max(1, state_bytes(student) // per_token - sinks), sinks)
 
 
 def window_of(model: PreTrainedModel) -> Window | None:

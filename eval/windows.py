@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from distill import handover
 from distill.conversion import empty_model
@@ -60,10 +60,9 @@ def read(path: str) -> Window | None:
     config = _config(folder, path)
     sinks = _number(path, given, "sinks", 0) if "sinks" in given else SINKS
     if "like" in given:
-        like, dtype = _config(given["like"], path), getattr(config, "dtype", None) or torch.float32
+        like = _config(given["like"], path)
         try:
-            teacher: Any = empty_model(config)
-            rule = matching_window(teacher.to(dtype), empty_model(like), sinks=sinks)
+            rule = matching_window(_as_stored(config), _as_stored(like), sinks=sinks)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         return Window(rule.layers, _number(path, given, "window", 1) if "window" in given else rule.window, sinks)
@@ -111,6 +110,12 @@ def _config(folder: str, path: str) -> PreTrainedConfig:
         raise UserError(
             f"{path}: {folder} has no config that can be read ({str(error).partition(chr(10))[0]})"
         ) from error
+
+
+def _as_stored(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model without weights in the dtype that these have in its folder, in which ``eval.loading`` loads them."""
+    model: Any = empty_model(config)
+    return model.to(getattr(config, "dtype", None) or torch.float32)
 
 
 _EXAMPLE = "FOLDER@window=64,sinks=4,layers=0-2 or FOLDER@like=STUDENT"

@@ -199,7 +199,7 @@ def planned_bytes(model: PreTrainedModel, context: int, batch: int) -> int:
     config: Any = model.config
     mixers = mixers_of(model) if is_student(model) else {}
     per_token = 2 * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
-    states = sum(4 * mixer.state_numel() for mixer in mixers.values())
+    states = sum(mixer.state_bytes(model.dtype) for mixer in mixers.values())
     return batch * ((config.num_hidden_layers - len(mixers)) * per_token * context + states)
 
 

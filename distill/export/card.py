@@ -172,10 +172,12 @@ def _footprint(account: Account, footprint: Footprint) -> str:
         for tokens in _contexts(account)
     ]
     head = ["tokens of context", "cache", "teacher's cache", "operations", "teacher's operations"]
+    dtype = _dtype(account.config)
     return (
-        f"Of one sequence: a state of {size(footprint.state_bytes)} in fp32 at every length, and keys and values "
-        f"({_dtype(account.config)}) of the layers that keep attention. Operations are those of a generated token that"
-        " depend on the kind of layer: scan, scores and weighted sums. Computed from the configuration, not measured."
+        f"Of one sequence: {size(footprint.state_bytes)} at every length (a mixer's state in fp32, all else in {dtype})"
+        f", and keys and values ({dtype}) of the layers that keep attention. Operations are those of a generated token"
+        " that depend on the kind of layer: scan, scores and weighted sums. Computed from the configuration, not"
+        " measured."
         f"\n\n{table(head, rows)}"
     )
 

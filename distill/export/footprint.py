@@ -11,7 +11,7 @@ h, K, p   attention's query heads, key/value heads, channels a head
 ::
 
     attention layer   2 K p T numbers of keys and values,    4 h p T operations a token (scores, weighted sum)
-    mixer             H P N + its convolution's inputs,      4 H P N operations a token (written, read)
+    mixer             H P N in fp32, convolution's inputs,   4 H P N operations a token (written, read)
     behind a window   2 K p T and 4 h p T, with window + sinks for T
 
 Projections, MLPs and the head come on top, of both alike.
@@ -53,7 +53,7 @@ class Footprint:
 
     Attributes:
         parameters: tied ones once.
-        state_bytes: what all mixers remember, fp32.
+        state_bytes: what all mixers remember: states in fp32, the rest in the dtype of the weights.
         scan_operations: of all mixers, a token.
         layers: what attention costs in each layer, kept or not.
         kept: the layers that keep attention.
@@ -90,7 +90,7 @@ def footprint_of(config: PreTrainedConfig) -> Footprint:
     attention = views(empty_model(teacher_config(config)), range(len(kinds)))
     return Footprint(
         parameters=sum(parameter.numel() for parameter in student.parameters()),
-        state_bytes=state_bytes(student),
+        state_bytes=state_bytes(student, dtype),
         scan_operations=sum(
             _mixing(kind, config.distill["mixer"], attention[index])
             for index, kind in enumerate(kinds)

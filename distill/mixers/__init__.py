@@ -7,6 +7,7 @@ cannot tell the difference; :class:`Slot` and :class:`Mixer` say what else the r
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from distill.mixers import based, hedgehog
@@ -48,8 +49,8 @@ class Slot(Protocol):
         """As of any module."""
         ...
 
-    def state_numel(self) -> int:
-        """Numbers it remembers per sequence, whatever the sequence's length."""
+    def state_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes it remembers per sequence in a model of ``dtype``, whatever the sequence's length."""
         ...
 
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from distill.cache import MixerCacheLayer
 from distill.mixers.face import factors_of, head_outputs_of, matrix_of, mix_over_time
-from distill.mixers.normalised import NormalisedTerms, normalised_numel, normalised_terms
+from distill.mixers.normalised import NormalisedTerms, normalised_bytes, normalised_terms
 from distill.mixers.parts import ShortConvolution, consecutive, mask_positions, random_projections_, widen
 from distill.mixers.rotary import Rope, Rotation
 
@@ -80,7 +80,7 @@ class BasedMixer(nn.Module):
     head_outputs = head_outputs_of
     mixing_matrix = matrix_of
     matrix_factors = factors_of
-    state_numel = normalised_numel
+    state_bytes = normalised_bytes
 
     def __init__(
         self,

@@ -12,10 +12,11 @@ of the ``Mixer`` protocol::
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from distill.cache import MixerCacheLayer
-from distill.mixers.parts import between_tokens
+from distill.mixers.parts import between_tokens, bytes_with_inputs
 from distill.mixers.rotary import Rotation
 from distill.ssd.factors import MatrixFactors
 
@@ -132,9 +133,9 @@ def factors_of(
     return terms.factors(resets_BT=resets_BT)
 
 
-def remembered_numel(mixer: OfTerms) -> int:
-    """Numbers remembered per sequence: the heads' states and the convolution's inputs."""
-    return mixer.inner * mixer.state_dim + mixer.conv1d.in_channels * (mixer.conv1d.kernel_size[0] - 1)
+def remembered_bytes(mixer: OfTerms, dtype: torch.dtype) -> int:
+    """Bytes remembered per sequence in a model of ``dtype``: the heads' states and the convolution's inputs."""
+    return bytes_with_inputs(mixer.inner * mixer.state_dim, mixer.conv1d, dtype)
 
 
 def cache_layer(cache: Any, layer_idx: int) -> MixerCacheLayer | None:

@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 from distill.cache import MixerCacheLayer
 from distill.delta import delta_matrix, delta_rule, delta_step
-from distill.mixers.face import head_outputs_of, matrix_of, mix_over_time, remembered_numel
+from distill.mixers.face import head_outputs_of, matrix_of, mix_over_time, remembered_bytes
 from distill.mixers.parts import (
     GatedHeadNorm,
     ShortConvolution,
@@ -131,7 +131,7 @@ class GatedDeltaNetMixer(nn.Module):
     forward = mix_over_time
     head_outputs = head_outputs_of
     mixing_matrix = matrix_of
-    state_numel = remembered_numel
+    state_bytes = remembered_bytes
 
     def __init__(
         self,

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.mixers.face import factors_of, head_outputs_of, matrix_of, mix_over_time
-from distill.mixers.normalised import NormalisedTerms, normalised_numel, normalised_terms
+from distill.mixers.normalised import NormalisedTerms, normalised_bytes, normalised_terms
 from distill.mixers.parts import (
     ShortConvolution,
     consecutive,
@@ -89,7 +89,7 @@ class HedgehogMixer(nn.Module):
     head_outputs = head_outputs_of
     mixing_matrix = matrix_of
     matrix_factors = factors_of
-    state_numel = normalised_numel
+    state_bytes = normalised_bytes
 
     def __init__(
         self,

@@ -288,9 +288,9 @@ class HeadHybrid(nn.Module):
         """The mixer's: kept heads have their matrix."""
         return self.mixer.matrix_parameters()
 
-    def state_numel(self) -> int:
-        """Numbers remembered per sequence by the mixer: kept heads' keys and values grow with the context."""
-        return self.mixer.state_numel()
+    def state_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes remembered per sequence by the mixer: kept heads' keys and values grow with the context."""
+        return self.mixer.state_bytes(dtype)
 
     def head_outputs(self, hidden_BTD: Tensor, **sequence: Any) -> Tensor:
         """(B, T, H·P): what the output projection of attention would read: kept heads', and the mixer's of the rest."""

@@ -36,7 +36,7 @@ from distill.mixers.face import (
     head_outputs_of,
     matrix_of,
     mix_over_time,
-    remembered_numel,
+    remembered_bytes,
 )
 from distill.mixers.parts import (
     GatedHeadNorm,
@@ -79,7 +79,7 @@ class Mamba2Mixer(nn.Module):
     head_outputs = head_outputs_of
     mixing_matrix = matrix_of
     matrix_factors = factors_of
-    state_numel = remembered_numel
+    state_bytes = remembered_bytes
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from distill.cache import MixerCacheLayer
-from distill.mixers.parts import ShortConvolution, mask_positions, split_heads, widen
+from distill.mixers.parts import ShortConvolution, bytes_with_inputs, mask_positions, split_heads, widen
 from distill.mixers.rotary import Rope, Rotation, rotate
 from distill.mixers.state_space import ScanTerms
 from distill.ssd import scan
@@ -140,7 +140,6 @@ def normalised_terms(
     return NormalisedTerms(k_BTHN, features(q_BTHD), split_heads(v_BTI, mixer.n_heads), log_decay_BTH), v_BTI
 
 
-def normalised_numel(mixer: Normalised) -> int:
-    """Numbers remembered per sequence: S and n of every head, and the convolution's inputs."""
-    heads = mixer.n_heads * (mixer.head_dim + 1) * mixer.state_dim
-    return heads + mixer.conv1d.in_channels * (mixer.conv1d.kernel_size[0] - 1)
+def normalised_bytes(mixer: Normalised, dtype: torch.dtype) -> int:
+    """Bytes remembered per sequence in a model of ``dtype``: S and n of every head, and the convolution's inputs."""
+    return bytes_with_inputs(mixer.n_heads * (mixer.head_dim + 1) * mixer.state_dim, mixer.conv1d, dtype)

@@ -120,6 +120,12 @@ def through_cache(
     return y_BTHP
 
 
+def bytes_with_inputs(state_numel: int, conv1d: nn.Conv1d, dtype: torch.dtype) -> int:
+    """What a cache holds of a sequence in a model of ``dtype``: a state, which is widened, and the inputs, as made."""
+    inputs = conv1d.in_channels * (conv1d.kernel_size[0] - 1)
+    return state_numel * torch.promote_types(dtype, torch.float32).itemsize + inputs * dtype.itemsize
+
+
 def consecutive(widths: dict[str, int]) -> dict[str, slice]:
     """Where each part lies when parts of these widths follow one another."""
     ends = list(accumulate(widths.values()))

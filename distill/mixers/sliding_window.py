@@ -110,6 +110,6 @@ class SlidingWindowMixer(nn.Module):
         hidden = ~seen_B1TT
         return torch.zeros_like(hidden, dtype=hidden_BTD.dtype).masked_fill(hidden, torch.finfo(hidden_BTD.dtype).min)
 
-    def state_numel(self) -> int:
-        """Numbers remembered per sequence: keys and values."""
-        return 2 * self.n_kv_heads * self.head_dim * (self.window + self.sinks)
+    def state_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes remembered per sequence in a model of ``dtype``: keys and values."""
+        return 2 * self.n_kv_heads * self.head_dim * (self.window + self.sinks) * dtype.itemsize

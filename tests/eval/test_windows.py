@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distill import convert
+from distill import convert, load_student
 from distill.cache import cache_nbytes
 from distill.errors import UserError
 from distill.window import Window
@@ -32,9 +32,13 @@ def test_what_is_spelled_is_what_is_loaded(folders):
     assert window_of(load_model(teacher, "cpu")) is None
 
 
-def test_by_default_a_window_takes_as_many_bytes_as_the_student_s_state(folders):
-    teacher, hybrid = folders
-    model, student = load_model(f"{teacher}@like={hybrid}", "cpu"), load_model(hybrid, "cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_by_default_a_window_takes_as_many_bytes_as_the_student_s_state(folders, tmp_path, dtype):
+    """Also of a student in bfloat16, whose states are fp32 and whose convolutions' inputs are not."""
+    teacher, like = folders[0], str(tmp_path / "hybrid")
+    load_student(folders[1]).to(dtype).save_pretrained(like)
+    model, student = load_model(f"{teacher}@like={like}", "cpu"), load_model(like, "cpu")
+    assert student.dtype == dtype
     ids, held = torch.randint(3, 97, (1, 900)), []
     for one in (model, student):
         cache = one(ids, use_cache=True).past_key_values

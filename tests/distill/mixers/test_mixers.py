@@ -118,7 +118,7 @@ def test_a_step_updates_the_state_where_it_lies(mixer):
     for t in range(6, 10):
         mixer(u[:, t : t + 1], past_key_values=cache)
     assert addresses == (layer.recurrent_states[0].data_ptr(), layer.conv_states[0].data_ptr())
-    assert layer.nbytes() == size == 2 * mixer.state_numel() * 8  # batch of two, fp64
+    assert layer.nbytes() == size == 2 * mixer.state_bytes(torch.float64)  # a batch of two
 
 
 def test_packed_documents_are_what_they_are_alone(mixer):

@@ -62,7 +62,7 @@ def test_prefill_chunks_and_steps_agree_and_hold_no_more_than_the_window(student
         assert cache.get_seq_length() == 40
     for index, mixer in mixers_of(student).items():
         layer = cache.layers[index]
-        assert layer.keys.numel() + layer.values.numel() == 2 * mixer.state_numel()  # a batch of two
+        assert layer.keys.nbytes + layer.values.nbytes == 2 * mixer.state_bytes(student.dtype)  # a batch of two
 
 
 def test_left_padded_prompts_generate_what_each_does_alone(student):

@@ -83,7 +83,7 @@ def test_pieces_agree_in_a_growing_cache_that_holds_no_more_than_the_window(stud
     for index, one in mixers_of(student).items():
         if one.of_attention:
             held = cache.layers[index]
-            assert held.keys.numel() + held.values.numel() == 2 * one.state_numel()  # a batch of two
+            assert held.keys.nbytes + held.values.nbytes == 2 * one.state_bytes(student.dtype)  # a batch of two
 
 
 def test_pieces_agree_in_a_static_cache(student):
