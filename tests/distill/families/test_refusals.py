@@ -54,8 +54,8 @@ def test_a_norm_that_is_called_otherwise_is_found():
         convert(stablelm)
 
 
-def _noisy(attention):
-    attention.register_forward_hook(lambda _m, _a, output: (output[0] * 1.01, output[1]))
+def _noisy(attention, by=0.01):
+    attention.register_forward_hook(lambda _m, _a, output: (output[0] * (1 + by), output[1]))
 
 
 @pytest.mark.parametrize("case", ["Llama", "Qwen3"])
@@ -65,6 +65,18 @@ def test_attention_that_is_not_what_it_seems_is_refused_with_its_error(case):
     with pytest.raises(UserError, match=r"layer 2 of this \w+ cannot be converted: .* off by 0\.01 of its size"):
         convert(teacher, keep_attention=[1])
     convert(teacher, keep_attention=[2])  # which nobody reads
+
+
+@pytest.mark.parametrize("case", ["Llama", "Gemma 2"])
+def test_a_teacher_in_fp64_may_take_its_softmax_in_fp32(case):
+    """As eager attention does, which Gemma 2 has unless told otherwise; sdpa computes in fp64, and is held to it."""
+    teacher = tiny(case).double()
+    teacher.set_attn_implementation("eager")
+    _, told = convert_with_report(teacher, keep_attention=[1])
+    assert 1e-9 < told.view_error < 1e-6
+    _noisy(attention_of(layers_of(teacher)[2]), by=1e-5)
+    with pytest.raises(UserError, match=r"off by 1e-05 of its size \(1e-06 is allowed\)"):
+        convert(teacher)
 
 
 def test_a_mask_in_both_directions_is_found():
