@@ -113,7 +113,8 @@ def convert_with_report(teacher: PreTrainedModel, **choices: Any) -> tuple[PreTr
     errors = verify(teacher, replaced)
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(wanted.seed)
+        # Of the CPU alone, where weights are drawn: torch.manual_seed changes every device's, and the fork keeps one.
+        torch.default_generator.manual_seed(wanted.seed)
         student = _build(config, teacher)
     if wanted.expand > 1:
         for made in mixers_of(student).values():

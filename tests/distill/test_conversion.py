@@ -324,6 +324,16 @@ def test_a_choice_that_there_is_none_of_is_refused():
         plan(tiny("llama").config, layers=[0])
 
 
+def test_a_conversion_leaves_every_generator_as_it_was(monkeypatch):
+    """Weights are drawn on the CPU: a seed for other devices would change their generators for nothing."""
+    teacher, seeded = tiny("llama"), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    convert(teacher, seed_from_attention=False, seed=4)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not seeded
+
+
 def test_a_student_is_not_converted_again():
     with pytest.raises(UserError, match="already a student"):
         convert(convert(tiny("llama")))
