@@ -53,8 +53,9 @@ class Choices:
     def __post_init__(self) -> None:
         if self.mixer not in KINDS:
             raise UserError(f"mixer is {self.mixer!r}; allowed are {', '.join(sorted(KINDS))}")
-        if (self.state_dim is not None and self.state_dim < 1) or self.conv_width < 1:
-            raise UserError(f"state_dim is {self.state_dim} and conv_width {self.conv_width}; both must be at least 1")
+        for name, size in (("state_dim", self.state_dim), ("conv_width", self.conv_width)):
+            if size is not None and size < 1:
+                raise UserError(f"{name} is {size}; it must be at least 1")
         if self.rope not in get_args(Rope):
             raise UserError(f"rope is {self.rope!r}; allowed are {', '.join(get_args(Rope))}")
         require_copies(self.expand, self.mixer, bool(self.keep_heads))

@@ -23,7 +23,7 @@ from distill.errors import UserError
 from distill.families import FAMILIES, family_name
 from distill.fitting import Calibrated
 from distill.heads import described, fill_heads_, require_heads
-from distill.layout import ATTENTION, WINDOWED, kept_heads, layer_kinds, mixer_layers, resolve
+from distill.layout import ATTENTION, WINDOWED, kept_heads, layer_kinds, mixer_layers, resolve, told_apart
 from distill.memories import set_apart_
 from distill.mixer_settings import own_settings, shared_settings, state_dim_of
 from distill.mixers import SlidingWindowMixer, bare, is_mixer
@@ -153,9 +153,7 @@ def plan(teacher: PreTrainedConfig, **choices: Any) -> PreTrainedConfig:
     changed = [index for index, kind in enumerate(layers) if kind != ATTENTION]
     empty = empty_model(teacher)
     seen = views(empty, changed or [0])
-    attention, *others = seen.values()
-    if any((other.n_heads, other.head_dim) != (attention.n_heads, attention.head_dim) for other in others):
-        raise UserError(f"the layers of this {family_name(teacher)} have different heads; mixers are all of one shape")
+    attention = _of_one_shape(seen, teacher)
     state_dim = wanted.state_dim or state_dim_of(wanted.mixer, attention.head_dim)
     if wanted.rope == "keep" and wanted.mixer != WINDOWED:  # behind a window positions are what they always were
         require_rotation(empty, [index for index in changed if layers[index] != WINDOWED], state_dim)
@@ -171,6 +169,18 @@ def plan(teacher: PreTrainedConfig, **choices: Any) -> PreTrainedConfig:
     heads = dict(wanted.keep_heads or {})
     require_heads(heads, layers, attention.n_heads, wanted.mixer)
     return student_config(teacher, layers, shared | own, described(empty, seen, heads))
+
+
+def _of_one_shape(attention: dict[int, AttentionView], teacher: PreTrainedConfig) -> AttentionView:
+    """The first, whose heads all others must have."""
+    shapes = {index: f"{view.n_heads} heads of {view.head_dim} channels" for index, view in attention.items()}
+    if len(set(shapes.values())) > 1:
+        told, odd = told_apart(shapes)
+        raise UserError(
+            f"layers of this {family_name(teacher)} have different heads, and mixers are all of one shape ({told}); put"
+            f" {odd} in keep_attention"
+        )
+    return next(iter(attention.values()))
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:

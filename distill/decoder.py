@@ -63,12 +63,18 @@ def norm_eps(config: PreTrainedConfig) -> float:
 def _layers_name(decoder: nn.Module) -> str:
     name = next((name for name in LAYERS if isinstance(getattr(decoder, name, None), nn.ModuleList)), None)
     if name is None:
-        raise UserError(f"{type(decoder).__name__} has no list of layers under {', '.join(LAYERS)}: it is not read")
+        raise UserError(
+            f"{type(decoder).__name__} has no list of layers under {', '.join(LAYERS)}; take a teacher of another"
+            " family, or add the name that it has to LAYERS in distill/decoder.py"
+        )
     return name
 
 
 def _attention_name(layer: nn.Module) -> str:
     name = next((name for name in ATTENTION if isinstance(getattr(layer, name, None), nn.Module)), None)
     if name is None:
-        raise UserError(f"{type(layer).__name__} has no attention under {', '.join(ATTENTION)}: it is not read")
+        raise UserError(
+            f"{type(layer).__name__} has no attention under {', '.join(ATTENTION)}; take a teacher of another family,"
+            " or add the name that it has to ATTENTION in distill/decoder.py"
+        )
     return name

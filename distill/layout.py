@@ -3,7 +3,7 @@
 Layers that keep attention are given as a list, a repeated pattern, a ratio or a count; those with a window as a list.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -95,6 +95,19 @@ def layer_kinds(n_layers: int, kept: Sequence[int], mixer: str, windows: Sequenc
     return [ATTENTION if index in set(kept) else kind for index, kind in enumerate(others)]
 
 
+def told_apart(of_layers: Mapping[int, str]) -> tuple[str, str]:
+    """Layers by what is said of each, and those that are not as most are.
+
+    ``{0: "x", 1: "y", 2: "x"}`` gives ``("layers 0, 2: x; layer 1: y", "layer 1")``.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, text in of_layers.items():
+        groups.setdefault(text, []).append(index)
+    most = max(groups.values(), key=len)
+    told = "; ".join(f"{_named(layers)}: {text}" for text, layers in groups.items())
+    return told, _named([index for index in of_layers if index not in most])
+
+
 def mixer_layers(config: PreTrainedConfig) -> list[int]:
     """Indices of the layers whose attention a mixer replaced."""
     return [index for index, kind in enumerate(config.distill["layers"]) if kind != ATTENTION]
@@ -114,6 +127,10 @@ def kept_heads(config: PreTrainedConfig) -> dict[int, list[int]]:
 def parts_of(layout: dict[str, Any]) -> list[str]:
     """Names of all that a student's layout is put together from: kinds of layers, and ``heads`` where any are kept."""
     return sorted({*layout["layers"], *(["heads"] if layout.get("heads") else [])})
+
+
+def _named(layers: Sequence[int]) -> str:
+    return f"{'layer' if len(layers) == 1 else 'layers'} {', '.join(map(str, layers))}"
 
 
 def _checked(layers: Sequence[int], n_layers: int, key: str) -> list[int]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from distill.attention import AttentionView
 from distill.decoder import norm_eps
 from distill.errors import UserError
-from distill.layout import WINDOWED
+from distill.layout import WINDOWED, told_apart
 from distill.window import SINKS
 
 WINDOW = 64
@@ -57,22 +57,32 @@ def own_settings(
     Raises:
         UserError: a window that no layer has, or that is none; layers whose own windows differ.
     """
-    behind = [view for index, view in replaced.items() if WINDOWED in (mixer, kinds[index])]
+    behind = {index: view for index, view in replaced.items() if WINDOWED in (mixer, kinds[index])}
     if not behind and (window, sinks) != (None, None):
         raise UserError(f"window and sinks are for {WINDOWED}, not for {mixer}; leave them out, or give window_layers")
-    own = _window_settings(behind, window, sinks) if behind else {}
+    own = _window_settings(_of_one_window(behind, mixer), window, sinks) if behind else {}
     if mixer == "gated_deltanet":  # transformers' has no bias there, so only where the teacher's must go somewhere
         attention = next(iter(replaced.values()))
         own["conv_bias"] = any(part.bias is not None for part in (attention.q, attention.k, attention.v))
     return own
 
 
-def _window_settings(behind: Sequence[AttentionView], window: int | None, sinks: int | None) -> dict[str, Any]:
+def _of_one_window(behind: Mapping[int, AttentionView], mixer: str) -> AttentionView:
+    """The first, whose own window all others must have."""
+    windows = {index: view.sliding_window for index, view in behind.items()}
+    if len(set(windows.values())) > 1:
+        told, odd = told_apart({i: "none" if size is None else f"{size} tokens" for i, size in windows.items()})
+        otherwise = "" if mixer == WINDOWED else ", or not in window_layers"
+        raise UserError(
+            f"the layers to put behind a window have different windows of their own ({told}); put {odd} in"
+            f" keep_attention{otherwise}"
+        )
+    return next(iter(behind.values()))
+
+
+def _window_settings(attention: AttentionView, window: int | None, sinks: int | None) -> dict[str, Any]:
     window, sinks = WINDOW if window is None else window, SINKS if sinks is None else sinks
     if window < 1 or sinks < 0:
         raise UserError(f"window is {window} and sinks {sinks}; they are at least 1 and 0 tokens")
-    if len({view.sliding_window for view in behind}) > 1:
-        raise UserError("the layers to replace have different windows of their own; keep attention in one kind")
-    attention = behind[0]
     own = {"own_window": attention.sliding_window, "n_kv_heads": attention.n_kv_heads}
     return {"window": window, "sinks": sinks, **own}

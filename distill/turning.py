@@ -7,6 +7,7 @@ B batch, H query heads, K key/value heads, T tokens.
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ Rotate = Callable[..., tuple[Tensor, Tensor]]
 def rotation_of(attention: Any) -> Rotate:
     """The family's own, since they differ in which channels make a pair; it stands beside the attention class."""
     beside = sys.modules[type(attention).__module__]
-    return getattr(beside, "apply_rotary_pos_emb", _no_rotation)
+    return getattr(beside, "apply_rotary_pos_emb", partial(_no_rotation, type(attention).__name__))
 
 
 def turned(rotate: Rotate, q_BHTP: Tensor, k_BKTP: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
@@ -38,5 +39,8 @@ def turned(rotate: Rotate, q_BHTP: Tensor, k_BKTP: Tensor, positions: Positions)
     return torch.cat([q_BHTW, q_BHTP[..., width:]], dim=-1), torch.cat([k_BKTW, k_BKTP[..., width:]], dim=-1)
 
 
-def _no_rotation(*_inputs: Tensor) -> tuple[Tensor, Tensor]:
-    raise UserError("its rotation is not where others have theirs, apply_rotary_pos_emb beside the attention class")
+def _no_rotation(attention: str, *_inputs: Tensor) -> tuple[Tensor, Tensor]:
+    raise UserError(
+        f"{attention} has no apply_rotary_pos_emb beside it, by which others rotate queries and keys; take a teacher of"
+        " another family, or let rotation_of in distill/turning.py find the function that it has"
+    )

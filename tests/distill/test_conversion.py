@@ -297,7 +297,8 @@ def test_roles_cover_every_parameter_once(family):
             "mixer is 'mamba3'; allowed are based, discrete_mamba2, gated_deltanet, hedgehog, mamba2, sliding_window",
         ),
         ({"keep_attention": [3]}, "numbered 0 to 2"),
-        ({"state_dim": 0}, "at least 1"),
+        ({"state_dim": 0}, "^state_dim is 0; it must be at least 1$"),
+        ({"conv_width": 0}, "^conv_width is 0; it must be at least 1$"),
     ],
 )
 def test_mistakes_are_refused(wanted, says):

@@ -1,5 +1,8 @@
 """What no mixer can start from is refused by family, layer and reason, and the teacher is left as it was."""
 
+import pickle
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +11,7 @@ from transformers import AutoConfig
 from distill import UserError, convert
 from distill.conversion import convert_with_report, plan
 from distill.decoder import attention_of, layers_of
+from distill.turning import rotation_of
 from tests.distill.families.models import GROUPED, built, config, tiny
 
 MLA = {
@@ -111,12 +115,34 @@ def test_a_type_without_a_causal_language_model_is_named():
         plan(AutoConfig.for_model("vit"))
 
 
+def test_layers_with_heads_of_another_size_are_named_with_what_would_do():
+    """Gemma 4 has larger heads where it sees everything."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    sizes = {"num_hidden_layers": 5, "layer_types": kinds, "head_dim": 8, "global_head_dim": 16}
+    teacher = config("gemma4_text", {**GROUPED, **sizes})
+    told = r"layers 0, 2, 3: 4 heads of 8 channels; layers 1, 4: 4 heads of 16 channels\); put layers 1, 4 in keep_att"
+    with pytest.raises(UserError, match=rf"this gemma4_text have different heads, and mixers .* \({told}"):
+        plan(teacher)
+    plan(teacher, keep_attention=[1, 4])
+
+
+def test_a_rotation_that_is_not_found_is_told_of_its_attention(monkeypatch):
+    teacher = tiny("Llama")
+    monkeypatch.delattr(sys.modules[type(attention_of(layers_of(teacher)[0])).__module__], "apply_rotary_pos_emb")
+    rotate = rotation_of(attention_of(layers_of(teacher)[0]))
+    says = r"LlamaAttention has no apply_rotary_pos_emb beside it, .*; take a teacher of another family, or"
+    with pytest.raises(UserError, match=says):
+        rotate(torch.ones(1), torch.ones(1))
+    pickle.dumps(rotate)  # a student's heads hold it
+
+
 def test_a_decoder_without_layers_or_attention_is_named():
     class Model(nn.Module):
         def get_decoder(self):
             return nn.Linear(2, 2)
 
-    with pytest.raises(UserError, match="Linear has no list of layers under layers, h, blocks"):
+    asks = r"; take a teacher of another family, or add the name that it has to"
+    with pytest.raises(UserError, match=f"Linear has no list of layers under layers, h, blocks{asks} LAYERS"):
         layers_of(Model())
-    with pytest.raises(UserError, match="Linear has no attention under self_attn, attn"):
+    with pytest.raises(UserError, match=f"Linear has no attention under self_attn, attn, .*{asks} ATTENTION"):
         attention_of(nn.Linear(2, 2))

@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from distill import convert, load_student
 from distill.cache import cache_nbytes
-from distill.conversion import convert_with_report
+from distill.conversion import convert_with_report, plan
 from distill.conversion_view import layers as shown_layers
 from distill.convert_stage import convert_stage
 from distill.errors import UserError
@@ -27,6 +27,7 @@ from stages.logits import LogitObjective
 from stages.mixing import MixingObjective
 from tests.conftest import CHECKOUT, disturbed, tiny
 from tests.distill.agreement import close, layers_alone_agree, pieces_agree, prompt, two_documents
+from tests.distill.families.models import CASES, config
 from tests.distill.families.models import tiny as tiny_case
 
 WINDOW, SINKS = 5, 2
@@ -277,6 +278,17 @@ def test_no_native_class_has_such_layers(to):
 def test_what_cannot_be_is_refused(wanted, says):
     with pytest.raises(UserError, match=says):
         convert(tiny("llama"), **{"mixer": "based"} | wanted)
+
+
+def test_layers_with_windows_of_their_own_are_named_with_what_would_do():
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    settings = {**CASES["Qwen2"][1], "num_hidden_layers": 4, "layer_types": kinds}
+    teacher = config("qwen2", settings)
+    told = r"\(layers 0, 2: 6 tokens; layer 1: none\); put layer 1 in keep_attention"
+    with pytest.raises(UserError, match=rf"different windows of their own {told}, or not in window_layers$"):
+        plan(teacher, mixer="mamba2", window_layers=[0, 1, 2])
+    with pytest.raises(UserError, match=rf"different windows of their own {told}$"):
+        plan(teacher, mixer="sliding_window", keep_attention=[3])
 
 
 def test_a_window_of_the_layers_own_stays():
