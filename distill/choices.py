@@ -21,14 +21,16 @@ class Choices:
             teacher bit for bit.
         keep_heads: query heads that keep attention beside the mixer of their layer, by layer, such as ``{3: [0, 2]}``.
         seed: for the tokens the seeding looks at and for mixers that start at random; the same seed, the same student.
-        seed_from_attention: copy the attention weights into the mixers; False starts the mixers at random.
+        seed_from_attention: copy the attention weights into the mixers; False starts the mixers at random, attention
+            behind a window (``window_layers``, ``sliding_window``) too.
         from_scratch: take nothing from the teacher but its shape: all weights start as its class starts them.
         expand: heads of the mixer for each of attention's (``distill.copies``).
         state_dim: state size of a head; None means the teacher's head size (``based``: queries' and keys', at most 16).
         conv_width: taps of the mixers' short convolution.
         rope: ``keep`` gives the mixers the teacher's rotary positions (``distill.mixers.rotary``), ``drop`` does not.
         bidirectional: for a teacher that reads images in both directions; ``"causal"`` lets mixers read them one way.
-        window_layers: 0-based indices of layers whose attention stays, behind a window, beside those with the mixer.
+        window_layers: 0-based indices of layers with attention behind a window, beside those with the mixer; with the
+            teacher's weights unless ``seed_from_attention`` is False.
         window, sinks: of these, or of ``sliding_window``: the tokens that they see (``distill.window``); 64, 4 if None.
 
     Raises:

@@ -190,7 +190,7 @@ class Student(Section):
     exportable: Literal["granite", "bamba", "gguf"] | None = None
     """A format that `distill export` must be able to write the student in, checked before the run; null for any."""
     window_layers: Annotated[tuple[Annotated[Integer, Field(ge=0)], ...], Distinct] = ()
-    """Layers, from 0, whose attention stays behind a window, beside those with the mixer (as in BASED and Samba)."""
+    """Layers, from 0, with attention behind a window, the teacher's at the start, beside the mixer's (BASED, Samba)."""
     window: Count | None = None
     """For sliding_window and window_layers: the latest tokens that a layer sees, and remembers; null for 64."""
     sinks: Annotated[Integer, Field(ge=0)] | None = None

@@ -11,6 +11,7 @@ from distill.cache import cache_nbytes
 from distill.conversion import convert_with_report, plan
 from distill.conversion_view import layers as shown_layers
 from distill.convert_stage import convert_stage
+from distill.decoder import attention_of, layers_of
 from distill.errors import UserError
 from distill.export.footprint import footprint_of
 from distill.export.limits import LIMITS
@@ -156,6 +157,14 @@ def test_the_start_of_each_layer_is_told():
     )
     assert told.kv_bytes_per_token == 0
     assert reached(plain, LogitsStage(tokens=1)) != reached(student, LogitsStage(tokens=1))
+
+
+def test_the_attention_starts_as_the_teacher_s_unless_seeds_are_not_wanted():
+    teacher = tiny("llama")
+    theirs = attention_of(layers_of(teacher)[1]).q_proj.weight
+    for seeds in (True, False):
+        student = convert(teacher, mixer="based", window_layers=[1], seed_from_attention=seeds, **SETTINGS)
+        assert torch.equal(mixers_of(student)[1].attention.q_proj.weight, theirs) == seeds
 
 
 def test_what_is_remembered_is_what_a_cache_holds(mixer):
