@@ -250,7 +250,7 @@ def test_beside_kept_heads_a_mixer_answers_for_both_or_not_at_all(student):
     with pytest.raises(AssertionError, match="SlidingWindowMixer has no mixer"):
         bare(window)
     faces = {name for face in (Slot, Mixer) for name in (*vars(face), *face.__annotations__) if name[0] != "_"}
-    assert {"of_attention", "kept_heads", "matrix_factors", "in_proj", "state_numel"} <= faces
+    assert {"of_attention", "kept_heads", "matrix_factors", "in_proj", "state_bytes"} <= faces
     faces -= set() if beside.without_factors is None else {"matrix_factors", "matrix_parameters"}
     assert all(hasattr(slot, name) for slot in (beside, alone) for name in faces)
     assert not any(hasattr(beside, name) for name in ("conv1d", "_terms", "gated", "in_rows"))
