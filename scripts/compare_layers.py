@@ -14,18 +14,22 @@ Writes results.json, table.md and layers.png.
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from distill.data import evaluation_batches
+from distill.errors import UserError
 from distill.evaluation import evaluate
 from distill.evaluation_record import json_numbers
 from distill.lock import alone_in
+from distill.mixers import KINDS
 from distill.programs import quiet_unless_watched, report_user_errors
+from distill.recipe import Recipe
 from distill.recipe_fields import read_tokens
 from distill.selection.asked import Asked, ask
 from distill.selection.budget import passes_of
@@ -35,7 +39,7 @@ from distill.selection.ranking import BASELINES, Layers, Ranking
 from scripts.layer_agreement import draw, table
 from scripts.measure import circumstances
 from stages.command import Overrides, RecipePath
-from stages.select import measures, rank, trained_choice
+from stages.select import digest_of_training, measures, rank, trained_choice
 
 METHODS = ("restore", "greedy", "mixing", "hidden", "probe")
 
@@ -45,7 +49,9 @@ def main(
     recipe: RecipePath,
     output: Annotated[Path, typer.Option(help="Folder of everything.")],
     overrides: Overrides = None,
-    keep: Annotated[list[int] | None, typer.Option(help="Layers that keep attention; several times. 1 and 2.")] = None,
+    keep: Annotated[
+        list[int] | None, typer.Option(help="Layers that keep attention; may be given again. 1 and 2 by default.")
+    ] = None,
     tokens: Annotated[str, typer.Option(help="Training of each choice, in stage logits.")] = "100K",
     seeds: Annotated[int, typer.Option(min=1, help="Orders of the text, 0, 1, ..., for each choice.")] = 1,
     only: Annotated[list[str] | None, typer.Option(help="Train only these choices, such as 3 or 2-5.")] = None,
@@ -53,21 +59,22 @@ def main(
 ) -> None:
     """Train every choice of KEEP layers of RECIPE's teacher alike, and set each method's ranking beside the outcome."""
     quiet_unless_watched()
-    sizes = keep or [1, 2]
     trained_for = read_tokens("--tokens", tokens)
     scored = read_tokens("--evaluation-tokens", evaluation_tokens)
-    asked = ask(recipe, overrides or (), keep=max(sizes), output=output, method="greedy")
+    # Each size is asked for, so that what is wrong with one shows now; the largest decides what alignment gets.
+    every = {size: ask(recipe, overrides or (), keep=size, output=output, method="greedy") for size in keep or [1, 2]}
+    asked = every[max(every)]
+    wanted = _wanted(asked.candidates, list(every), only or [])
     with alone_in(output), measures(asked) as measured:
-        of = [*measured.settings.values(), trained_for, scored]
+        of = [*measured.settings.values(), trained_for, scored, digest_of_training(asked)]
         ledger = Ledger(output / f"trained-{trained_for}.json", *of)
         teacher = ledger.measure("teacher", partial(_teacher, measured, scored))
         found: Fields = {"teacher": teacher, "settings": _told(asked, measured, trained_for, scored), "sizes": []}
-        rankings = {size: dict(_rankings(recipe, overrides or (), measured, output, size)) for size in sizes}
-        for size in sizes:
-            sets = [layers for layers in _in_order(rankings[size], size) if not only or named(layers) in only]
+        rankings = {size: dict(_rankings(asked, measured, size)) for size in wanted}
+        for size, sets in wanted.items():
             results = []
             for seed in range(seeds):
-                for layers in sets:
+                for layers in [one for one in _in_order(rankings[size], size) if one in sets]:
                     name = f"{named(layers)} seed {seed}"
                     result = ledger.measure(name, partial(_trained, asked, measured, layers, trained_for, scored, seed))
                     print(f"layers {name}: loss {result['loss']:.4f}, KL {result['kl']:.4f}", file=sys.stderr)
@@ -79,12 +86,36 @@ def main(
     print(table(found))
 
 
-def _rankings(
-    recipe: Path, overrides: Sequence[str], measured: Measures, output: Path, keep: int
-) -> Iterator[tuple[str, Ranking]]:
+def _wanted(candidates: Layers, sizes: Sequence[int], only: Sequence[str]) -> dict[int, set[Layers]]:
+    """The choices that are to be trained, by how many layers they keep; sizes without any are left out.
+
+    Raises:
+        UserError: ``only`` names what is no choice of these sizes.
+    """
+    choices = {size: set(combinations(candidates, size)) for size in sizes}
+    known = {named(layers) for sets in choices.values() for layers in sets}
+    if unknown := [name for name in only if name not in known]:
+        raise UserError(
+            f"--only names {', '.join(unknown)}, which is no choice of {' or '.join(map(str, sizes))} of the layers"
+            f" {candidates[0]} to {candidates[-1]}; give layers in ascending order, such as 0 or 0-1, and --keep for as"
+            " many"
+        )
+    if not only:
+        return choices
+    named_sets = {size: {layers for layers in sets if named(layers) in only} for size, sets in choices.items()}
+    return {size: sets for size, sets in named_sets.items() if sets}
+
+
+def _methods_for(recipe: Recipe) -> list[str]:
+    """Those that the recipe's mixer can be ranked by: one whose matrix has no factors is not ranked by its matrix."""
+    made: Any = KINDS[recipe.student.mixer]
+    return [method for method in METHODS if method != "mixing" or made.without_factors is None]
+
+
+def _rankings(asked: Asked, measured: Measures, keep: int) -> Iterator[tuple[str, Ranking]]:
     """What each method makes of the layers, all on the same aligned student."""
-    for method in METHODS:
-        yield method, rank(ask(recipe, overrides, keep=keep, output=output, method=method), measured)
+    for method in _methods_for(asked.recipe):
+        yield method, rank(replace(asked, keep=keep, method=method), measured)
 
 
 def _in_order(rankings: dict[str, Ranking], keep: int) -> list[Layers]:

@@ -167,15 +167,15 @@ def _refined(asked: Asked, measured: Measures, ranking: Ranking) -> list[Refined
     likely = sorted(choices(ranking, asked.keep, BORDERLINE), key=measured.kl)[: asked.budget.refined]
     refined = []
     for layers in likely:
-        name = f"refined {named(layers)} {asked.budget.refine} {_digest(asked)}"
+        name = f"refined {named(layers)} {asked.budget.refine} {digest_of_training(asked)}"
         after = measured.ledger.measure(name, partial(_after, asked, measured, layers))
         refined.append(Refined(layers, measured.kl(layers), after["kl"]))
         print(f"layers {named(layers)}: KL {refined[-1].kl_before:.4f} → {refined[-1].kl_after:.4f}", flush=True)
     return sorted(refined, key=lambda one: one.kl_after)
 
 
-def _digest(asked: Asked) -> str:
-    """Of how choices are trained, which nothing else tells from numbers on the same aligned student."""
+def digest_of_training(asked: Asked) -> str:
+    """A digest of how choices are trained, which nothing else tells from numbers on the same aligned student."""
     assert asked.recipe.stages.logits is not None
     return hashlib.sha256(asked.recipe.stages.logits.model_dump_json().encode()).hexdigest()[:8]
 

@@ -1,13 +1,24 @@
-"""scripts.compare_layers: rank correlations by hand and by counting, and the table of an exhaustive search."""
+"""scripts.compare_layers: correlations by hand and by counting, the table of a search, and which search is asked for."""
 
 import itertools
+import json
 import random
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
+import typer
 from matplotlib.image import imread
+from typer.testing import CliRunner
 
+from distill.selection.ranking import by_score
+from scripts import compare_layers
 from scripts.layer_agreement import draw, table
 from scripts.rank_correlation import kendall, spearman
+from tests.conftest import CHECKOUT
+from tests.stages.conftest import saved_teacher, text, write_recipe
+
+__all__ = ["saved_teacher", "text"]
 
 
 def test_correlations_of_orders_known_by_hand():
@@ -74,3 +85,68 @@ def test_the_table_has_places_by_kl_over_seeds_and_agreement(found, tmp_path):
     ]
     draw(found, tmp_path / "layers.png")
     assert imread(tmp_path / "layers.png").ndim == 3
+
+
+@pytest.fixture
+def search(tmp_path, saved_teacher, text, monkeypatch):
+    """Runs the program on a tiny teacher, with trainings and measures that only note that they were asked for."""
+    monkeypatch.chdir(CHECKOUT)
+    recipe, done = write_recipe(tmp_path, saved_teacher, text), []
+
+    @contextmanager
+    def measures(asked):
+        done.append("aligned")
+        yield SimpleNamespace(settings={"aligned": "a"}, tokens=64, kl=lambda layers: -float(sum(layers)))
+
+    def trained(asked, measured, layers, *rest):
+        done.append(layers)
+        return {"loss": 2.5, "kl": 1.0 / (1 + sum(layers)), "tokens": 256}
+
+    monkeypatch.setattr(compare_layers, "measures", measures)
+    monkeypatch.setattr(compare_layers, "rank", lambda asked, measured: by_score(dict.fromkeys(range(3), 0.0), "none"))
+    monkeypatch.setattr(compare_layers, "_teacher", lambda measured, tokens: {"loss": 2.0, "tokens": tokens})
+    monkeypatch.setattr(compare_layers, "_trained", trained)
+    app = typer.Typer()
+    app.command()(compare_layers.main)
+
+    def run(*arguments):
+        done.clear()
+        ended = CliRunner().invoke(app, [str(recipe), "--output", str(tmp_path / "out"), *arguments])
+        return SimpleNamespace(code=ended.exit_code, said=ended.output, done=list(done), folder=tmp_path / "out")
+
+    return run
+
+
+def test_choices_are_trained_anew_where_stage_logits_is_another(search):
+    assert len(search("--keep", "1").done) == 1 + 3
+    assert search("--keep", "1").done == ["aligned"]
+    assert len(search("--keep", "1", "stages.logits.lr=0.5").done) == 1 + 3
+
+
+@pytest.mark.parametrize("mixer", ["gated_deltanet", "sliding_window"])
+def test_a_mixer_without_a_matrix_is_compared_by_the_other_methods(search, mixer):
+    ended = search("--keep", "1", f"student.mixer={mixer}", "stages.mixing=null")
+    assert ended.code == 0, ended.said
+    methods = json.loads((ended.folder / "results.json").read_text())["sizes"][0]["methods"]
+    assert {"greedy", "mixing", "probe"} - {method["method"] for method in methods} == {"mixing"}
+
+
+def test_sizes_without_a_choice_that_was_asked_for_are_left_out(search):
+    ended = search("--only", "0-2")  # of one and two layers
+    assert ended.code == 0, ended.said
+    assert ended.done == ["aligned", (0, 2)]
+    assert [size["keep"] for size in json.loads((ended.folder / "results.json").read_text())["sizes"]] == [2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--only", "3"), "--only names 3, which is no choice of 1 or 2 of the layers 0 to 2"),
+        (("--only", "0", "--only", "2-0", "--only", "x"), "--only names 2-0, x, which is no choice"),
+        (("--keep", "0", "--keep", "1"), "--keep is 0; allowed are 1 to 2"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_trained(search, arguments, said):
+    ended = search(*arguments)
+    assert (ended.code, ended.done) == (2, [])
+    assert said in ended.said
