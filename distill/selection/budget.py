@@ -86,7 +86,7 @@ def divide(
     stages = recipe.stages.named()
     distillation = sum(stage.tokens for stage in stages.values())
     total = int(SHARE * distillation) if total is None else total
-    passes = passes_of(method, candidates, keep) + (sets + refined if refine else 0)
+    passes = passes_of(method, candidates, keep) + (_passes_of_refining(method, sets, refined) if refine else 0)
     block = recipe.data.block
     if score is None:
         score = min(TEXT, int(FORWARD * total) // max(1, passes))
@@ -119,6 +119,11 @@ def passes_of(method: str, candidates: int, keep: int) -> int:
     if method == "probe":  # means, intact, and each layer
         return 2 + candidates
     return 3 if method in ("mixing", "hidden") else 0
+
+
+def _passes_of_refining(method: str, sets: int, refined: int) -> int:
+    """Each choice before, each that is trained after; and the aligned student, which probe alone has not measured."""
+    return (method == "probe") + sets + refined
 
 
 def _require_stages(recipe: Recipe, method: str, refine: int) -> None:

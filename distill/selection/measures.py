@@ -34,6 +34,8 @@ class Measures:
             "teacher": run.origin.sha256,
             "aligned": aligned,
             "text": run.blocks[0].fingerprint,
+            "block": run.blocks[0].block,
+            "teacher_dtype": run.recipe.teacher.dtype,
         }
         self.ledger = Ledger(output / "measured.json", *self.settings.values())
 

@@ -12,7 +12,8 @@ selection.json, version 1:
     kl                     {aligned, chosen} in nats a token on the scoring text, where it was measured; else null
     refined                [{layers, kl_before, kl_after}] of each choice that was trained; else []
     cost                   tokens: alignment (by stage), scoring, refinement, total; distillation, and share of it
-    settings               seed, tokens of a pass, digests of teacher, aligned student and text
+    settings               seed, tokens of a pass and of a row, the teacher's dtype; digests of teacher, aligned student
+                           and text
     versions               of the packages that numbers may depend on
 """
 

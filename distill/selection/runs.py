@@ -20,14 +20,16 @@ from distill.data import TrainingBatches
 from distill.errors import UserError
 from distill.handover import StageRecord
 from distill.objective import Batch
-from distill.recipe import STAGE_NAMES, Recipe, StageName
+from distill.recipe import Recipe, StageName
 from distill.run import CONVERT, Run, share_text
 from distill.selection.ranking import Layers
 from distill.selection.restoring import hybrid
 from distill.student import load_student
 
 ORIGIN = "put_back.json"
-SELECTION = len(STAGE_NAMES)  # in the place of a stage's number: an order of the text that no stage has
+SELECTION = 2**96
+"""In the place of a stage's number, where small ones would be those of another seed's stages: a recipe's seed is below
+2**32, and the sampler hashes seed and epoch in words of 32 bits, so that no stage of any seed has this order."""
 
 
 def aligned_settings(recipe: Recipe, output: Path, align: Mapping[StageName, int]) -> list[str]:
@@ -79,7 +81,7 @@ def _hardly_evaluated(recipe: Recipe) -> str:
 
 
 def scoring_batches(run: Run, tokens: int) -> list[Batch]:
-    """Training text in an order of its own, whole blocks; the same for all measures."""
+    """Training text in an order that no stage has, whole blocks; the same for all measures."""
     rows = run.blocks[0]
     order = TrainingBatches(rows, 1, run.recipe.seed + 1 + SELECTION)
     places = order.first(max(1, min(tokens // rows.block, order.n)))

@@ -1,4 +1,4 @@
-"""scripts.compare_layers: correlations by hand and by counting, the table of a search, and which search is asked for."""
+"""scripts.compare_layers: correlations by hand and by counting, the table of a search, and which one is asked for."""
 
 import itertools
 import json

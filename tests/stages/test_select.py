@@ -1,6 +1,9 @@
 """stages.select from the recipe to what it writes: mistakes, a whole selection, and one that was cut off."""
 
 import json
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +12,15 @@ from typer.testing import CliRunner
 
 import distill.selection.measures
 from distill.errors import UserError
-from distill.recipe import load_recipe
-from distill.selection.asked import ask
+from distill.recipe import STAGE_NAMES, load_recipe
+from distill.run import at_work_on
+from distill.selection.asked import SETS, ask
+from distill.selection.budget import OF_STUDENT, divide
+from distill.selection.ledger import Ledger
+from distill.selection.measures import Measures
+from distill.selection.ranking import by_score
 from distill.selection.record import FILES, write
-from distill.selection.runs import choice_folder
+from distill.selection.runs import choice_folder, scoring_batches
 from stages import select
 from tests.conftest import CHECKOUT
 from tests.stages.run_folder import contents
@@ -89,6 +97,73 @@ def test_a_baseline_measures_nothing(recipe, method):
     assert {path.name for path in output.iterdir()} == set(FILES)
     assert found.tokens == 0
     assert load_recipe(output / "recipe.yaml").student.keep_attention.layers == found.layers
+
+
+def test_scores_know_the_length_of_rows_and_the_teacher_s_precision(recipe):
+    """Both change what a forward pass finds, though text, tokens and weights are the same."""
+    told = []
+    for settings in ([], ["data.block=16"], ["teacher.dtype=bfloat16"]):
+        asked = ask(recipe, settings, output=recipe.parent / "out", keep=1, method="probe", total=1200, score=64)
+        with select.measures(asked) as measured:
+            told.append(measured.ledger.of)
+    assert len(set(told)) == 3
+
+
+def test_no_stage_of_any_seed_reads_in_the_order_of_the_scoring_text(recipe):
+    def run(seed, method="probe"):
+        asked = ask(recipe, [f"seed={seed}"], output=recipe.parent / "out", keep=1, method=method)
+        return at_work_on(recipe, asked.overrides)
+
+    def first_rows(batches):
+        return [row.tolist() for batch in batches for row in batch["input_ids"]][:4]
+
+    trained = []
+    for seed in range(5):
+        with run(seed) as opened:
+            for stage in STAGE_NAMES:
+                trained.append(first_rows(opened.training_batches(stage, 1).batch(step) for step in range(4)))
+    for seed in (0, 1):
+        with run(seed) as opened:
+            assert first_rows(scoring_batches(opened, 4 * 32)) not in trained
+
+
+class Counting(Measures):
+    """Measures of a student and a teacher that are not there."""
+
+    def __init__(self, asked):
+        self.student = object() if asked.budget.align else None
+        self.batches, self.tokens = [], asked.budget.score
+        self.settings = {}
+        self.ledger = Ledger(asked.output / "measured.json")
+        self.run = SimpleNamespace(teacher=None, tokenizer=SimpleNamespace(bos_token_id=None), recipe=asked.recipe)
+
+
+@pytest.mark.parametrize("method", [*OF_STUDENT, "probe"])
+@pytest.mark.parametrize("keep", [1, 2, 3])
+@pytest.mark.parametrize("refine", [0, 1024])
+def test_no_more_passes_are_made_than_were_promised(recipe, monkeypatch, method, keep, refine):
+    candidates = tuple(range(5))
+    asked = ask(recipe, (), output=recipe.parent / "out", keep=1, method=method, total=20_000)
+    costs = {"candidates": 5, "keep": keep, "total": 20_000, "refine": refine, "refined": 4, "sets": SETS}
+    budget = divide(asked.recipe, method=method, **costs)
+    asked = replace(asked, n_layers=5, candidates=candidates, keep=keep, budget=budget)
+    scores = dict.fromkeys(candidates, 1.0)
+    measures = distill.selection.measures
+
+    @contextmanager
+    def counting(asked):
+        yield Counting(asked)
+
+    monkeypatch.setattr(select, "measures", counting)
+    monkeypatch.setattr(select, "_after", lambda asked, measured, layers: measured.kl_of(None))
+    monkeypatch.setattr(measures, "divergence", lambda student, teacher, layers, batches: 1.0)
+    monkeypatch.setattr(measures, "probe", lambda *given, **settings: by_score(scores, "nats"))
+    monkeypatch.setattr(measures, "distances", lambda *given: scores)
+    monkeypatch.setattr(select.mixing, "MixingObjective", lambda *given: None)
+    monkeypatch.setattr(select.hidden, "HiddenObjective", lambda *given: None)
+    found = select.select(asked)
+    assert found.scoring <= budget.passes * budget.score
+    assert found.tokens <= budget.spent <= 20_000
 
 
 class CutOffError(Exception):
