@@ -141,14 +141,18 @@ def train(
 
     with log_here as log, progress(folder.name, steps, done.steps) as show, stop_on_signals() as stop:
         while True:
-            if any(is_due(done.steps, steps, hook.every) for hook in measures):
+            due = [hook for hook in measures if is_due(done.steps, steps, hook.every)]
+            if due:
                 engine.settle()
-                metrics = _agreed(measured(student, measures, done.steps, steps))
+                metrics = _agreed(measured(student, due, done.steps))
+                done = _with_patience(done, metrics, stop_early)
+                if _is_over(done, steps, stop_early):  # then this step is the last, which every hook measures
+                    rest = [hook for hook in measures if hook not in due]
+                    metrics |= _agreed(measured(student, rest, done.steps))
                 log.write("eval", done.steps, done.tokens, metrics)
                 if _is_saved(done.steps, steps, cadence, keep_best):
                     done = _with_best(done, metrics, keep_best)
-                done = _with_patience(done, metrics, stop_early)
-            if done.steps == steps or (stop_early and done.stale >= stop_early.patience):
+            if _is_over(done, steps, stop_early):
                 break
 
             started, started_cpu = time.perf_counter(), time.process_time()
@@ -283,6 +287,10 @@ def _with_patience(done: TrainResult, metrics: Mapping[str, float], stop_early: 
     if is_better(value, done.reached, stop_early.mode, stop_early.min_delta):
         return replace(done, reached=value, stale=0)
     return replace(done, stale=done.stale + 1)
+
+
+def _is_over(done: TrainResult, steps: int, stop_early: Patience | None) -> bool:
+    return done.steps == steps or (stop_early is not None and done.stale >= stop_early.patience)
 
 
 def _back_to_best(done: TrainResult, checkpoints: Path, engine: Engine) -> TrainResult:

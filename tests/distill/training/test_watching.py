@@ -170,6 +170,29 @@ def test_a_killed_run_ends_early_at_the_same_step_and_with_its_best(tmp_path):
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("killed", [None, 7, 13])
+def test_the_last_step_of_a_run_that_ends_early_has_every_measure(tmp_path, killed):
+    """In one line, though its pace alone would not have called for it; after a restart too."""
+    values = {0: 1.0, 4: 2.0, 8: 5.0, 12: 4.0, 16: 5.0}
+    arguments = {
+        "evaluate": lambda: {"loss": 1.0},
+        "hooks": [scripted(values), Hook(lambda student, step: {"seen": float(step)}, 3)],
+        "stop_early": Patience("score", "max", 2),
+        "cadence": CADENCE,
+    }
+    if killed:
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            trained(tmp_path, **arguments, batch=stop_at(killed * ACCUMULATE, crash))
+    _, result = trained(tmp_path, **arguments)
+    lines = [line for line in metrics(tmp_path) if line["kind"] == "eval"]
+    assert result.steps == 16
+    assert [line["step"] for line in lines if "seen" in line] == [0, 3, 6, 9, 12, 15, 16]
+    assert [line["step"] for line in lines if "loss" in line] == [0, 6, 12, 16]
+    assert {"loss", "score", "seen"} < lines[-1].keys()
+    trained(tmp_path, **arguments)  # finished, and called again
+    assert [line for line in metrics(tmp_path) if line["kind"] == "eval"] == lines
+
+
 def test_what_counts_as_better():
     assert is_better(1.0, None, "max")
     assert not is_better(float("nan"), None, "max")
