@@ -80,10 +80,26 @@ __all__ = [
 
 # What never changes a result: labels and places of a recipe, how a step is cut up, how often a stage looks and saves.
 _LABELS = ("name", "run_dir", "device", "trackers")
+_HARMLESS = (("data", "workers"), ("student", "exportable"))
 _CUT = ("micro_batch_size", "parallel", "gradient_checkpointing")
 _CADENCE = ("eval_every", "checkpoint_every", "keep_checkpoints")
 # What does, where it is given.
 _DECIDING = ("keep_best", "stop_early")
+
+# Keys that came after runs had been made, each with the value that means what was so before. With that value it is left
+# out: counted, it would change the digests that older runs have in their folders, and none could go on. Whatever key is
+# added to `data`, `student` or `evaluation` belongs here.
+_LATER: Mapping[tuple[str, str], object] = {
+    ("data", "training_only"): [],
+    ("data", "train_on_source"): True,
+    ("evaluation", "tasks"): [],
+    ("student", "calibrate"): None,
+    ("student", "expand"): 1,
+    ("student", "window_layers"): [],
+    ("student", "keep_heads"): {},
+}
+# The same where no layer has a window; where one has, these were there from the start, null among their values.
+_WINDOW = ("window", "sinks")
 
 Heads = Annotated[tuple[Annotated[Integer, Field(ge=0)], ...], Some, Distinct]
 Misplaced = tuple[tuple[str | int, ...], object, str]
@@ -336,25 +352,14 @@ class Recipe(Section):
         content = self._plain()
         for key in _LABELS:
             content.pop(key)
-        content["data"].pop("workers")
-        if not content["data"]["training_only"]:
-            content["data"].pop("training_only")
-        if self.data.train_on_source:
-            content["data"].pop("train_on_source")
-        content["student"].pop("exportable")
-        if not content["evaluation"]["tasks"]:
-            content["evaluation"].pop("tasks")
-        if self.student.calibrate is None:
-            content["student"].pop("calibrate")
-        if self.student.expand == 1:
-            content["student"].pop("expand")
-        if not self.student.window_layers:
-            content["student"].pop("window_layers")
-        if self.student.mixer != "sliding_window" and not self.student.window_layers:  # then these are null
-            content["student"].pop("window")
-            content["student"].pop("sinks")
-        if not self.student.keep_heads:
-            content["student"].pop("keep_heads")
+        for section, key in _HARMLESS:
+            content[section].pop(key)
+        for (section, key), default in _LATER.items():
+            if content[section][key] == default:
+                content[section].pop(key)
+        if self.student.mixer != "sliding_window" and not self.student.window_layers:
+            for key in _WINDOW:
+                content["student"].pop(key)
         content["stages"] = {
             name: {key: value for key, value in stage.items() if key not in (*_CUT, *_CADENCE, *_DECIDING)}
             | self._decided(name)

@@ -23,7 +23,8 @@ class Asked:
     """A selection, checked.
 
     Attributes:
-        path, overrides: of the recipe, as given.
+        path: of the recipe, as given.
+        overrides: settings that replace the recipe's, as given.
         recipe: what they say.
         n_layers: the teacher's depth.
         candidates: layers that may keep attention, ascending.

@@ -150,6 +150,33 @@ def test_keys_that_came_later_are_in_no_digest_until_they_are_given(small: Path)
     assert not {"training_only", "train_on_source"} & content["data"].keys()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "whole", "hidden"),
+    [
+        ([], "10bbd61a1ae12b68", "8ec7b2f1f3c9423f"),
+        (["student.mixer=sliding_window"], "75470e029ad79e2c", "ee4cf972015ce35f"),
+        (
+            [
+                "student.window_layers=[1]",
+                "student.expand=2",
+                "data.training_only=a.jsonl",
+                "student.keep_heads={2: [0]}",
+                "data.workers=2",
+            ],
+            "2ba0882fd7cccc49",
+            "92083c17bc426491",
+        ),
+    ],
+)
+def test_digests_are_those_that_folders_of_finished_runs_have(
+    small: Path, overrides: list[str], whole: str, hidden: str
+) -> None:
+    """Who changes one, by a new key for instance, makes finished stages start again."""
+    recipe = load_recipe(small, overrides)
+    assert recipe.digest().startswith(whole)
+    assert recipe.stage_digest("hidden").startswith(hidden)
+
+
 def test_a_window_is_in_the_digest_wherever_a_layer_has_one(small: Path) -> None:
     sizes = ["student.window=8", "student.sinks=1"]
     for layers in (["student.mixer=sliding_window"], ["student.mixer=based", "student.window_layers=[1]"]):
