@@ -26,7 +26,7 @@ import torch
 import transformers
 import typer
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from distill.data import (
     Blocks,
@@ -39,7 +39,7 @@ from distill.data import (
     steps_for,
 )
 from distill.data.blocks import IGNORED
-from distill.errors import UserError
+from distill.programs import report_user_errors
 from distill.recipe_fields import read_tokens
 from scripts.ngram import KneserNey
 from scripts.recall_teacher import main as recall
@@ -89,6 +89,40 @@ def train_tokenizer(documents: list[Document], vocabulary: int, length: int) -> 
     )
 
 
+@dataclass(frozen=True)
+class Text:
+    """The standard library of the running Python as blocks of tokens, of full length and of half.
+
+    Attributes:
+        files: training and held-out files.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    full: Blocks
+    full_test: Blocks
+    half: Blocks
+    half_test: Blocks
+    files: tuple[int, int]
+
+    def described(self) -> str:
+        """A row of the card."""
+        return (
+            f"python-stdlib of Python {platform.python_version()}: {self.files[0]} files, "
+            f"{self.full.utf8_bytes:,} bytes, {self.full.n_tokens:,} tokens; held out: {self.files[1]} files, "
+            f"{self.full_test.utf8_bytes:,} bytes, {self.full_test.n_tokens:,} tokens"
+        )
+
+
+def prepared(folder: Path, vocabulary: int, block: int) -> Text:
+    """Trains the tokenizer, and writes the text into ``folder`` as its tokens."""
+    train_documents, test_documents = split_documents(read_documents("python-stdlib"), fraction=HELD_OUT)
+    tokenizer = train_tokenizer(train_documents, vocabulary, block)
+    prepare(train_documents, test_documents, tokenizer, folder, block=block)
+    full, full_test = (Blocks(folder, split, block) for split in ("train", "held_out"))
+    half, half_test = (Blocks(folder, split, block // 2) for split in ("train", "held_out"))
+    return Text(tokenizer, full, full_test, half, half_test, (len(train_documents), len(test_documents)))
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, blocks: Blocks, batch_size: int, max_tokens: int | None = None) -> Score:
     """The model's loss on (the first ``max_tokens`` of) the held-out blocks."""
@@ -121,6 +155,72 @@ def ngram_baselines(train_blocks: Blocks, test: Blocks, vocabulary: int) -> dict
     return scores
 
 
+def told_of_ngrams(text: Text, vocabulary: int) -> dict[str, str]:
+    """Says how well n-gram models do, and returns the best one's line of the card."""
+    scores = ngram_baselines(text.full, text.full_test, vocabulary)
+    for n, ngram_score in scores.items():
+        say(f"{n}-gram, modified Kneser-Ney: held out {ngram_score}")
+    best = min(scores, key=lambda n: scores[n].loss)
+    return {f"held out, the best n-gram ({best}-gram)": str(scores[best])}
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training from its first step to its last: what it reads when, and what it leaves behind.
+
+    Attributes:
+        facts: rows of the model's card that are known before the first step.
+        batch_size: full-length sequences a step; of half-length ones it is twice as many.
+    """
+
+    text: Text
+    output: Path
+    facts: dict[str, str]
+    steps: int
+    batch_size: int
+    seed: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.text.full.block
+
+    def is_half(self, step: int) -> bool:
+        """Whether a step's sequences have half their length: attention costs half, and the last steps teach the far
+        half."""
+        return step < HALF_LENGTH * self.steps
+
+    def batch(self, step: int) -> Batch:
+        """Batch ``step``, counted from 0."""
+        if self.is_half(step):
+            return TrainingBatches(self.text.half, 2 * self.batch_size, self.seed).batch(step)
+        return TrainingBatches(self.text.full, self.batch_size, self.seed).batch(step)
+
+    def progress(self, step: int, loss: float, seconds: float) -> str:
+        """A line of the log, ``step`` steps and ``seconds`` after the start."""
+        speed = step * self.tokens_per_step / seconds
+        minutes = (self.steps - step) * self.tokens_per_step / speed / 60
+        return f"step {step}: loss {loss:.4f}, {speed:,.0f} tokens/s, {minutes:.0f} min left"
+
+    def export(self, model: LlamaForCausalLM, step: int) -> str:
+        """Evaluate and write the model as it is; returns the card."""
+        found = self._scores(model, step)
+        for name, result in found.items():
+            say(f"step {step} of {self.steps}, {name}: {result}")
+        trained = f"{step} of {self.steps} steps of {self.tokens_per_step:,} tokens, seed {self.seed}"
+        rows = self.facts | {"trained": trained} | {name: str(result) for name, result in found.items()}
+        card = model_card(self.output.name, rows, samples(model, self.text.tokenizer, self.seed))
+        write_folder(self.output, model, self.text.tokenizer, card)
+        return card
+
+    def _scores(self, model: LlamaForCausalLM, step: int) -> dict[str, Score]:
+        """On all held-out tokens after the last step, on some before."""
+        text = self.text
+        if step == self.steps:
+            return {f"held out, blocks of {b.block}": evaluate(model, b, 8) for b in (text.full_test, text.half_test)}
+        blocks = text.half_test if self.is_half(step) else text.full_test
+        return {f"held out, first {EARLY_EVALUATION:,} tokens": evaluate(model, blocks, 8, EARLY_EVALUATION)}
+
+
 def main(
     output: Annotated[Path, typer.Option(help="Folder of the finished model.")] = Path("teachers/stdlib-1m"),
     work: Annotated[Path, typer.Option(help="Folder of the prepared data.")] = Path("runs/train-teacher"),
@@ -147,18 +247,11 @@ def main(
     With --task recall, one that looks up what its prompt says; --task recall --help has its options.
     """
     wanted = read_tokens("--tokens", tokens)
-    tokens_per_step, steps = batch_size * block, steps_for(wanted, batch_size, block)
+    steps = steps_for(wanted, batch_size, block)
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    train_documents, test_documents = split_documents(read_documents("python-stdlib"), fraction=HELD_OUT)
-    tokenizer = train_tokenizer(train_documents, vocabulary, block)
-    prepare(train_documents, test_documents, tokenizer, work / "data", block=block)
-    full, full_test = (Blocks(work / "data", split, block) for split in ("train", "held_out"))
-    # Half-length sequences at first: attention costs half, and the last steps teach the far half.
-    half, half_test = (Blocks(work / "data", split, block // 2) for split in ("train", "held_out"))
-    half_batches = TrainingBatches(half, 2 * batch_size, seed)
-    full_batches = TrainingBatches(full, batch_size, seed)
-
+    text = prepared(work / "data", vocabulary, block)
+    tokenizer = text.tokenizer
     model = new_llama(
         vocabulary,
         hidden,
@@ -172,53 +265,27 @@ def main(
         pad=tokenizer.pad_token_id,
     )
     n_parameters = sum(p.numel() for p in model.parameters())
-    say(f"{n_parameters:,} parameters; {full.n_tokens:,} training and {full_test.n_tokens:,} held-out tokens")
-    say(f"{steps} steps of {tokens_per_step:,} tokens: {wanted / full.n_tokens:.1f} epochs")
+    say(f"{n_parameters:,} parameters; {text.full.n_tokens:,} training and {text.full_test.n_tokens:,} held-out tokens")
+    say(f"{steps} steps of {batch_size * block:,} tokens: {wanted / text.full.n_tokens:.1f} epochs")
     facts = {
         "made by": f"`{' '.join(['python -m scripts.train_teacher', *sys.argv[1:]])}`",
         "architecture": f"LlamaForCausalLM, {n_parameters:,} parameters, {layers} layers of width {hidden}, "
         f"{heads} query and {kv_heads} key/value heads, context {block}, vocabulary {vocabulary}",
-        "text": f"python-stdlib of Python {platform.python_version()}: {len(train_documents)} files, "
-        f"{full.utf8_bytes:,} bytes, {full.n_tokens:,} tokens; held out: {len(test_documents)} files, "
-        f"{full_test.utf8_bytes:,} bytes, {full_test.n_tokens:,} tokens",
+        "text": text.described(),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"tokenizers {tokenizers.__version__}, {platform.machine()}, {threads} thread(s)",
     }
     if ngram:
-        scores = ngram_baselines(full, full_test, vocabulary)
-        for n, ngram_score in scores.items():
-            say(f"{n}-gram, modified Kneser-Ney: held out {ngram_score}")
-        best = min(scores, key=lambda n: scores[n].loss)
-        facts[f"held out, the best n-gram ({best}-gram)"] = str(scores[best])
-
-    def batch(step: int) -> Batch:
-        return (half_batches if step < HALF_LENGTH * steps else full_batches).batch(step)
-
-    def export(step: int) -> str:
-        """Evaluate and write the model as it is; returns the card."""
-        if step == steps:
-            found = {f"held out, blocks of {b.block}": evaluate(model, b, 8) for b in (full_test, half_test)}
-        else:
-            blocks = half_test if step < HALF_LENGTH * steps else full_test
-            found = {f"held out, first {EARLY_EVALUATION:,} tokens": evaluate(model, blocks, 8, EARLY_EVALUATION)}
-        for name, result in found.items():
-            say(f"step {step} of {steps}, {name}: {result}")
-        trained = {"trained": f"{step} of {steps} steps of {tokens_per_step:,} tokens, seed {seed}"}
-        rows = facts | trained | {name: str(result) for name, result in found.items()}
-        card = model_card(output.name, rows, samples(model, tokenizer, seed))
-        write_folder(output, model, tokenizer, card)
-        return card
-
+        facts |= told_of_ngrams(text, vocabulary)
+    training = Training(text, output, facts, steps, batch_size, seed)
     optimizers = optimizers_for(model, lr, matrix_lr)
     started = time.perf_counter()
-    for step, loss in train(model, optimizers, lambda s: wsd(s, steps, warmup, decay), batch, steps):
+    for step, loss in train(model, optimizers, lambda s: wsd(s, steps, warmup, decay), training.batch, steps):
         if step % 50 == 0 or step == steps:
-            speed = step * tokens_per_step / (time.perf_counter() - started)
-            minutes = (steps - step) * tokens_per_step / speed / 60
-            say(f"step {step}: loss {loss:.4f}, {speed:,.0f} tokens/s, {minutes:.0f} min left")
+            say(training.progress(step, loss, time.perf_counter() - started))
         if export_every and step % export_every == 0 and step < steps:
-            export(step)
-    say(export(steps))
+            training.export(model, step)
+    say(training.export(model, steps))
 
 
 def program(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
@@ -232,9 +299,6 @@ def program(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
+    with report_user_errors():
         chosen, sys.argv[1:] = program(sys.argv[1:])
         typer.run(chosen)
-    except UserError as error:
-        say(f"error: {error}")
-        sys.exit(2)

@@ -46,7 +46,7 @@ def test_the_script_trains_and_writes_an_ordinary_folder(tmp_path):
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
     done = run("--output", tmp_path / "t", "--work", tmp_path / "w", "--tokens", "1", "--no-ngram")
     assert done.returncode == 2
-    assert "1 tokens are less than one step" in done.stdout
+    assert done.stderr.startswith("1 tokens are less than one step")
     assert "Traceback" not in done.stderr
 
 
