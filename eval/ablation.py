@@ -46,7 +46,7 @@ def main(
     ] = None,
     sinks: Annotated[int, typer.Option(min=0, help="First tokens that the baseline sees besides.")] = SINKS,
     task: Annotated[
-        list[str] | None, typer.Option(help=f"A recall task too: {', '.join(TASKS)}. May be given several times.")
+        list[str] | None, typer.Option(help=f"A recall task too: {', '.join(TASKS)}. May be given again.")
     ] = None,
     items: Annotated[int, typer.Option(min=1, help="Of a recall task.")] = 4,
     length: Annotated[int, typer.Option(min=0, help="Tokens of its prompts; 0: no filling.")] = 0,

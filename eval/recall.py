@@ -27,7 +27,7 @@ KIND = "recall"
 @report_user_errors()
 def main(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders: a teacher, students; any order.")],
-    task: Annotated[list[str], typer.Option(help=f"May be given several times, or all. {NAMES}.")],
+    task: Annotated[list[str], typer.Option(help=f"May be given again, or all. {NAMES}.")],
     lengths: Annotated[
         str, typer.Option(help="Tokens of the prompts, such as 256,512; shorter ones are filled up. 0: no filling.")
     ] = "0",

@@ -50,7 +50,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of everything.")],
     overrides: Overrides = None,
     keep: Annotated[
-        list[int] | None, typer.Option(help="Layers that keep attention; may be given again. 1 and 2 by default.")
+        list[int] | None, typer.Option(help="Layers that keep attention; may be given again; by default 1 and 2.")
     ] = None,
     tokens: Annotated[str, typer.Option(help="Training of each choice, in stage logits.")] = "100K",
     seeds: Annotated[int, typer.Option(min=1, help="Orders of the text, 0, 1, ..., for each choice.")] = 1,

@@ -50,7 +50,13 @@ def main(
     budget: Annotated[
         str | None, typer.Option(metavar="TOKENS", help="All that it may cost; a tenth of the recipe's by default.")
     ] = None,
-    score_tokens: Annotated[str | None, typer.Option(metavar="TOKENS", help="Text of each forward pass.")] = None,
+    score_tokens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Text of each forward pass; by default what a quarter of the budget leaves for each, 32K at most.",
+        ),
+    ] = None,
     refine: Annotated[
         str | None, typer.Option(metavar="TOKENS", help="Train the choices near the K-th place so long, rank again.")
     ] = None,
