@@ -142,7 +142,7 @@ def write_documents(
     """
     if out.suffix != ".jsonl":
         raise UserError(f"{out} must end in .jsonl, which is what is written")
-    _check_length(teacher, writing.length)
+    check_length(teacher, writing.length)
     told = json.dumps([asdict(writing), tokens, key, identity, [list(row) for row in rows]])
     settings = hashlib.sha256(told.encode()).hexdigest()
     account, batches = out.with_suffix(".json"), out.with_name(f".{out.name}.batches")
@@ -216,7 +216,8 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _check_length(teacher: PreTrainedModel, length: int) -> None:
+def check_length(teacher: PreTrainedModel, length: int) -> None:
+    """Raises UserError where a row is longer than the teacher has positions."""
     longest = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and length > longest:
         raise UserError(f"length is {length}; the teacher knows {longest} positions, so at most that")

@@ -17,6 +17,7 @@ from distill.recall.sweep import Surface, drawing
 from distill.windowed import windowed
 from eval import windows
 
+DEVICES = ("auto", "cpu", "cuda")
 # No tokenizer makes tokens this long on average, so this many characters a token are always enough text.
 CHARACTERS_A_TOKEN = 32
 
@@ -43,6 +44,8 @@ def load_model(path: str, device: str) -> PreTrainedModel:
     Raises:
         UserError: there is no such model or device.
     """
+    if device not in DEVICES:
+        raise UserError(f"--device is {device!r}; allowed are auto, cpu and cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is visible to this PyTorch; use auto or cpu")
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

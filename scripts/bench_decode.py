@@ -35,10 +35,11 @@ from transformers.cache_utils import Cache
 from distill.cache import CountingMixerCacheLayer, MixerCacheLayer, cache_nbytes
 from distill.conversion import plan, unset_model
 from distill.layout import evenly_spaced
+from distill.programs import report_user_errors
 from distill.student import is_student, mixers_of
 from eval.timing import decoding, prefill, seconds
 from scripts.llama_shape import LlamaShape
-from scripts.measure import record, show
+from scripts.measure import device_and_dtype, record, require_file, show
 
 PROMPT = 64
 KEPT = 8
@@ -72,31 +73,34 @@ class Row:
     read_bytes: int
 
 
+@report_user_errors()
 def main(
     context: Annotated[list[int] | None, typer.Option(help="Tokens already read; may be given again.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
-    hidden: int = 1024,
-    layers: int = 8,
-    heads: int = 16,
-    kv_heads: int = 16,
-    intermediate: int = 2816,
-    vocab: int = 32000,
+    hidden: Annotated[int, typer.Option(help="Width of the residual stream.")] = 1024,
+    layers: Annotated[int, typer.Option(help="Decoder layers.")] = 8,
+    heads: Annotated[int, typer.Option(help="Query heads of the teacher.")] = 16,
+    kv_heads: Annotated[int, typer.Option(help="Key and value heads of the teacher.")] = 16,
+    intermediate: Annotated[int, typer.Option(help="Width of the MLPs.")] = 2816,
+    vocab: Annotated[int, typer.Option(help="Tokens of the vocabulary.")] = 32000,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: str = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="On a CPU.")] = 1,
     steps: Annotated[int, typer.Option(help="Tokens in a block.")] = 4,
-    blocks: int = 7,
+    blocks: Annotated[int, typer.Option(help="Timed blocks of each.")] = 7,
     memory: Annotated[float, typer.Option(help="GiB that weights and one context's caches may take.")] = 5.0,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the step, with static caches only.")] = False,
     output: Annotated[Path | None, typer.Option(help="Also write the figures here, as JSON.")] = None,
 ) -> None:
     """Measure all contenders at all contexts and print tables."""
+    require_file(output)
+    place, precision = device_and_dtype(device, dtype, ("float32", "bfloat16", "float16"))
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     shape, run = LlamaShape(hidden, layers, heads, kv_heads, intermediate, vocab), Run(batch, steps, blocks, compiled)
     contexts = context or [1024, 4096, 32768, 131072]
-    models = contenders(shape, getattr(torch, dtype), torch.device(device))
+    models = contenders(shape, precision, place)
     rows = [
         row
         for kind in (["static"] if compiled else ["static", "dynamic"])

@@ -29,8 +29,9 @@ from torch.nn.functional import linear
 from distill.objectives import logit_loss
 from distill.objectives.chunked import Head
 from distill.objectives.through_head import logit_loss_through_heads
+from distill.programs import report_user_errors
 from distill.units import size
-from scripts.measure import peak_memory, record, seconds, show
+from scripts.measure import device_and_dtype, peak_memory, record, require_file, seconds, show
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """Student's hidden states (N, D) and weight (V, D), teacher's, and the next tokens (N,)."""
@@ -130,6 +131,7 @@ def measured(shape: tuple[int, int, int], names: list[str], repeats: int, device
     }
 
 
+@report_user_errors()
 def main(
     vocabulary: Annotated[str, typer.Option(help="Sizes in K, with commas.")] = "32K,64K,128K,256K",
     tokens: Annotated[int, typer.Option(help="Scored positions.")] = 2048,
@@ -141,6 +143,8 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Also write the figures here, as JSON.")] = None,
 ) -> None:
     """Measure and print a table."""
+    require_file(output)
+    device_and_dtype(device, dtype, ("float32", "bfloat16"))
     names = [name for name in CONTENDERS if name not in without.split(",")]
     small = made(256, 4096, 256, device, dtype)
     far = {name: distance(name, small, device, dtype) for name in names if name != "naive"}

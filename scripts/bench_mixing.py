@@ -17,11 +17,13 @@ import typer
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill.errors import UserError
 from distill.objectives import attention_matrix, mixing_distance, streamed_mixing_distance
+from distill.programs import report_user_errors
 from distill.ssd import mixing_matrix
 from distill.ssd.factors import MatrixFactors
 from distill.units import size
-from scripts.measure import peak_memory, record, seconds, show
+from scripts.measure import device_and_dtype, peak_memory, record, require_file, seconds, show
 
 HEADS, WIDTH, STATE = 8, 64, 64
 LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -31,6 +33,7 @@ MATRICES = 10
 Factors = tuple[Tensor, ...]
 
 
+@report_user_errors()
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[
@@ -42,8 +45,10 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Also write the figures here, as JSON.")] = None,
 ) -> None:
     """Measure, print a table, and write the figures down."""
+    require_file(output)
+    device_and_dtype(device, dtype, ("float32", "bfloat16", "float64"))
     rows = []
-    for length in map(int, lengths.split(",")):
+    for length in _lengths(lengths):
         arguments = (length, keys, device, dtype)
         fits = _available(device) > MATRICES * HEADS * length**2 * (8 if dtype == "float64" else 4)
         contenders = {"streamed": streamed(*arguments)} | ({"written out": written_out(*arguments)} if fits else {})
@@ -60,6 +65,13 @@ def main(
         record(output, {**about, "rows": rows})
     head = ("tokens", "streamed", "written out", "ratio", "peak, streamed", "peak, written out", "ratio")
     show(f"mixing distance, forward and backward, {HEADS} heads, {device}, {dtype}", head, map(_shown, rows))
+
+
+def _lengths(given: str) -> list[int]:
+    parts = [part.strip() for part in given.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f"--lengths is {given!r}; give numbers of tokens separated by commas, such as 512,1024")
+    return list(map(int, parts))
 
 
 def streamed(length: int, keys: int, device: str, dtype: str) -> Callable[[], object]:

@@ -26,10 +26,11 @@ import typer
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill.programs import report_user_errors
 from distill.ssd import scan
 from distill.ssd.chunked import CHUNK, chunked_scan
 from distill.ssd.kernels import mamba_ssm_scan
-from scripts.measure import Call, peak_memory, record, seconds, show
+from scripts.measure import Call, device_and_dtype, peak_memory, record, require_file, seconds, show
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -117,22 +118,25 @@ def inputs(length: int, shape: tuple[int, int, int, int], device: str, dtype: st
     return tuple(leaf.requires_grad_() for leaf in (x, step, A, B, C)), weight
 
 
+@report_user_errors()
 def main(
-    lengths: Annotated[list[int] | None, typer.Option(help="Tokens a sequence; may be repeated.")] = None,
-    batch: int = 2,
-    heads: int = 16,
-    head_dim: int = 64,
-    state_dim: int = 64,
-    device: str = "cpu",
-    dtype: str = "float32",
-    repeats: int = 7,
+    lengths: Annotated[list[int] | None, typer.Option(help="Tokens a sequence; may be given again.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 2,
+    heads: Annotated[int, typer.Option(help="Heads of the scan.")] = 16,
+    head_dim: Annotated[int, typer.Option(help="Channels a head.")] = 64,
+    state_dim: Annotated[int, typer.Option(help="Numbers of state a channel.")] = 64,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help=f"Of x, B and C: {', '.join(DTYPES)}.")] = "float32",
+    repeats: Annotated[int, typer.Option(help="Timed calls of each.")] = 7,
     threads: Annotated[int | None, typer.Option(help="torch's threads; its default if not given.")] = None,
     mamba_ssm: Annotated[Path | None, typer.Option(help="A checkout of mamba-ssm, if not installed.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Contenders by name; may be repeated.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Contenders by name; may be given again.")] = None,
     memory: Annotated[bool, typer.Option(help="Measure peak memory as well.")] = True,
     output: Annotated[Path | None, typer.Option(help="Also write the figures here, as JSON.")] = None,
 ) -> None:
     """Measure every contender that is there, length by length."""
+    require_file(output)
+    device_and_dtype(device, dtype, list(DTYPES))
     if threads:
         torch.set_num_threads(threads)
     checkout = str(mamba_ssm) if mamba_ssm else None

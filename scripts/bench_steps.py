@@ -43,6 +43,7 @@ from distill.engines.plain import PlainEngine
 from distill.mixers import is_mixer
 from distill.objective import Batch, Objective
 from distill.objectives import streamed_mixing_distance
+from distill.programs import report_user_errors
 from distill.reach import reached
 from distill.recipe import HiddenStage, LogitsStage, MixingStage, Stage
 from distill.roles import roles
@@ -51,7 +52,7 @@ from distill.student import mixers_of
 from distill.training import parameter_groups
 from distill.training.gradients import Gradients
 from scripts.llama_shape import LlamaShape
-from scripts.measure import Call, record, seconds, show
+from scripts.measure import Call, device_and_dtype, record, require_file, require_one_of, seconds, show
 from stages.hidden import HiddenObjective
 from stages.logits import LogitObjective
 from stages.mixing import MixingObjective
@@ -96,14 +97,15 @@ class Setting:
         return torch.autocast(self.device.type, self.precision, enabled=enabled, cache_enabled=False)
 
 
+@report_user_errors()
 def main(
     stage: Annotated[list[str] | None, typer.Option(help="mixing, hidden or logits; may be given again.")] = None,
-    hidden: int = 512,
-    layers: int = 8,
-    heads: int = 8,
-    kv_heads: int = 8,
-    intermediate: int = 1408,
-    vocab: int = 32000,
+    hidden: Annotated[int, typer.Option(help="Width of the residual stream.")] = 512,
+    layers: Annotated[int, typer.Option(help="Decoder layers.")] = 8,
+    heads: Annotated[int, typer.Option(help="Query heads of the teacher.")] = 8,
+    kv_heads: Annotated[int, typer.Option(help="Key and value heads of the teacher.")] = 8,
+    intermediate: Annotated[int, typer.Option(help="Width of the MLPs.")] = 1408,
+    vocab: Annotated[int, typer.Option(help="Tokens of the vocabulary.")] = 32000,
     keep_every: Annotated[int, typer.Option(help="One layer in so many keeps attention.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
     batch: Annotated[int, typer.Option(help="Sequences a step.")] = 4,
@@ -115,10 +117,14 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Also write the figures here, as JSON.")] = None,
 ) -> None:
     """Measure every stage and print a table."""
+    require_file(output)
+    _, precision = device_and_dtype(device, dtype, ("float32", "bfloat16"))
+    for name in stage or ():
+        require_one_of("--stage", name, list(OBJECTIVES))
     if threads:
         torch.set_num_threads(threads)
     size = Size(LlamaShape(hidden, layers, heads, kv_heads, intermediate, vocab), keep_every, length, batch)
-    rows = [measure(name, size, device, getattr(torch, dtype), repeats, parts) for name in stage or list(OBJECTIVES)]
+    rows = [measure(name, size, device, precision, repeats, parts) for name in stage or list(OBJECTIVES)]
     title = f"{layers} layers × {hidden}, vocabulary {vocab}, {batch} × {length} tokens, {dtype} on {device}"
     head = ("stage", "step, ms", "floor, ms", "step / floor", "at most", "tokens/s", "TFLOP/s")
     show(title, head, (_shown(row, batch * length) for row in rows))

@@ -12,21 +12,25 @@ from typing import Annotated
 import torch
 import typer
 
-from scripts.measure import record, seconds, show
+from distill.programs import report_user_errors
+from scripts.measure import DTYPES, device_and_dtype, record, require_file, seconds, show
 
 
+@report_user_errors()
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
-    dtype: Annotated[str, typer.Option(help="Of the matrices.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help=f"Of the matrices: {', '.join(DTYPES)}.")] = "bfloat16",
     size: Annotated[int, typer.Option(help="n: rows and columns of each matrix.")] = 8192,
     mebibytes: Annotated[int, typer.Option(help="That are copied.")] = 2048,
-    repeats: int = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each, in each of three rounds.")] = 20,
     output: Annotated[Path | None, typer.Option(help="Also write the figures here, as JSON.")] = None,
 ) -> None:
     """Measure both and print them."""
-    left, right = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    require_file(output)
+    place, precision = device_and_dtype(device, dtype)
+    left, right = (torch.randn(size, size, device=place, dtype=precision) for _ in range(2))
     product = torch.empty_like(left)
-    source = torch.zeros(mebibytes * 2**20, dtype=torch.uint8, device=device)
+    source = torch.zeros(mebibytes * 2**20, dtype=torch.uint8, device=place)
     target = torch.empty_like(source)
     # The fastest of several medians: a device needs a moment until its clock is up.
     rounds = [

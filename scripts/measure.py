@@ -4,6 +4,7 @@
     peak_memory(prepare, 2048, 1024)     bytes that the call which prepare(2048, 1024) returns adds at its worst moment
     record(path, {"rows": rows})         figures, with versions, machine, thread count and date beside them
     show("title", head, rows)            the same for eyes
+    device_and_dtype("cpu", "float32")   torch's, of what was given on the command line
 
 Figures of one run may be compared; those of different runs or machines only as ratios.
 """
@@ -24,9 +25,51 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from distill.errors import UserError
 from eval.timing import Call, circumstances, seconds, synchronize
 
-__all__ = ["Call", "circumstances", "peak_memory", "record", "seconds", "show"]
+__all__ = [
+    "Call",
+    "circumstances",
+    "device_and_dtype",
+    "peak_memory",
+    "record",
+    "require_file",
+    "require_one_of",
+    "seconds",
+    "show",
+]
+
+DEVICES = ("cpu", "cuda")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def device_and_dtype(device: str, dtype: str, dtypes: Sequence[str] = DTYPES) -> tuple[torch.device, torch.dtype]:
+    """What --device and --dtype name.
+
+    Args:
+        dtypes: those that the program can measure in.
+
+    Raises:
+        UserError: there is no such device or dtype, or no GPU.
+    """
+    require_one_of("--device", device, DEVICES)
+    require_one_of("--dtype", dtype, dtypes)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is visible to this PyTorch; use cpu")
+    return torch.device(device), getattr(torch, dtype)
+
+
+def require_one_of(option: str, given: str, allowed: Sequence[str]) -> None:
+    """Raises UserError, which names all that is allowed, where it was something else."""
+    if given not in allowed:
+        raise UserError(f"{option} is {given!r}; allowed are {', '.join(allowed[:-1])} and {allowed[-1]}")
+
+
+def require_file(output: Path | None) -> None:
+    """Raises UserError where figures would be written to a folder, before they are measured."""
+    if output is not None and output.is_dir():
+        raise UserError(f"--output {output} is a folder; name a file, such as {output / 'figures.json'}")
 
 
 def peak_memory(prepare: Callable[..., Call], *arguments: Any, threads: int | None = None) -> int:

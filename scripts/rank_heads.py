@@ -14,23 +14,30 @@ from typing import Annotated
 import typer
 from transformers import PreTrainedModel
 
+from distill.decoding import ends_of
 from distill.programs import quiet_unless_watched, report_user_errors
 from distill.recall import TASKS
 from distill.recall.sweep import Surface
 from distill.recall.tasks import task_named
 from distill.selection.heads import REACH, Ask, Found, Head, asking_recall, asking_repeated, most_missed, rank_heads
+from distill.writing import check_length
 from eval.loading import load_model, questions
-from scripts.measure import record, show
+from scripts.measure import record, require_file, show
+
+REPETITIONS = 128  # tokens of a row, unless --length says otherwise
 
 
 @report_user_errors()
 def main(
-    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="Its folder.")],
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="Its folder, or its id on the Hub.")],
     task: Annotated[
-        list[str] | None, typer.Option(help=f"{', '.join(TASKS)}; may be given several times. None: repeated tokens.")
+        list[str] | None, typer.Option(help=f"{', '.join(TASKS)}; may be given again. None: repeated tokens.")
     ] = None,
     items: Annotated[int, typer.Option(min=1, help="Of every task.")] = 8,
-    length: Annotated[int, typer.Option(min=0, help="Tokens of prompts (0: no filling), or of repetitions.")] = 0,
+    length: Annotated[
+        int,
+        typer.Option(min=0, help=f"Tokens of prompts (0: no filling), or of rows of repetitions (0: {REPETITIONS})."),
+    ] = 0,
     surface: Annotated[Surface, typer.Option(help="text, or ids for a teacher trained on the tasks' own.")] = "text",
     samples: Annotated[int, typer.Option(min=1, help="Examples of each task, or rows.")] = 32,
     keep: Annotated[int, typer.Option(min=1, help="How many heads to name for keep_heads.")] = 1,
@@ -41,10 +48,12 @@ def main(
 ) -> None:
     """Rank all heads by what is lost where each sees no further."""
     quiet_unless_watched()
+    require_file(output)
     names = list(dict.fromkeys(task or ()))
     for name in names:
         task_named(name)
     model = load_model(teacher, device)
+    check_length(model, length)
     if names:
         examples = [
             one
@@ -53,7 +62,7 @@ def main(
         ]
         ask = asking_recall(examples)
     else:
-        ask = _repetitions(model, samples, length or 128, seed)
+        ask = _repetitions(model, samples, length or REPETITIONS, seed)
     intact, ranking = rank_heads(model, ask, reach=reach)
     chosen = most_missed(ranking, keep)
     show(f"heads of {teacher}", ("layer", "head", "lost, nats", "written"), [_row(one) for one in ranking])
@@ -70,10 +79,18 @@ def main(
 
 def _repetitions(model: PreTrainedModel, rows: int, length: int, seed: int) -> Ask:
     """Any id of the vocabulary but the special ones."""
+    check_length(model, length)
     config = model.config.get_text_config()
-    special = {getattr(config, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad")}
+    special = _special(model)
     ids = [one for one in range(config.vocab_size) if one not in special]
     return asking_repeated(ids, rows=rows, length=length, bos=config.bos_token_id, seed=seed)
+
+
+def _special(model: PreTrainedModel) -> set[int | None]:
+    """Ids that begin, end and fill a text, of which each may be several."""
+    config = model.config.get_text_config()
+    given = [getattr(config, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad")]
+    return {*ends_of(model), *(one for ids in given for one in (ids if isinstance(ids, list) else [ids]))}
 
 
 def _row(one: Head) -> tuple[str, ...]:
