@@ -47,7 +47,9 @@ def put_in_place(whole: Path, folder: Path) -> None:
     for path in (*whole.rglob("*"), whole):
         flush_to_disk(path)
     replaced = _beside(folder, REPLACED)
-    if folder.exists():
+    if folder.is_symlink():
+        folder.unlink()  # what it leads to is not ours to remove
+    elif folder.exists():
         folder.rename(replaced)
     whole.rename(folder)
     flush_to_disk(folder.parent)
@@ -62,7 +64,9 @@ def partial_of(folder: Path) -> Path:
 def settle(folder: Path) -> None:
     """End what a process killed while it replaced ``folder`` began: the old folder is put back, or it goes."""
     replaced = _beside(folder, REPLACED)
-    if replaced.exists():
+    if replaced.is_symlink():
+        replaced.unlink() if folder.exists() else replaced.rename(folder)
+    elif replaced.exists():
         shutil.rmtree(replaced) if folder.exists() else replaced.rename(folder)
 
 

@@ -98,3 +98,21 @@ def test_what_fails_to_take_its_place_costs_nothing(folder, monkeypatch):
         replace(folder)
     assert names(folder) == ["old-1", "old-2"]
     assert names(folder.parent) == ["stage"]
+
+
+def test_a_link_gives_way_and_what_it_leads_to_stays(folder):
+    link = folder.with_name("data")
+    link.symlink_to(folder)
+    replace(link)
+    assert names(link) == ["new-1", "new-2"]
+    assert not link.is_symlink()
+    assert names(folder) == ["old-1", "old-2"]
+    assert names(folder.parent) == ["data", "stage"]
+
+
+@pytest.mark.parametrize("leads_to", ["stage", "nowhere"])
+def test_a_link_that_was_left_behind_goes(folder, leads_to):
+    folder.with_name(".stage.replaced").symlink_to(folder.with_name(leads_to))
+    settle(folder)
+    assert names(folder) == ["old-1", "old-2"]
+    assert names(folder.parent) == ["stage"]
