@@ -9,6 +9,7 @@ run_dir/
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -256,8 +257,13 @@ def _flat(nested: object, prefix: str = "") -> dict[str, object]:
 
 
 def share_text(run: Run, prepared: Path) -> None:
-    """Let a run read the text that another has prepared, in the folder ``prepared``."""
+    """Let a run read the text that another has prepared, in the folder ``prepared``, unless it has its own.
+
+    By a link from the one to the other, made anew each time, so that the folder above both may be moved or copied.
+    """
     place = run.recipe.run_dir / "data"
+    if place.is_symlink():
+        place.unlink()
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.symlink_to(prepared.absolute())
+        place.symlink_to(os.path.relpath(prepared.resolve(), place.parent.resolve()))
