@@ -153,7 +153,10 @@ class Stepwise(Section):
         if list(self.at) != sorted(self.at):
             raise ValueError(f"at must rise from each part to the next, not {list(self.at)}")
         if self.at[-1] + self.ramp >= 1:
-            raise ValueError(f"at + ramp must be less than 1, or the student is never trained whole: {self.at[-1]:g}")
+            raise ValueError(
+                "the last of at, and ramp with it, must be less than 1, or the student is never trained whole:"
+                f" {self.at[-1]:g} + {self.ramp:g} is {self.at[-1] + self.ramp:g}"
+            )
         return self
 
 

@@ -8,6 +8,7 @@ command again is always right.
 """
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -65,7 +66,7 @@ def _report(run: Run, console: Console, started: float) -> None:
     console.print(
         f"{time.perf_counter() - started:.0f} s in all.  report: {page}  student: {run.folder(run.stages[-1])}"
     )
-    console.print(f"talk to it:  {_command()} generate {run.folder(run.stages[-1])} {_example_prompt(run)!r}")
+    console.print(f"talk to it:  {_invitation(run)}")
 
 
 def summary(numbers: dict) -> Table:
@@ -104,6 +105,11 @@ def _announce(run: Run, console: Console) -> None:
         f"{run.recipe.name}: {run.recipe.teacher.path} → {student.mixer} in {n_mixers} of {n_layers} layers, "
         f"{attention}; everything goes to {run.recipe.run_dir}"
     )
+
+
+def _invitation(run: Run) -> str:
+    """A command that a shell understands, whatever stands in the prompt."""
+    return shlex.join([_command(), "generate", str(run.folder(run.stages[-1])), _example_prompt(run)])
 
 
 def _command() -> str:

@@ -166,6 +166,8 @@ def test_wrong_values(write: Callable[[str], Path], line: str, said: str) -> Non
             "leave norms out of train",
         ),
         ("stages.logits={tokens: 1K, offline_teacher: {}, hidden_weight: 0.1}", "leave one of them out"),
+        ("stages.logits={tokens: 1K, stepwise: {at: [0.0, 0.9], ramp: 0.2}}", "must be less than 1, or the student is"),
+        ("stages.logits={tokens: 1K, stepwise: {at: [0.0, 0.9], ramp: 0.2}}", "never trained whole: 0.9 + 0.2 is 1.1"),
         ("student.rope=rotary", "student.rope: must be one of drop, keep, not 'rotary'"),
         ("student={mixer: sliding_window, calibrate: {}}", "student.calibrate: not for sliding_window, whose layers"),
         ("student={mixer: based, calibrate: {}}", "student.calibrate: not for based, which forgets nothing"),
