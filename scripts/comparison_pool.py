@@ -14,7 +14,8 @@ from multiprocessing import active_children, get_context
 from distill.errors import UserError
 from distill.programs import quiet_unless_watched
 from distill.training.interrupt import stop_on_signals
-from scripts.comparison_runs import Common, Fields, Wanted, carry_out
+from scripts.comparison_runs import Common, Wanted, carry_out
+from scripts.measure import Fields
 
 GRACE = 30  # seconds for a step to end and be saved
 POLL = 0.2  # seconds between two looks at whether a signal came

@@ -1,6 +1,7 @@
 """The runs of a comparison: every recipe on one teacher, its tokens cut to one budget; and what each run left behind.
 
     OUTPUT/data/                                the text, prepared once for all
+    OUTPUT/measured.json                        what the first comparison in it measured on, and all others must
     OUTPUT/runs/RECIPE/BUDGET/lr-FACTOR/seed-S/   an ordinary run_dir (`distill.run`), resumable like any
 
 What the recipes of a comparison share, whatever they say themselves: teacher, text, layers that keep attention, seed.
@@ -13,12 +14,15 @@ import json
 import math
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from distill.atomic import replace_file
+from distill.checks import check
 from distill.data.batches import steps_for
 from distill.errors import UserError
 from distill.evaluation import evaluate
@@ -27,6 +31,7 @@ from distill.recipe import Recipe, StageName, load_recipe
 from distill.run import CONVERT, Run, at_work_on, share_text
 from distill.student import load_student
 from distill.training.nonfinite import NonFiniteLoss
+from scripts.measure import Fields
 from stages.run import PROGRAMS
 
 RECIPES = Path("recipes")
@@ -34,8 +39,7 @@ PUBLISHED = RECIPES / "published"
 RECALL = [("associative", 8, 64), ("associative", 32, 128), ("phonebook", 12, 0)]
 EXAMPLES = 48  # of each
 LONGEST_NAME = 100
-
-Fields = dict[str, Any]
+MEASURED = "measured.json"
 
 
 @dataclass(frozen=True)
@@ -97,17 +101,27 @@ def recipe_file(given: str) -> tuple[Path, list[str]]:
     ``ours`` is recipes/quickstart.yaml; other names are looked for in recipes/published and recipes.
 
     Raises:
-        UserError: there is no such recipe.
+        UserError: there is no such recipe, or it cannot be told from its settings.
     """
-    name, *settings = shlex.split(given)
+    try:
+        words = shlex.split(given)
+    except ValueError as error:
+        raise UserError(f"--recipe {given}: {str(error).lower()}; quote settings as in a shell") from None
+    if not words:
+        raise UserError(f"--recipe {given!r}: names no recipe; {_allowed()}")
+    name, *settings = words
     if name.endswith((".yaml", ".yml")):
         return Path(name), settings
     places = [folder / f"{'quickstart' if name == 'ours' else name}.yaml" for folder in (PUBLISHED, RECIPES)]
     found = next((path for path in places if path.is_file()), None)
     if found is None:
-        there = sorted(path.stem for path in PUBLISHED.glob("*.yaml"))
-        raise UserError(f"there is no recipe {name!r}; give a file, or one of ours, {', '.join(there)}")
+        raise UserError(f"there is no recipe {name!r}; {_allowed()}")
     return found, settings
+
+
+def _allowed() -> str:
+    here = [f"{', '.join(sorted(path.stem for path in at.glob('*.yaml')))} (in {at})" for at in (PUBLISHED, RECIPES)]
+    return f"allowed: a file, ours, {', '.join(here)}; settings may follow"
 
 
 def cut_recipe(common: Common, wanted: Wanted) -> tuple[Path, list[str]]:
@@ -129,7 +143,7 @@ def cut_recipe(common: Common, wanted: Wanted) -> tuple[Path, list[str]]:
         f"student.keep_attention={common.keep_attention}",
         f"evaluation={json.dumps({'tokens': common.evaluation_tokens})}",
         f"seed={wanted.seed}",
-        f"run_dir={wanted.folder(common.output)}",
+        f"run_dir={yaml_text(wanted.folder(common.output))}",
     ]
     recipe = load_recipe(path, settings)
     _require_comparable(wanted, recipe)
@@ -148,6 +162,27 @@ def cut_recipe(common: Common, wanted: Wanted) -> tuple[Path, list[str]]:
             f"stages.{name}.mixer_lr={wanted.factor * stage.mixer_lr!r}",
         ]
     return path, settings
+
+
+def check_all(common: Common, wanted: Iterable[Wanted]) -> None:
+    """Whatever is wrong with any shows before the first is trained.
+
+    Raises:
+        UserError: as `cut_recipe` for a run, as `distill.checks.check` for a recipe.
+    """
+    checked = set[str]()
+    for one in wanted:
+        recipe = load_recipe(*cut_recipe(common, one))
+        if one.recipe not in checked:  # at other budgets and seeds only numbers differ
+            _check(one.recipe, recipe)
+            checked.add(one.recipe)
+
+
+def _check(name: str, recipe: Recipe) -> None:
+    try:
+        check(recipe)
+    except UserError as error:
+        raise UserError("\n".join(f"{name}: {line}" for line in str(error).splitlines())) from None
 
 
 def _own_text(recipe: Recipe) -> list[str]:
@@ -192,13 +227,15 @@ def prepare(common: Common, wanted: Wanted) -> Fields:
     """Prepare the text for all runs and measure the teacher.
 
     Raises:
-        UserError: the teacher or its text cannot be used.
+        UserError: the teacher or its text cannot be used, or what is in the folder was measured on other tokens.
     """
     torch.set_num_threads(1)
     path, settings = cut_recipe(common, wanted)
     data = load_recipe(common.teacher, common.overrides).data
-    with at_work_on(path, [*settings, f"data={_yaml(data)}", f"run_dir={common.output}"]) as run:
+    with at_work_on(path, [*settings, f"data={_yaml(data)}", f"run_dir={yaml_text(common.output)}"]) as run:
+        _require_measured_alike(common)
         loss = evaluate(run.teacher, None, run.held_out()).loss
+        replace_file(common.output / MEASURED, f"{json.dumps(_measure(common))}\n".encode())
         return {
             "path": run.recipe.teacher.path,
             "loss": loss,
@@ -206,13 +243,35 @@ def prepare(common: Common, wanted: Wanted) -> Fields:
         }
 
 
+def _measure(common: Common) -> dict[str, int]:
+    return {"evaluation_tokens": common.evaluation_tokens, "points": common.points}
+
+
+def _require_measured_alike(common: Common) -> None:
+    """Finished runs keep the losses they have; a folder from before there was such a file is taken as it is."""
+    path = common.output / MEASURED
+    if not path.exists():
+        return
+    before, now = json.loads(path.read_text()), _measure(common)
+    if before != now:
+        raise UserError(
+            f"{common.output} was begun with {_told(before)}, not {_told(now)}: gaps on other text and curves at other"
+            " tokens cannot be set side by side; give what it was begun with, or another --output"
+        )
+
+
+def _told(measure: dict[str, int]) -> str:
+    return f"{measure['evaluation_tokens']:,} held-out tokens and {measure['points']} evaluations on the way"
+
+
 def measured(common: Common, run: Run) -> Fields:
     """A finished run as points over all its tokens, and its last one.
 
     A point has tokens and CPU seconds of training so far, the stage, loss, kl and agreement, and at the end of a stage
-    recall, if the teacher has any. Beside the last one stand the student's sizes.
+    recall, if the teacher has any; one whose loss is not finite is left out. Beside the last one stand the student's
+    sizes. A run whose last loss or KL is not finite has failed.
     """
-    curve, tokens, seconds = list[Fields](), 0, 0.0
+    points, tokens, seconds = list[Fields](), 0, 0.0
     for stage in run.stages:
         if stage == CONVERT:
             continue
@@ -220,12 +279,16 @@ def measured(common: Common, run: Run) -> Fields:
         for row in rows:
             if row["kind"] == "train":
                 seconds += row["cpu_seconds"]
-            elif row["step"] or not curve:
+            elif row["step"] or not points:
                 numbers = {name: row.get(name) for name in ("loss", "kl", "agreement")}
-                curve.append({"stage": stage, "tokens": tokens + row["tokens"], "cpu_seconds": seconds, **numbers})
+                points.append({"stage": stage, "tokens": tokens + row["tokens"], "cpu_seconds": seconds, **numbers})
         tokens += rows[-1]["tokens"]
-        if common.recall:
-            curve[-1]["recall"] = recalled(load_student(run.folder(stage)))
+        if common.recall and points[-1]["loss"] is not None:
+            points[-1]["recall"] = recalled(load_student(run.folder(stage)))
+    for name, shown in (("loss", "loss"), ("kl", "KL")):
+        if points[-1][name] is None:
+            return {"failed": f"the held-out {shown} is not finite", "curve": []}
+    curve = [point for point in points if point["loss"] is not None]
     return {"curve": curve, **curve[-1], **_sizes(run)}
 
 
@@ -271,4 +334,9 @@ def _whole_steps(wanted: Wanted, name: StageName, tokens: int, step: int) -> int
 
 
 def _yaml(section: Any) -> str:
-    return json.dumps(section.model_dump(mode="json"))
+    return json.dumps(section.model_dump(mode="json"), ensure_ascii=False)
+
+
+def yaml_text(path: Path | str) -> str:
+    """As YAML, which would read 2026 as a number."""
+    return json.dumps(str(path), ensure_ascii=False)

@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from textwrap import fill
-from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from distill.units import count, size
+from scripts.measure import Fields
 
-Fields = dict[str, Any]
 LABEL = 28  # characters of a recipe on a line of the legend
 COLOURS, STYLES = 10, ("-", "--", ":")  # matplotlib's cycle, again with another style when it is through
 
@@ -74,10 +73,14 @@ def _rates(found: Fields) -> list[str]:
     gaps = {(one["recipe"], one["factor"]): gap(one, teacher_loss) for one in found["tried"]}
     head = [f"gap at {count(settings['tuned_at'])} by factor on the rates", *(f"{factor:g}" for factor in grid)]
     rows = [
-        [recipe, *(f"{gaps[recipe, factor]:.3f}" for factor in grid)]
+        [recipe, *(_shown(gaps[recipe, factor]) for factor in grid)]
         for recipe in dict.fromkeys(name for name, _ in gaps)
     ]
     return ["", *(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))]
+
+
+def _shown(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "failed"
 
 
 def draw(found: Fields, path: Path) -> None:
@@ -87,14 +90,16 @@ def draw(found: Fields, path: Path) -> None:
     """
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    groups = list(_groups(found["results"]))
+    curves = [
+        (budget, recipe, _median_curve([result["curve"] for result in results], found["teacher"]["loss"]))
+        for budget, recipe, results in _groups(found["results"])
+    ]
     recipes = list(dict.fromkeys(result["recipe"] for result in found["results"]))
-    budgets = sorted({budget for budget, _, _ in groups})
-    largest = {recipe: budget for budget, recipe, _ in groups}
-    for budget, recipe, results in groups:
-        curve = _median_curve([result["curve"] for result in results], found["teacher"]["loss"])
+    budgets = sorted({budget for budget, _, _ in curves})
+    largest = {recipe: budget for budget, recipe, curve in curves if _points(curve, "tokens")}  # of those drawn
+    for budget, recipe, curve in curves:
         for ax, x in zip(axes, ("tokens", "cpu_seconds"), strict=True):
-            points = [(point[x], point["gap"]) for point in curve if point[x] > 0 and point["gap"] > 0]
+            points = _points(curve, x)
             if points:
                 ax.plot(
                     *zip(*points, strict=True),
@@ -103,7 +108,7 @@ def draw(found: Fields, path: Path) -> None:
                     linewidth=1 + budgets.index(budget),
                     marker="o",
                     markevery=[-1],
-                    label=fill(recipe, LABEL) if budget == largest[recipe] else None,
+                    label=fill(recipe, LABEL) if budget == largest.get(recipe) else None,
                 )
     for ax, label in zip(axes, ("training tokens", "CPU seconds of training"), strict=True):
         ax.set(xscale="log", yscale="log", xlabel=label)
@@ -156,14 +161,20 @@ def _factor(result: Fields, settings: Fields) -> str:
     return f"{result['factor']:g}{', edge' * edge}"
 
 
+def _points(curve: Sequence[Fields], x: str) -> list[tuple[float, float]]:
+    """What of a curve has a place on two logarithmic axes."""
+    return [(point[x], point["gap"]) for point in curve if point[x] > 0 and point["gap"] > 0]
+
+
 def _median_curve(curves: Sequence[Sequence[Fields]], teacher_loss: float) -> list[Fields]:
-    """Point by point over seeds, which are all evaluated at the same tokens."""
-    whole = [curve for curve in curves if curve]
+    """Over seeds, at the tokens where all that did not fail have a loss."""
+    at = [{point["tokens"]: point for point in curve} for curve in curves if curve]
+    shared = [tokens for tokens in (at[0] if at else {}) if all(tokens in points for points in at)]
     return [
         {
-            "tokens": points[0]["tokens"],
-            "cpu_seconds": median([point["cpu_seconds"] for point in points]),
-            "gap": median([point["loss"] - teacher_loss for point in points]),
+            "tokens": tokens,
+            "cpu_seconds": median([points[tokens]["cpu_seconds"] for points in at]),
+            "gap": median([points[tokens]["loss"] - teacher_loss for points in at]),
         }
-        for points in zip(*whole, strict=True)
+        for tokens in shared
     ]

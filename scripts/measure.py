@@ -25,11 +25,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from distill.atomic import replace_file
 from distill.errors import UserError
+from distill.evaluation_record import json_numbers
 from eval.timing import Call, circumstances, seconds, synchronize
 
 __all__ = [
     "Call",
+    "Fields",
     "circumstances",
     "device_and_dtype",
     "peak_memory",
@@ -40,6 +43,7 @@ __all__ = [
     "show",
 ]
 
+Fields = dict[str, Any]
 DEVICES = ("cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -94,9 +98,16 @@ def peak_memory(prepare: Callable[..., Call], *arguments: Any, threads: int | No
 
 
 def record(path: Path, figures: Mapping[str, Any]) -> None:
-    """Write figures as JSON, with all that they depend on besides the code."""
+    """Write figures as JSON, whole or not at all, with all that they depend on besides the code.
+
+    What JSON has no number for is written as "nan" or "inf".
+
+    Raises:
+        UserError: the disk is full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{json.dumps({**figures, 'measured_on': circumstances()}, indent=1)}\n")
+    told = json_numbers({**figures, "measured_on": circumstances()})
+    replace_file(path, f"{json.dumps(told, indent=1, ensure_ascii=False)}\n".encode())
 
 
 def show(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -9,10 +9,9 @@ results.json, table.md and curve.png into --output; the same command goes on whe
 the teacher's head drops its rotary positions, which need all of a head's columns.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from matplotlib.figure import Figure
@@ -22,15 +21,16 @@ from distill.conversion import load_teacher
 from distill.copies import ALIKE
 from distill.evaluation import evaluate
 from distill.programs import quiet_unless_watched, report_user_errors
+from distill.recipe import load_recipe
 from distill.recipe_fields import read_tokens
-from distill.run import at_work_on
+from distill.run import CONVERT, at_work_on
 from distill.student import load_student, state_bytes
 from distill.units import size as in_bytes
 from distill.windowed import windowed
-from scripts.compare_recipes import TEACHERS, Teacher
+from scripts.compare_recipes import TEACHERS, teacher_of
 from scripts.comparison_pool import carried_out, processes
-from scripts.comparison_runs import Common, Fields, Wanted, cut_recipe, prepare, recalled
-from scripts.measure import circumstances
+from scripts.comparison_runs import Common, Wanted, check_all, cut_recipe, prepare, recalled, yaml_text
+from scripts.measure import Fields, record
 
 WINDOW = "teacher with a window"
 MIXERS = ["discrete_mamba2", "mamba2"]
@@ -44,8 +44,8 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of all runs and of what they come to.")],
     recipe: Annotated[str, typer.Option(help="As in scripts.compare_recipes.")] = "ours",
     budget: Annotated[str, typer.Option(help="Training tokens of each student over all stages.")] = "1M",
-    mixer: Annotated[list[str], typer.Option(help="Kinds of mixers; several times.")] = MIXERS,
-    state: Annotated[list[int], typer.Option(min=1, help="Numbers a channel; several times.")] = STATES,
+    mixer: Annotated[list[str], typer.Option(help="Kinds of mixers; may be given again.")] = MIXERS,
+    state: Annotated[list[int], typer.Option(min=1, help="Numbers a channel; may be given again.")] = STATES,
     window: Annotated[list[int], typer.Option(min=1, help="Tokens that the teacher sees.")] = WINDOWS,
     sinks: Annotated[int, typer.Option(min=0, help="First tokens that it sees besides.")] = 4,
     evaluation_tokens: Annotated[str, typer.Option(help="Held-out tokens to score.")] = "32K",
@@ -53,7 +53,7 @@ def main(
 ) -> None:
     """Train a student for every kind of mixer and size of state, and draw what they keep over their bytes."""
     quiet_unless_watched()
-    asked = TEACHERS.get(teacher) or Teacher(Path(teacher))
+    asked = teacher_of(teacher)
     common = Common(
         teacher=asked.recipe,
         overrides=(),
@@ -64,16 +64,19 @@ def main(
         output=output,
     )
     plain = Wanted(recipe, read_tokens("--budget", budget), 1.0, 0)
-    facts = prepare(common, plain)
-    head = next(iter(views(load_teacher(facts["path"]), [0]).values())).head_dim
+    check_all(common, [plain])
+    path = load_recipe(common.teacher, common.overrides).teacher.path
+    head = next(iter(views(load_teacher(path), [0]).values())).head_dim
     sizes = [(kind, size) for kind in mixer for size in sorted(state)]
     wanted = [replace(plain, recipe=_recipe(recipe, kind, size, head)) for kind, size in sizes]
+    check_all(common, wanted)
+    facts = prepare(common, plain)
     with processes(jobs) as pool:
         results = carried_out(pool, common, wanted)
     points = [_of_student(common, one, result, *size) for one, result, size in zip(wanted, results, sizes, strict=True)]
     points += _of_windows(common, plain, sorted(window), sinks)
-    found = {"teacher": {"name": teacher, **facts}, "points": points, "measured_on": circumstances()}
-    (output / "results.json").write_text(f"{json.dumps(found, indent=1)}\n")
+    found: Fields = {"teacher": {"name": teacher, **facts}, "points": points}
+    record(output / "results.json", found)
     (output / "table.md").write_text(f"{table(found)}\n")
     draw(found, output / "curve.png")
     print(f"{table(found)}\n\n{output}/results.json, table.md, curve.png")
@@ -86,15 +89,17 @@ def _recipe(recipe: str, mixer: str, state: int, head: int) -> str:
 
 
 def _of_student(common: Common, wanted: Wanted, result: Fields, kind: str, size: int) -> Fields:
-    student = load_student(wanted.folder(common.output) / result["stage"])
-    return {"kind": kind, "size": size, "bytes": state_bytes(student), **_worth(result)}
+    """What it remembers is known before it is trained, so also of one that failed."""
+    student = load_student(wanted.folder(common.output) / CONVERT)
+    failed = {"failed": result["failed"]} if "failed" in result else {}
+    return {"kind": kind, "size": size, "bytes": state_bytes(student), **_worth(result), **failed}
 
 
 def _of_windows(common: Common, wanted: Wanted, sizes: list[int], sinks: int) -> list[Fields]:
     """The teacher with each window, measured on the text that the students were."""
     points = []
     path, settings = cut_recipe(common, wanted)
-    with at_work_on(path, [*settings, f"run_dir={common.output}"]) as run:
+    with at_work_on(path, [*settings, f"run_dir={yaml_text(common.output)}"]) as run:
         layers = list(range(run.teacher.config.get_text_config().num_hidden_layers))
         heads = [(attention.n_kv_heads, attention.head_dim) for attention in views(run.teacher, layers).values()]
         a_token = run.teacher.dtype.itemsize * sum(2 * number * width for number, width in heads)
@@ -111,7 +116,7 @@ def _worth(result: Fields) -> Fields:
     return {name: result.get(name) for name in ("loss", "kl", "agreement", "recall")}
 
 
-def table(found: dict[str, Any]) -> str:
+def table(found: Fields) -> str:
     """Markdown, a row for each model."""
     teacher = found["teacher"]
     recall = teacher["recall"] is not None
@@ -121,24 +126,27 @@ def table(found: dict[str, Any]) -> str:
             point["kind"],
             str(point["size"]),
             in_bytes(point["bytes"]),
-            f"{point['loss'] - teacher['loss']:.3f}",
-            f"{point['kl']:.3f}",
-            f"{point['agreement']:.1%}",
-            *[f"{point['recall']:.1%}" for _ in range(recall)],
+            *(["failed"] * (3 + recall) if "failed" in point else _numbers(point, teacher["loss"], recall)),
         ]
         for point in found["points"]
     ]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """Recall, if there is any, and KL to the teacher over bytes; a line for each kind."""
+def _numbers(point: Fields, teacher_loss: float, recall: bool) -> list[str]:
+    numbers = [f"{point['loss'] - teacher_loss:.3f}", f"{point['kl']:.3f}", f"{point['agreement']:.1%}"]
+    return [*numbers, f"{point['recall']:.1%}"] if recall else numbers
+
+
+def draw(found: Fields, path: Path) -> None:
+    """Recall, if there is any, and KL to the teacher over bytes; a line for each kind, without what failed."""
+    points = [point for point in found["points"] if "failed" not in point]
     shown = [("kl", "KL to the teacher, nats a token"), ("recall", "answers written")]
-    shown = [(name, label) for name, label in shown if found["points"][0][name] is not None]
+    shown = [(name, label) for name, label in shown if name == "kl" or found["teacher"][name] is not None]
     figure = Figure(figsize=(5.5 * len(shown), 4.2), layout="constrained")
     for ax, (name, label) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        for kind in dict.fromkeys(point["kind"] for point in found["points"]):
-            line = [(point["bytes"], point[name]) for point in found["points"] if point["kind"] == kind]
+        for kind in dict.fromkeys(point["kind"] for point in points):
+            line = [(point["bytes"], point[name]) for point in points if point["kind"] == kind]
             ax.plot(*zip(*sorted(line), strict=True), marker="o", label=kind)
         ax.set(xscale="log", xlabel="bytes a sequence, at any length", ylabel=label)
         ax.set_yscale("log" if name == "kl" else "linear")

@@ -1,9 +1,11 @@
 """The rulers of the benchmarks, on calls whose size and order are known."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 
+import pytest
 import torch
 
 from scripts import measure
@@ -45,6 +47,13 @@ def test_a_record_says_where_it_was_made(tmp_path):
     assert got["rows"] == [1, 2]
     assert got["measured_on"]["versions"]["torch"] == torch.__version__
     assert {"date", "machine", "threads", "cores"} <= got["measured_on"].keys()
+
+
+def test_a_record_is_json_whatever_the_numbers(tmp_path):
+    measure.record(tmp_path / "figures.json", {"loss": math.nan, "name": "é"})
+    told = (tmp_path / "figures.json").read_text()
+    assert json.loads(told, parse_constant=pytest.fail)["loss"] == "nan"
+    assert "é" in told
 
 
 def test_the_environment_is_put_back(monkeypatch):

@@ -1,7 +1,12 @@
 """scripts.state_curve: what a state's size makes of a recipe, and what is kept beside its bytes."""
 
+from pathlib import Path
+
+import pytest
+from matplotlib.axes import Axes
 from matplotlib.image import imread
 
+from scripts import state_curve
 from scripts.comparison_runs import Common, Wanted, prepare
 from scripts.state_curve import WINDOW, _of_windows, _recipe, draw, table
 from tests.conftest import CHECKOUT
@@ -35,3 +40,31 @@ def test_windows_take_their_bytes_and_come_nearer_to_the_teacher(tmp_path, saved
     draw(found, tmp_path / "curve.png")
     height, width, _ = imread(tmp_path / "curve.png").shape
     assert width > height > 200
+
+
+def test_a_student_that_failed_is_in_the_table_and_not_in_the_curve(tmp_path, saved_teacher, text, monkeypatch):
+    monkeypatch.setattr(state_curve, "load_student", lambda path: path)
+    monkeypatch.setattr(state_curve, "state_bytes", lambda path: 640 if path.name == "convert" else 0)
+    common = Common(Path("teacher.yaml"), (), "[]", 256, 1, False, tmp_path)
+    failed = {"recipe": "ours", "failed": "the held-out loss is not finite", "curve": []}
+    point = state_curve._of_student(common, Wanted("ours", 1000, 1.0, 0), failed, "mamba2", 4)
+    whole = {"kind": "mamba2", "size": 8, "bytes": 1280, "loss": 2.5, "kl": 0.5, "agreement": 0.5, "recall": None}
+    found = {"teacher": {"name": "tiny", "loss": 2.0, "recall": None}, "points": [point, whole]}
+    assert table(found).splitlines()[2:] == [
+        "| mamba2 | 4 | 640 B | failed | failed | failed |",
+        "| mamba2 | 8 | 1.25 KiB | 0.500 | 0.500 | 50.0% |",
+    ]
+    lines = []
+    monkeypatch.setattr(Axes, "plot", lambda _, *xy, **__: lines.append(xy))
+    draw(found, tmp_path / "curve.png")
+    assert lines == [((1280,), (0.5,))]
+
+
+def test_mistakes_in_any_student_end_before_the_text_is_prepared(tmp_path, saved_teacher, text, monkeypatch, capsys):
+    monkeypatch.chdir(CHECKOUT)
+    teacher, output = write_recipe(tmp_path, saved_teacher, text), tmp_path / "out"
+    with pytest.raises(SystemExit) as ended:
+        state_curve.main(teacher=str(teacher), output=output, recipe="kl_only student.window_layers=[99]", budget="16K")
+    assert ended.value.code == 2
+    assert "student.window_layers" in capsys.readouterr().err
+    assert not output.exists()
