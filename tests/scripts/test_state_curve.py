@@ -42,7 +42,7 @@ def test_windows_take_their_bytes_and_come_nearer_to_the_teacher(tmp_path, saved
     assert width > height > 200
 
 
-def test_a_student_that_failed_is_in_the_table_and_not_in_the_curve(tmp_path, saved_teacher, text, monkeypatch):
+def test_a_student_that_failed_is_in_the_table_and_not_in_the_curve(tmp_path, monkeypatch):
     monkeypatch.setattr(state_curve, "load_student", lambda path: path)
     monkeypatch.setattr(state_curve, "state_bytes", lambda path: 640 if path.name == "convert" else 0)
     common = Common(Path("teacher.yaml"), (), "[]", 256, 1, False, tmp_path)
@@ -54,8 +54,8 @@ def test_a_student_that_failed_is_in_the_table_and_not_in_the_curve(tmp_path, sa
         "| mamba2 | 4 | 640 B | failed | failed | failed |",
         "| mamba2 | 8 | 1.25 KiB | 0.500 | 0.500 | 50.0% |",
     ]
-    lines = []
-    monkeypatch.setattr(Axes, "plot", lambda _, *xy, **__: lines.append(xy))
+    lines, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda ax, *xy, **style: lines.append(xy) or plot(ax, *xy, **style))
     draw(found, tmp_path / "curve.png")
     assert lines == [((1280,), (0.5,))]
 
