@@ -90,7 +90,7 @@ def main(
         list[str],
         typer.Option(
             help="A file, ours (recipes/quickstart.yaml), or a name in recipes/published or recipes; settings may"
-            ' follow: "ours seed=1". Several times.'
+            ' follow: "ours seed=1"; may be given again.'
         ),
     ],
     budget: Annotated[list[str], typer.Option(help="Training tokens over all stages, such as 1M; may be given again.")],
