@@ -117,7 +117,7 @@ def convert(
     The student is an ordinary Hugging Face folder. Its mixers start from the attention weights; what they say makes
     sense only after the stages have trained them.
 
-    Example: `distill convert teachers/stdlib-1m students/hybrid --keep-attention 2,5`
+    Example: `distill convert teachers/stdlib-1m students/hybrid --keep-attention 1,3`
     """
     quiet_unless_watched()
     from distill.conversion_view import render

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import typer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,6 +30,7 @@ def both_ways(convolution: Callable[..., Tensor], *leaves: Tensor) -> None:
 
 
 def main() -> None:
+    """Time both of them at three shapes, and print the ratio."""
     rows = []
     for batch, tokens, channels in SHAPES:
         shapes = ((batch, tokens, channels), (channels, TAPS), (channels,))
@@ -41,4 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -19,6 +19,7 @@ import typer
 from distill.atomic import replace_file
 from distill.errors import UserError
 from distill.programs import quiet_unless_watched, report_user_errors
+from distill.recipe import load_recipe
 from distill.recipe_fields import read_tokens
 from scripts.comparison_pool import carried_out, processes
 from scripts.comparison_runs import RECIPES, Common, Wanted, check_all, prepare, slug, yaml_text
@@ -34,16 +35,18 @@ class Teacher(NamedTuple):
     Attributes:
         recipe: that names both.
         recall: whether it answers the rows of `distill.recall` in its own ids.
+        absent: what to do where its text is not there; None for a text that is everywhere, or not ours to know.
     """
 
     recipe: Path
     recall: bool = False
+    absent: str | None = None
 
 
 TEACHERS = {
     "stdlib-1m": Teacher(RECIPES / "quickstart.yaml"),
-    "stories260k": Teacher(RECIPES / "stories260k.yaml"),
-    "recall": Teacher(RECIPES / "recall-hybrid.yaml", recall=True),
+    "stories260k": Teacher(RECIPES / "stories260k.yaml", absent="--teacher-path and --source say where both lie"),
+    "recall": Teacher(RECIPES / "recall-hybrid.yaml", True, "python -m scripts.recall_rows writes it"),
 }
 
 
@@ -123,6 +126,8 @@ def main(
     """Train every RECIPE on one teacher within the same budgets, and compare what they come to."""
     quiet_unless_watched()
     asked = teacher_of(teacher)
+    if source is None:
+        _require_text(teacher, asked)
     moved = {"teacher.path": teacher_path, "data.source": source}
     common = Common(
         teacher=asked.recipe,
@@ -151,6 +156,13 @@ def teacher_of(given: str) -> Teacher:
     if given not in TEACHERS and not Path(given).is_file():
         raise UserError(f"--teacher {given}: allowed: {', '.join(TEACHERS)}, or the file of a recipe that names one")
     return TEACHERS.get(given) or Teacher(Path(given))
+
+
+def _require_text(name: str, teacher: Teacher) -> None:
+    """UserError where the text of one of TEACHERS is still to be had."""
+    missing = [source for source in load_recipe(teacher.recipe).data.source if not Path(source).exists()]
+    if teacher.absent and missing:
+        raise UserError(f"--teacher {name}: there is no {', '.join(missing)} here; {teacher.absent}")
 
 
 def _tuning(

@@ -315,22 +315,18 @@ def _tokens(recipe: Recipe, wanted: Wanted) -> dict[StageName, int]:
     stages = recipe.stages.named()
     nominal = sum(stage.tokens for stage in stages.values())
     cut: dict[StageName, int] = {}
+    steps = {name: stage.batch_size * recipe.block_of(stage) for name, stage in stages.items()}
+    least = max(math.ceil(steps[name] * nominal / stage.tokens) for name, stage in stages.items())
     for name, stage in stages.items():
-        step = stage.batch_size * recipe.block_of(stage)
-        whole = _whole_steps(wanted, name, round(wanted.budget * stage.tokens / nominal), step)
-        cut[name] = (
-            whole if len(cut) < len(stages) - 1 else _whole_steps(wanted, name, wanted.budget - sum(cut.values()), step)
-        )
+        last = len(cut) == len(stages) - 1
+        tokens = wanted.budget - sum(cut.values()) if last else round(wanted.budget * stage.tokens / nominal)
+        if tokens < steps[name]:
+            raise UserError(
+                f"{wanted.recipe}: {tokens} tokens of {wanted.budget} are left for {name}, less than one step of"
+                f" {steps[name]}; give a --budget of at least {least}, or a smaller --batch-size"
+            )
+        cut[name] = tokens // steps[name] * steps[name]
     return cut
-
-
-def _whole_steps(wanted: Wanted, name: StageName, tokens: int, step: int) -> int:
-    if tokens < step:
-        raise UserError(
-            f"{wanted.recipe}: {tokens} tokens of {wanted.budget} are left for {name}, less than one step of {step};"
-            " give a larger --budget"
-        )
-    return tokens // step * step
 
 
 def _yaml(section: Any) -> str:

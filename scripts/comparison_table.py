@@ -11,7 +11,7 @@ from statistics import median
 from textwrap import fill
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from distill.units import count, size
 from scripts.measure import Fields
@@ -112,13 +112,22 @@ def draw(found: Fields, path: Path) -> None:
                 )
     for ax, label in zip(axes, ("training tokens", "CPU seconds of training"), strict=True):
         ax.set(xscale="log", yscale="log", xlabel=label)
-        ax.xaxis.set_minor_formatter(NullFormatter())  # within a decade matplotlib writes numbers over one another
+        for axis, shown in ((ax.xaxis, count), (ax.yaxis, "{:g}".format)):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _, shown=shown: shown(value)))
+            axis.set_minor_formatter(NullFormatter())  # matplotlib writes those over one another
         ax.grid(True, which="both", alpha=0.2)
     axes[0].set_ylabel("held-out loss behind the teacher, nats a token")
     if axes[0].get_legend_handles_labels()[0]:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-    figure.suptitle(f"{found['teacher']['name']}, attention kept in {found['settings']['keep_attention']}")
+    figure.suptitle(_title(found, len(budgets)))
     figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def _title(found: Fields, budgets: int) -> str:
+    kept = found["settings"]["keep_attention"]
+    layers = "no attention kept" if kept == "[]" else f"attention kept in {kept}"
+    return f"{found['teacher']['name']}, {layers}" + ("; thicker lines: larger budgets" if budgets > 1 else "")
 
 
 def _groups(results: Iterable[Fields]) -> list[tuple[int, str, list[Fields]]]:

@@ -65,9 +65,10 @@ def main(
         ask = _repetitions(model, samples, length or REPETITIONS, seed)
     intact, ranking = rank_heads(model, ask, reach=reach)
     chosen = most_missed(ranking, keep)
-    show(f"heads of {teacher}", ("layer", "head", "lost, nats", "written"), [_row(one) for one in ranking])
+    columns = ("layer", "head", "lost, nats", *["written"] * bool(names))
+    show(f"heads of {teacher}", columns, [_row(one)[: len(columns)] for one in ranking])
     setting = ", ".join(f"{layer}: {heads}" for layer, heads in chosen.items())
-    print(f"\nall heads: log p {intact.log_probability:.3f}, written {_written(intact)}")
+    print(f"\nall heads: log p {intact.log_probability:.3f}" + (f", written {_written(intact)}" if names else ""))
     print(f"student: {{keep_heads: {{{setting}}}}}     # {keep} of {len(ranking)}, {keep / len(ranking):.1%}")
     if output:
         heads = [asdict(one) for one in ranking]
@@ -94,7 +95,7 @@ def _special(model: PreTrainedModel) -> set[int | None]:
 
 
 def _row(one: Head) -> tuple[str, ...]:
-    return str(one.layer), str(one.head), f"{one.lost:+.3f}", _written(one.without)
+    return str(one.layer), str(one.head), f"{round(one.lost, 3) + 0.0:+.3f}", _written(one.without)
 
 
 def _written(found: Found) -> str:

@@ -184,5 +184,5 @@ def draw(selection: Selection, path: Path) -> None:
         ax.set_ylabel(ranking.unit.replace(", ", ",\n"), fontsize="small")
         ax.set_title(f"round {place + 1}" if len(rounds) > 1 else "", fontsize="small")
     ax.set_xlabel("layer")
-    figure.suptitle(f"{asked.recipe.name}, {asked.method}: keep {', '.join(map(str, selection.layers))}")
+    figure.suptitle(f"{asked.recipe.name}, {asked.method}: attention stays in {', '.join(map(str, selection.layers))}")
     figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -154,13 +154,22 @@ def test_the_picture_names_every_recipe_and_tells_more_than_ten_apart(monkeypatc
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 12
 
 
+def test_a_teacher_whose_text_is_still_to_be_had_says_how(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("teacher: {path: t}\ndata: {source: nowhere.txt}\nstages: {logits: {tokens: 1K}}\n")
+    compare_recipes._require_text("known", compare_recipes.Teacher(recipe))
+    with pytest.raises(UserError, match=r"--teacher known: there is no nowhere\.txt here; write it"):
+        compare_recipes._require_text("known", compare_recipes.Teacher(recipe, absent="write it"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--recipe", "none"], "there is no recipe 'none'; allowed: a file, ours, "),
         (
             ["--recipe", "mohawk", "--budget", "9K"],
-            "mohawk: 240 tokens of 9000 are left for mixing, less than one step",
+            "mohawk: 240 tokens of 9000 are left for mixing, less than one step of 512; give a --budget of"
+            " at least 19200",
         ),
         (["--recipe", "scratch", "--budget", "much"], "--budget much: give tokens such as 500000, 500K or 4M"),
         (["--recipe", "kl_only", "--recipe", " kl_only"], "two would have the same folder"),
