@@ -88,12 +88,13 @@ class Launch:
         return self._log.read_text()
 
     def processes(self) -> dict[int, int]:
-        """The process id of every rank that lives."""
-        found = {}
-        for process, environment in _environments():
-            if environment.get(MARK) == self._mark and "RANK" in environment:
-                found[int(environment["RANK"])] = process
-        return found
+        """The process id of every rank that lives; of its own children, which have its environment, none."""
+        ranks = {
+            process: int(environment["RANK"])
+            for process, environment in _environments()
+            if environment.get(MARK) == self._mark and "RANK" in environment
+        }
+        return {rank: process for process, rank in ranks.items() if _parent(process) not in ranks}
 
 
 class Ranks:
@@ -196,6 +197,15 @@ def _environments() -> Iterator[tuple[int, dict[str, str]]]:
         except OSError:
             continue
         yield int(folder.name), dict(entry.split("=", 1) for entry in told.split("\0") if "=" in entry)
+
+
+def _parent(process: int) -> int | None:
+    """Its parent's id; None if it has ended meanwhile."""
+    try:
+        told = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return None
+    return int(told.rpartition(")")[2].split()[1])  # behind the name, which may hold anything: state, parent
 
 
 def _free_port() -> int:

@@ -82,7 +82,7 @@ def test_a_rank_killed_mid_stage(uninterrupted, recipe, config):
     launch = Launch(*command)
     launch.signal_when(signal.SIGKILL, made(folder, "hidden", 7), rank=1)
     left = launch.wait()
-    assert left.codes == (1,)
+    assert left.codes == (1,), left.log
     assert "exitcode  : -9" in left.log
     assert "Signal 9 (SIGKILL) received" in left.log
 
