@@ -11,7 +11,6 @@ used again, so the same command goes on where it was killed.
 Writes results.json, table.md and layers.png.
 """
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -25,7 +24,6 @@ import typer
 from distill.data import evaluation_batches
 from distill.errors import UserError
 from distill.evaluation import evaluate
-from distill.evaluation_record import json_numbers
 from distill.lock import alone_in
 from distill.mixers import KINDS
 from distill.programs import quiet_unless_watched, report_user_errors
@@ -37,7 +35,7 @@ from distill.selection.ledger import Fields, Ledger
 from distill.selection.measures import Measures, named
 from distill.selection.ranking import BASELINES, Layers, Ranking
 from scripts.layer_agreement import draw, table
-from scripts.measure import circumstances
+from scripts.measure import record
 from stages.command import Overrides, RecipePath
 from stages.select import digest_of_training, measures, rank, trained_choice
 
@@ -196,8 +194,7 @@ def _told(asked: Asked, measured: Measures, tokens: int, scored: int) -> Fields:
 
 
 def _write(output: Path, found: Fields) -> None:
-    told = json_numbers({**found, "measured_on": circumstances()})
-    (output / "results.json").write_text(f"{json.dumps(told, indent=1, ensure_ascii=False)}\n")
+    record(output / "results.json", found)
     (output / "table.md").write_text(f"{table(found)}\n")
     draw(found, output / "layers.png")
 

@@ -15,9 +15,8 @@ from matplotlib.figure import Figure
 
 from distill.selection.measures import named
 from distill.units import count
+from scripts.measure import Fields
 from scripts.rank_correlation import kendall, spearman
-
-Fields = dict[str, Any]
 
 
 def means(size: Fields, metric: str) -> dict[str, float]:

@@ -53,8 +53,8 @@ def main(
     for name in names:
         task_named(name)
     model = load_model(teacher, device)
-    check_length(model, length)
     if names:
+        check_length(model, length)
         examples = [
             one
             for name in names
@@ -66,7 +66,7 @@ def main(
     intact, ranking = rank_heads(model, ask, reach=reach)
     chosen = most_missed(ranking, keep)
     columns = ("layer", "head", "lost, nats", *["written"] * bool(names))
-    show(f"heads of {teacher}", columns, [_row(one)[: len(columns)] for one in ranking])
+    show(f"heads of {teacher}", columns, map(_row, ranking))
     setting = ", ".join(f"{layer}: {heads}" for layer, heads in chosen.items())
     print(f"\nall heads: log p {intact.log_probability:.3f}" + (f", written {_written(intact)}" if names else ""))
     print(f"student: {{keep_heads: {{{setting}}}}}     # {keep} of {len(ranking)}, {keep / len(ranking):.1%}")
@@ -95,11 +95,12 @@ def _special(model: PreTrainedModel) -> set[int | None]:
 
 
 def _row(one: Head) -> tuple[str, ...]:
-    return str(one.layer), str(one.head), f"{round(one.lost, 3) + 0.0:+.3f}", _written(one.without)
+    lost = f"{round(one.lost, 3) + 0.0:+.3f}"  # no -0.000
+    return str(one.layer), str(one.head), lost, *([] if one.without.written is None else [_written(one.without)])
 
 
 def _written(found: Found) -> str:
-    return "" if found.written is None else f"{found.written:.0%}"
+    return f"{found.written:.0%}"
 
 
 if __name__ == "__main__":
