@@ -24,13 +24,11 @@ import torch
 from transformers import PreTrainedConfig
 
 from distill.attention import AttentionView, views
-from distill.conversion import empty_model
+from distill.conversion import CONTEXTS, empty_model
 from distill.layout import ATTENTION, WINDOWED
 from distill.mixers import FEATURES
 from distill.mixers.kept_heads import KeptHeads
 from distill.student import state_bytes, teacher_class
-
-CONTEXTS = (1024, 4096, 32768, 131072)
 
 
 class AttentionCost(NamedTuple):
