@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import TypedDict, get_args
 
 from distill.copies import require_copies
 from distill.errors import UserError
@@ -61,3 +61,22 @@ class Choices:
         if self.rope not in get_args(Rope):
             raise UserError(f"rope is {self.rope!r}; allowed are {', '.join(get_args(Rope))}")
         require_copies(self.expand, self.mixer, bool(self.keep_heads))
+
+
+class Chosen(TypedDict, total=False):
+    """`Choices` as keyword arguments, for editors and type checkers: ``**choices: Unpack[Chosen]``."""
+
+    mixer: str
+    keep_attention: Sequence[int]
+    keep_heads: Heads | None
+    seed: int
+    seed_from_attention: bool
+    from_scratch: bool
+    expand: int
+    state_dim: int | None
+    conv_width: int
+    rope: str
+    bidirectional: str
+    window_layers: Sequence[int]
+    window: int | None
+    sinks: int | None

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 
 from distill.attention import AttentionView, views
 from distill.calibration import calibrate
-from distill.choices import Choices
+from distill.choices import Choices, Chosen
 from distill.decoder import attention_of, layers_of
 from distill.errors import UserError
 from distill.families import FAMILIES, family_name
@@ -84,14 +84,14 @@ class Report:
         return asdict(self)
 
 
-def convert(teacher: str | Path | PreTrainedModel, **choices: Any) -> PreTrainedModel:
+def convert(teacher: str | Path | PreTrainedModel, **choices: Unpack[Chosen]) -> PreTrainedModel:
     """Turn a pretrained Transformer into a student with linear-time layers.
 
     Args:
         teacher: a Hugging Face folder (or hub id), or a loaded model, which is left untouched.
-        **choices: by keyword what ``distill.choices.Choices`` has: ``mixer``, ``keep_attention``, ``keep_heads``,
-            ``seed``, ``seed_from_attention``, ``from_scratch``, ``expand``, ``state_dim``, ``conv_width``, ``rope``,
-            ``bidirectional``, ``window_layers``, ``window``, ``sinks``.
+        **choices: by keyword what ``distill.choices.Choices`` has, where each is explained: ``mixer``,
+            ``keep_attention``, ``keep_heads``, ``seed``, ``seed_from_attention``, ``from_scratch``, ``expand``,
+            ``state_dim``, ``conv_width``, ``rope``, ``bidirectional``, ``window_layers``, ``window``, ``sinks``.
 
     Returns:
         A ``PreTrainedModel`` in eval mode: in fp32 if ``teacher`` is a folder, in a loaded teacher's dtype and on its
@@ -106,9 +106,10 @@ def convert(teacher: str | Path | PreTrainedModel, **choices: Any) -> PreTrained
     return student
 
 
-def convert_with_report(teacher: PreTrainedModel, **choices: Any) -> tuple[PreTrainedModel, Report]:
+def convert_with_report(teacher: PreTrainedModel, **choices: Unpack[Chosen]) -> tuple[PreTrainedModel, Report]:
     """:func:`convert`, with the account of what was done."""
-    wanted, config = Choices(**choices), plan(teacher.config, **choices)
+    wanted = Choices(**choices)
+    config = _planned(teacher.config, wanted)
     replaced = views(teacher, mixer_layers(config))
     errors = verify(teacher, replaced)
 
@@ -132,7 +133,7 @@ def convert_with_report(teacher: PreTrainedModel, **choices: Any) -> tuple[PreTr
     return student, report(teacher, student, seeded, max(errors.values(), default=None))
 
 
-def plan(teacher: PreTrainedConfig, **choices: Any) -> PreTrainedConfig:
+def plan(teacher: PreTrainedConfig, **choices: Unpack[Chosen]) -> PreTrainedConfig:
     """The student's config, everything checked, without a weight in memory.
 
     Args:
@@ -142,7 +143,10 @@ def plan(teacher: PreTrainedConfig, **choices: Any) -> PreTrainedConfig:
     Raises:
         UserError: as :func:`convert`.
     """
-    wanted = Choices(**choices)
+    return _planned(teacher, Choices(**choices))
+
+
+def _planned(teacher: PreTrainedConfig, wanted: Choices) -> PreTrainedConfig:
     if getattr(teacher, "distill", None) is not None:
         raise UserError("the teacher is already a student of this project; convert the Transformer it came from")
     depth = teacher.get_text_config().num_hidden_layers

@@ -3,6 +3,7 @@
 import copy
 import weakref
 from dataclasses import fields
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from distill import UserError, convert
 from distill.attention import family_of, view
 from distill.calibration import calibrate, steady_direction
-from distill.choices import Choices
+from distill.choices import Choices, Chosen
 from distill.conversion import convert_with_report, empty_model, plan, report
 from distill.mixers import MIXERS
 from distill.mixers.parts import in_convolution
@@ -316,6 +317,10 @@ def test_a_recipe_and_a_call_choose_the_same_unless_told_otherwise():
     assert {name: value for name, value in Student().settings().items() if value != getattr(chosen, name)} == {
         "keep_heads": {}
     }
+
+
+def test_type_checkers_are_told_all_choices():
+    assert get_type_hints(Chosen) == get_type_hints(Choices)
 
 
 def test_a_choice_that_there_is_none_of_is_refused():
