@@ -13,9 +13,10 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from distill import marked_yaml
+from distill.conversion import CONTEXTS
 from distill.evaluation import perplexity_ratio
 from distill.export.account import CONVERT, Account
-from distill.export.footprint import CONTEXTS, Footprint, footprint_of
+from distill.export.footprint import Footprint, footprint_of
 from distill.export.metadata import metadata
 from distill.export.usage import how_to_load
 from distill.export.written import Written

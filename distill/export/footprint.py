@@ -24,7 +24,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from distill.attention import AttentionView, views
-from distill.conversion import CONTEXTS, empty_model
+from distill.conversion import empty_model
 from distill.layout import ATTENTION, WINDOWED
 from distill.mixers import FEATURES
 from distill.mixers.kept_heads import KeptHeads
