@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from distill.decoder import attention_of, layers_of
 from distill.errors import UserError
 from distill.families import FAMILIES, Family, family_name, family_of, found
+from distill.objectives import attention_matrix
 from distill.projections import Projection, is_linear, out_features, split, whole
 from distill.turning import Positions, Rotate, rotation_of, turned
 from distill.within import whole_shape
@@ -66,6 +67,16 @@ class AttentionView:
         """
         q_BHTP, k_BKTP = self.queries_and_shared_keys(hidden_BTD, position_embeddings)
         return q_BHTP, self.per_query_head(k_BKTP, dim=1)
+
+    def matrix(self, hidden_BTD: Tensor, position_embeddings: Positions, document_BT: Tensor | None = None) -> Tensor:
+        """A, (B, H, T, T): what `attention_matrix` makes of `queries_and_keys`; arguments as theirs."""
+        return attention_matrix(
+            *self.queries_and_keys(hidden_BTD, position_embeddings),
+            scaling=self.scaling,
+            document_BT=document_BT,
+            window=self.sliding_window,
+            softcap=self.softcap,
+        )
 
     def queries_and_shared_keys(self, hidden_BTD: Tensor, position_embeddings: Positions) -> tuple[Tensor, Tensor]:
         """As `queries_and_keys`, with the keys once: (B, H, T, P) and (B, K, T, P)."""

@@ -21,7 +21,6 @@ from distill.head_maps import HeadMap, head_maps, nearest_scores
 from distill.mirrored import BehindSilu, mirror_state_, mirror_values_
 from distill.mixers import BasedMixer, DiscreteMamba2Mixer, GatedDeltaNetMixer, HedgehogMixer, Mamba2Mixer, Mixer
 from distill.mixers.parts import in_convolution, inverse_softplus
-from distill.objectives import attention_matrix
 
 GATE_INPUT = 2.0  # SiLU is past its bend here, and not yet so far that the gate could not close
 LARGEST_RATIO = 1e3
@@ -157,10 +156,7 @@ def _size_ratio(mixer: Mixer, attention: AttentionView, trace: LayerTrace) -> Te
 
     Copies of a head have one matrix together, and all the same ratio.
     """
-    q_BHTP, k_BHTP = attention.queries_and_keys(trace.attention_input, trace.position_embeddings)
-    teacher_BHTT = attention_matrix(
-        q_BHTP, k_BHTP, scaling=attention.scaling, window=attention.sliding_window, softcap=attention.softcap
-    )
+    teacher_BHTT = attention.matrix(trace.attention_input, trace.position_embeddings)
     each_BHTT = mixer.mixing_matrix(trace.attention_input, position_embeddings=trace.position_embeddings)
     student_BHTT = mean_of_copies(each_BHTT, attention.n_heads, dim=1)
     sizes = (matrix_BHTT.float().square().sum(dim=(0, 2, 3)).sqrt() for matrix_BHTT in (teacher_BHTT, student_BHTT))

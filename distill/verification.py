@@ -20,7 +20,6 @@ from distill.decoder import attention_of, layers_of
 from distill.documents import document_starts
 from distill.errors import UserError
 from distill.families import family_name
-from distill.objectives import attention_matrix
 from distill.student import mixers_of
 
 LENGTH = 40
@@ -86,15 +85,7 @@ def _errors(attention: AttentionView, trace: LayerTrace, position_ids_BT: Tensor
     """Of the row that is one document, and of the row of two."""
     starts_BT = document_starts(position_ids_BT)
     assert starts_BT is not None
-    q_BHTP, k_BHTP = attention.queries_and_keys(trace.attention_input, trace.position_embeddings)
-    matrix_BHTT = attention_matrix(
-        q_BHTP,
-        k_BHTP,
-        scaling=attention.scaling,
-        window=attention.sliding_window,
-        softcap=attention.softcap,
-        document_BT=starts_BT.cumsum(1),
-    )
+    matrix_BHTT = attention.matrix(trace.attention_input, trace.position_embeddings, starts_BT.cumsum(1))
     v_BTHP = attention.values(trace.attention_input)
     mixed_BTHP = torch.einsum("bhts,bshp->bthp", matrix_BHTT, v_BTHP.to(matrix_BHTT.dtype)).to(v_BTHP.dtype)
     expected_BTD = trace.attention_output

@@ -28,7 +28,6 @@ from distill.errors import UserError
 from distill.evaluation import evaluate, layer_distances
 from distill.evaluation_record import MATRIX_TOKENS, Evaluation, MatrixPair, Sample, read_evaluation, write_evaluation
 from distill.mixers import is_mixer
-from distill.objectives import attention_matrix
 from distill.programs import quiet_unless_watched, report_user_errors
 from distill.run import Run, at_work_on
 from distill.student import mixers_of
@@ -94,12 +93,7 @@ def matrix_pairs(run: Run, student: PreTrainedModel) -> list[MatrixPair]:
     pairs = []
     for index in shown:
         trace, attention = traces[index], attentions[index]
-        q_BHTP, k_BHTP = within(
-            layers[index], attention.queries_and_keys, trace.attention_input, trace.position_embeddings
-        )
-        teacher_BHTT = attention_matrix(
-            q_BHTP, k_BHTP, scaling=attention.scaling, window=attention.sliding_window, softcap=attention.softcap
-        )
+        teacher_BHTT = within(layers[index], attention.matrix, trace.attention_input, trace.position_embeddings)
         mixer = mixers[index]
         each_BHTT = within(
             mixer,

@@ -25,7 +25,6 @@ from distill.copies import copies_of
 from distill.memories import SET_MEMORY, memories_of
 from distill.mixers import DiscreteMamba2Mixer, GatedDeltaNetMixer, HedgehogMixer, Mamba2Mixer, Mixer
 from distill.mixers.parts import between_tokens, inverse_softplus
-from distill.objectives import attention_matrix
 from distill.seeding import LARGEST_RATIO
 
 MEMORIES = tuple(2 ** (half / 2) for half in range(21))
@@ -106,16 +105,9 @@ def _matrices_(mixer: Mixer, read: Read, memories_HE: Tensor) -> Tensor:
 
 def _attention(attention: AttentionView, trace: LayerTrace, arguments: Arguments) -> Tensor:
     """A, (B, H, T, T); zeros at padding."""
-    q_BHTP, k_BHTP = attention.queries_and_keys(trace.attention_input, trace.position_embeddings)
     resets_BT, valid_BT = arguments["resets_BT"], arguments["valid_BT"]
-    matrix_BHTT = attention_matrix(
-        q_BHTP,
-        k_BHTP,
-        scaling=attention.scaling,
-        document_BT=None if resets_BT is None else resets_BT.cumsum(dim=1),
-        window=attention.sliding_window,
-        softcap=attention.softcap,
-    )
+    document_BT = None if resets_BT is None else resets_BT.cumsum(dim=1)
+    matrix_BHTT = attention.matrix(trace.attention_input, trace.position_embeddings, document_BT)
     return between_tokens(matrix_BHTT, valid_BT)
 
 
