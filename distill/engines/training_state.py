@@ -60,8 +60,10 @@ def load(student: nn.Module, optimizer: Optimizer, folder: Path) -> None:
         )
     written = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     for name, parameter in _trained(student).items():
-        if f"optimizer/{name}/step" in written:  # stage 1 never reaches some, and then AdamW has no state for them
+        if f"optimizer/{name}/step" in written:
             optimizer.state.setdefault(parameter, _fresh_state(parameter))
+        else:  # no step had reached it yet: stage 1 never does some, and stepwise the later layers
+            optimizer.state.pop(parameter, None)
     tensors = _tensors(student, optimizer)
     # Every process asks for its own; a refusal must be everybody's, or the others would wait in the reading.
     missing = sorted(set().union(*processes.gather(tensors.keys() - written.keys())))

@@ -114,6 +114,20 @@ def test_a_state_with_a_history_is_replaced(tmp_path, trained):
     require_same(state_of(trained), expected)
 
 
+def test_a_history_that_began_later_is_dropped(tmp_path):
+    """Of a layer that trains only later, going back to an earlier step must forget what came since."""
+    engine = make_engine("one", Student())
+    engine.save(tmp_path)
+    expected = state_of(engine)
+    train(engine, 0, 2)
+    engine.load(tmp_path)
+    require_same(state_of(engine), expected)
+    train(engine, 0, 2)
+    fresh = make_engine("one", Student())
+    train(fresh, 0, 2)
+    require_same(state_of(engine), state_of(fresh))
+
+
 def test_before_the_first_step_there_is_no_history(tmp_path):
     fresh = make_engine("one", Student())
     fresh.save(tmp_path)
