@@ -139,6 +139,18 @@ def train(
     gradients = Gradients(objective, engine, device, precision)
     measures = [*_as_hook(evaluate, cadence), *hooks]
 
+    def keep(log: MetricsLog | NoLog, done: TrainResult) -> None:
+        log.flush_to_disk()
+        checkpoint.save(
+            checkpoints,
+            done.steps,
+            engine.save,
+            {"call": call, "done": asdict(done)},
+            keep=cadence.keep_checkpoints,
+            best=done.best_step,
+            needed=lambda: _bytes_of_a_checkpoint(groups),
+        )
+
     with log_here as log, progress(folder.name, steps, done.steps) as show, stop_on_signals() as stop:
         while True:
             due = [hook for hook in measures if is_due(done.steps, steps, hook.every)]
@@ -153,6 +165,8 @@ def train(
                 if _is_saved(done.steps, steps, cadence, keep_best):
                     done = _with_best(done, metrics, keep_best)
             if _is_over(done, steps, stop_early):
+                if not _is_saved(done.steps, steps, cadence, keep_best):  # it ends early, and may be stopped right here
+                    keep(log, done)
                 break
 
             started, started_cpu = time.perf_counter(), time.process_time()
@@ -175,16 +189,7 @@ def train(
             log.write("train", done.steps, done.tokens, line)
             show(done.steps, loss, speed)
             if stopping or _is_saved(done.steps, steps, cadence, keep_best):
-                log.flush_to_disk()
-                checkpoint.save(
-                    checkpoints,
-                    done.steps,
-                    engine.save,
-                    {"call": call, "done": asdict(done)},
-                    keep=cadence.keep_checkpoints,
-                    best=done.best_step,
-                    needed=lambda: _bytes_of_a_checkpoint(groups),
-                )
+                keep(log, done)
             if stopping:
                 break
 

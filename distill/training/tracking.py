@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from distill.atomic import explained_full_disk, flush_to_disk
+from distill.atomic import explained_full_disk, flush_to_disk, replace_file
 from distill.errors import UserError
 
 TRACKERS = ("tensorboard",)
@@ -120,9 +120,8 @@ def _cut(path: Path, step: int) -> None:
     A run evaluates after it saved, so one that continues from ``step`` evaluates there again.
     """
     lines = path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []
-    rest = path.with_suffix(".jsonl.partial")
-    rest.write_text("".join(itertools.takewhile(lambda line: _is_before(line, step), lines)))
-    rest.replace(path)
+    kept = "".join(itertools.takewhile(lambda line: _is_before(line, step), lines))
+    replace_file(path, kept.encode())
 
 
 def _is_before(line: str, step: int) -> bool:
