@@ -1,11 +1,11 @@
 """What ``train_teacher`` leaves behind: a Hugging Face folder with a card that shows what the model writes."""
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from distill.atomic import whole_folder
 
 PROMPTS = ("def ", "import ", "class Foo(", "    def __init__(self", "for i in range(", "if not isinstance(")
 
@@ -66,17 +66,10 @@ is distributed under the PSF License Agreement (https://docs.python.org/3/licens
 
 
 def write_folder(folder: Path, model: Any, tokenizer: Any, card: str) -> None:
-    """Write weights, configuration, tokenizer and card beside ``folder``, then swap them in."""
-    temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    (temporary / "README.md").write_text(card)
-    for file in temporary.iterdir():
-        file.chmod(0o644)  # safetensors keeps its files to their owner
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    """Write weights, configuration, tokenizer and card; what stood at ``folder`` gives way when all of it is there."""
+    with whole_folder(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card)
+        for file in partial.iterdir():
+            file.chmod(0o644)  # safetensors keeps its files to their owner
