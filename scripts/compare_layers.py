@@ -65,7 +65,7 @@ def main(
     wanted = _wanted(asked.candidates, list(every), only or [])
     with alone_in(output), measures(asked) as measured:
         of = [*measured.settings.values(), trained_for, scored, digest_of_training(asked)]
-        ledger = Ledger(output / f"trained-{trained_for}.json", *of)
+        ledger = Ledger(output / f"trained-{trained_for}-scored-{scored}.json", *of)
         teacher = ledger.measure("teacher", partial(_teacher, measured, scored))
         found: Fields = {"teacher": teacher, "settings": _told(asked, measured, trained_for, scored), "sizes": []}
         rankings = {size: dict(_rankings(asked, measured, size)) for size in wanted}

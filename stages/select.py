@@ -26,7 +26,7 @@ from distill.programs import quiet_unless_watched, report_user_errors
 from distill.recipe import MixingStage
 from distill.recipe_fields import read_tokens
 from distill.run import Run, at_work_on
-from distill.selection.asked import BORDERLINE, Asked, ask
+from distill.selection.asked import BORDERLINE, SETS, Asked, ask
 from distill.selection.budget import METHODS
 from distill.selection.ledger import Fields
 from distill.selection.measures import Measures, named
@@ -60,7 +60,9 @@ def main(
     refine: Annotated[
         str | None, typer.Option(metavar="TOKENS", help="Train the choices near the K-th place so long, rank again.")
     ] = None,
-    trained: Annotated[int, typer.Option("--choices", min=2, help="Choices that --refine trains.")] = BORDERLINE,
+    trained: Annotated[
+        int, typer.Option("--choices", min=2, max=SETS, help="Choices that --refine trains.")
+    ] = BORDERLINE,
 ) -> None:
     """Choose the layers of RECIPE's teacher whose attention is worth most, and write the recipe that keeps them."""
     quiet_unless_watched()

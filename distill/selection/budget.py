@@ -88,6 +88,8 @@ def divide(
     total = int(SHARE * distillation) if total is None else total
     passes = passes_of(method, candidates, keep) + (_passes_of_refining(method, sets, refined) if refine else 0)
     block = recipe.data.block
+    if score is not None and score < block:
+        raise UserError(f"--score-tokens {score:,} is less than one block of the text; give {block:,} at least")
     if score is None:
         score = min(TEXT, int(FORWARD * total) // max(1, passes))
     score = score // block * block
