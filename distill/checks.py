@@ -50,12 +50,13 @@ class RecipeFacts:
     weights_found: bool = True
 
 
-def check(recipe: Recipe, *, ranks: int = 1, planning: bool = False) -> RecipeFacts:
+def check(recipe: Recipe, *, ranks: int = 1, zero: bool = False, planning: bool = False) -> RecipeFacts:
     """Checks everything that a run of the recipe would stumble over and that shows before weights are loaded.
 
     Args:
         recipe: as `load_recipe` returns it.
         ranks: processes that train together; which share `batch_size` sequences.
+        zero: whether DeepSpeed trains, in one process too.
         planning: the teacher may be a folder with nothing but a config.json; tokenizer and text are then not asked for.
 
     Raises:
@@ -109,7 +110,7 @@ def check(recipe: Recipe, *, ranks: int = 1, planning: bool = False) -> RecipeFa
         with found.at("stages.logits.train"):
             check_trained(recipe)
         with found.at("stages.logits.stepwise"):
-            _check_stepwise(recipe, ranks)
+            _check_stepwise(recipe, ranks, zero)
         with found.at("data.images"):
             if recipe.data.images is not None and not config_alone and not found.lines:
                 check_images(recipe, config)
@@ -353,11 +354,16 @@ def _check_stage_block(block: int | None, recipe: Recipe) -> None:
         raise UserError(f"{block} does not divide data.block, which is {recipe.data.block}; take {near}, or another")
 
 
-def _check_stepwise(recipe: Recipe, ranks: int) -> None:
+def _check_stepwise(recipe: Recipe, ranks: int, zero: bool) -> None:
     if recipe.stages.logits is None or recipe.stages.logits.stepwise is None:
         return
     if ranks > 1:
         raise UserError(f"the teacher's attention is lent within one process, not {ranks}; launch one, or leave it out")
+    if zero:
+        raise UserError(
+            "DeepSpeed takes a missing gradient for zero and decays mixers whose turn has not come; launch without it,"
+            " or leave it out"
+        )
     if recipe.teacher.dtype != recipe.dtype:
         raise UserError(
             f"attention must compute as its student does; teacher.dtype is {recipe.teacher.dtype}, dtype {recipe.dtype}"

@@ -223,7 +223,12 @@ def open_run(path: Path, overrides: Sequence[str] = ()) -> Run:
     """
     recipe = load_recipe(path, overrides)
     device = processes.start(recipe.device)
-    return processes.together(lambda: Run(recipe, check(recipe, ranks=processes.world()), device, launched()))
+
+    def checked() -> Run:
+        asked = launched()
+        return Run(recipe, check(recipe, ranks=processes.world(), zero=asked.is_zero), device, asked)
+
+    return processes.together(checked)
 
 
 @contextmanager

@@ -69,8 +69,8 @@ def run_check(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "stages: {hidden: {tokens: 10K, batch_size: 2}, logits: {tokens: 20K, batch_size: 8, micro_batch_size: 4}}\n"
     )
 
-    def _check(*overrides: str, ranks: int = 1) -> RecipeFacts:
-        return check(load_recipe(Path("small.yaml"), overrides), ranks=ranks)
+    def _check(*overrides: str, ranks: int = 1, zero: bool = False) -> RecipeFacts:
+        return check(load_recipe(Path("small.yaml"), overrides), ranks=ranks, zero=zero)
 
     return _check
 
@@ -106,6 +106,8 @@ def test_attention_is_lent_within_one_process(run_check: Check) -> None:
     assert run_check("stages.logits.stepwise={at: [0.0]}")
     with pytest.raises(UserError, match=r"logits\.stepwise: the teacher's attention is lent within one process, not 2"):
         run_check("stages.logits.stepwise={at: [0.0]}", ranks=2)
+    with pytest.raises(UserError, match=r"logits\.stepwise: DeepSpeed takes a missing gradient for zero and decays"):
+        run_check("stages.logits.stepwise={at: [0.0]}", zero=True)
 
 
 def test_no_weight_is_read(run_check: Check, teacher: Path) -> None:
