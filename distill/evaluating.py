@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 
 @contextmanager
@@ -23,3 +24,10 @@ def evaluating(*models: nn.Module | None) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def frozen(model: PreTrainedModel) -> Iterator[None]:
+    """A teacher beside a student that trains: no gradients, and its own precision whatever the student's autocast."""
+    with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        yield

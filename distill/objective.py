@@ -16,7 +16,8 @@ class Part(NamedTuple):
         name: what it belongs to, for example "layers.3"; shown when the loss stops being finite.
         loss_sum: computes the *sum* over the batch (over scored tokens, or over sequences), an fp32 scalar with its
             graph. It may be called twice, so it must give the same both times. Of the student it calls submodules,
-            or ``student.forward``: engines call it ``within`` the student.
+            or ``student.forward``: engines call it ``within`` the student. It is called under the student's autocast,
+            out of which it takes what it asks the teacher.
     """
 
     name: str

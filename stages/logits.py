@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from distill.evaluating import frozen
 from distill.handover import StageRecord
 from distill.head import ModelHead, final_states, head_of, trunk_output
 from distill.objectives import hidden_distance, logit_loss, scored_positions
@@ -80,7 +80,7 @@ class LogitObjective:
             "reduction": "sum",
         }
         if student_head is None or teacher_head is None:
-            with torch.no_grad():
+            with frozen(self.teacher):
                 teacher_BTV = _logits(self.teacher, batch)
             divergence = logit_loss(_logits(self.student, batch), teacher_BTV, batch["labels"], **settings)
             return divergence + for_lack_of_images(self.student, batch)
@@ -88,7 +88,7 @@ class LogitObjective:
         scored_BT = scored_positions(batch["labels"])
         if self.settings.ce_weight == 1:
             return self._cross_entropy(batch, student_head, scored_BT)
-        with torch.no_grad():
+        with frozen(self.teacher):
             theirs = trunk_output(self.teacher, batch)
             teacher_ND = theirs.last_hidden_state[scored_BT]
 

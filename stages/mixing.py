@@ -13,7 +13,6 @@ matrix is ever written out: memory grows with T, not with T².
 from collections.abc import Iterator
 from functools import partial
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,6 +21,7 @@ from distill.capture import LayerTrace, sequence_arguments, traced_layers
 from distill.copies import copies_of
 from distill.decoder import layers_of
 from distill.engines import processes
+from distill.evaluating import frozen
 from distill.handover import StageRecord
 from distill.layout import kept_heads
 from distill.mixers import bare, is_mixer
@@ -43,6 +43,7 @@ class MixingObjective:
     def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, settings: MixingStage) -> None:
         self.teacher, self.dtype = teacher, student.dtype
         self.form: Form = settings.form
+        self.apart = settings.parallel == "layers"
         slots = mixers_of(student)
         self.mixers = {index: slot for index, slot in slots.items() if is_mixer(slot) and slot.without_factors is None}
         self.layers, self.attention = layers_of(teacher), views(teacher, self.mixers)
@@ -64,19 +65,36 @@ class MixingObjective:
         """One distance a layer."""
         sequence = sequence_arguments(batch)  # once, not per layer: a GPU finishes its work before it can answer
         for index, trace in traced_layers(self.teacher, batch, self.mixers, wants=["attention_input"]):
-            yield Part(f"layers.{index}", partial(self._distance, index, trace, **sequence))
+            # Where each process computes the losses of its own layers alone, all ask for the teacher's weights here,
+            # since they may hold these together. Elsewhere the distance does, lest all layers' queries and keys are
+            # held until the one backward pass that they may share.
+            matched = self._queries_and_keys(index, trace) if self.apart else None
+            yield Part(f"layers.{index}", partial(self._distance, index, trace, matched, **sequence))
 
-    def _distance(self, index: int, trace: LayerTrace, valid_BT: Tensor | None, resets_BT: Tensor | None) -> Tensor:
-        """The distance of one layer, summed over sequences."""
+    def _queries_and_keys(self, index: int, trace: LayerTrace) -> tuple[Tensor, Tensor]:
+        """Of the matrix that a layer is matched to: queries (B, H, T, P), and keys, (B, K, T, P) or as many."""
         attention, mixer = self.attention[index], self.mixers[index]
-        with torch.no_grad():
+        with frozen(self.teacher):
             q_BHTP, k_BKTP = within(
                 self.layers[index], attention.queries_and_shared_keys, trace.attention_input, trace.position_embeddings
             )
-            # Every copy of a head is matched to the head by itself; which of them looks how far back sets them apart.
-            q_BHTP = q_BHTP.repeat_interleave(copies_of(mixer, attention), dim=1)
-            if (matched := self.matched.get(index)) is not None:  # heads kept beside the mixer have their matrix
-                q_BHTP, k_BKTP = q_BHTP[:, matched], attention.per_query_head(k_BKTP, dim=1)[:, matched]
+        # Every copy of a head is matched to the head by itself; which of them looks how far back sets them apart.
+        q_BHTP = q_BHTP.repeat_interleave(copies_of(mixer, attention), dim=1)
+        if (matched := self.matched.get(index)) is not None:  # heads kept beside the mixer have their matrix
+            q_BHTP, k_BKTP = q_BHTP[:, matched], attention.per_query_head(k_BKTP, dim=1)[:, matched]
+        return q_BHTP, k_BKTP
+
+    def _distance(
+        self,
+        index: int,
+        trace: LayerTrace,
+        matched: tuple[Tensor, Tensor] | None,
+        valid_BT: Tensor | None,
+        resets_BT: Tensor | None,
+    ) -> Tensor:
+        """The distance of one layer, summed over sequences."""
+        attention, mixer = self.attention[index], self.mixers[index]
+        q_BHTP, k_BKTP = matched or self._queries_and_keys(index, trace)
 
         def distance(u_BTD: Tensor) -> Tensor:
             positions = trace.position_embeddings

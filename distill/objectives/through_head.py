@@ -26,7 +26,7 @@ from torch import Tensor
 
 from distill.objectives import by_hand, logits, topk
 from distill.objectives.by_hand import Buffers
-from distill.objectives.chunked import Head, loss_sum, product_dtype
+from distill.objectives.chunked import Head, loss_sum
 from distill.objectives.numerics import Reduction, reduce
 
 
@@ -48,7 +48,7 @@ def logit_loss_through_heads(
         student_ND: (N, D) final hidden states at scored positions, any float dtype; N may be 0.
         student_head: gradients flow into its weight and bias.
         teacher_ND: (N, D*) the teacher's at the same positions, a constant; its width may be another.
-        teacher_head: over the same vocabulary, a constant.
+        teacher_head: over the same vocabulary, a constant; its product is in its own dtype, also under autocast.
         target_N: (N,) int64, the token that follows each position.
         divergence: a key of ``DIVERGENCES``.
         temperature: τ > 0, on both sides, with τ² in front.
@@ -68,10 +68,9 @@ def logit_loss_through_heads(
             f"student and teacher must predict as many tokens at as many positions, not {student_head.vocabulary} at"
             f" {len(student_ND)} and {teacher_head.vocabulary} at {len(teacher_ND)}, for {len(target_N)} targets"
         )
-    dtype = product_dtype(teacher_head.weight_VD)
     loss = _BesideTeacher(
-        teacher_ND.detach().to(dtype),
-        _constant(teacher_head).computing_in(dtype),
+        teacher_ND.detach().to(teacher_head.weight_VD.dtype),
+        _constant(teacher_head),
         target_N,
         by_hand.DIVERGENCES[divergence],
         temperature,

@@ -85,7 +85,10 @@ class Gradients:
         return float(mine if self.engine.data_ranks == 1 else processes.gather_numbers(mine).sum())
 
     def _parts(self, batch: Batch) -> Iterator[Part]:
-        """The same parts, each computed under autocast, which ends before the part is sent backward."""
+        """The same parts, each computed under autocast, which ends before the part is sent backward.
+
+        What comes before a part is asked for is the teacher's, which computes in its own precision.
+        """
 
         def under_autocast(part: Part) -> Part:
             def loss_sum() -> Tensor:
@@ -94,13 +97,7 @@ class Gradients:
 
             return Part(part.name, loss_sum)
 
-        parts = self.objective.parts(batch)
-        while True:
-            with self._autocast():
-                part = next(parts, None)
-            if part is None:
-                return
-            yield under_autocast(part)
+        return map(under_autocast, self.objective.parts(batch))
 
     def _autocast(self) -> torch.autocast:
         # Without the cache: every weight is used once a pass, and copies kept until its end would be a whole model's.

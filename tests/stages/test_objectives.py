@@ -291,6 +291,24 @@ def test_mixing_changes_not_a_bit_of_what_it_does_not_shape(recipe, mixer):
         assert changed.any() == (name in says and says[name].any()), name
 
 
+@pytest.mark.parametrize("stage", OBJECTIVES)
+def test_a_teacher_computes_in_its_own_precision(stage, batch):
+    """Fp32, the default, is what an offline cache and an evaluation have; the student alone is under autocast."""
+    teacher = random_teacher("llama")
+    student = random_student(teacher)
+    dtypes: dict[PreTrainedModel, set[torch.dtype]] = {teacher: set(), student: set()}
+    for model, seen in dtypes.items():
+        for name, linear in model.named_modules():
+            if isinstance(linear, nn.Linear) and name != "lm_head":  # through which a loss runs by itself
+                linear.register_forward_hook(lambda _module, _inputs, output, seen=seen: seen.add(output.dtype))
+    engine = PlainEngine(student, [{"params": list(student.parameters())}])
+    gradients = Gradients(OBJECTIVES[stage](teacher, student), engine, torch.device("cpu"), torch.bfloat16)
+    gradients.backward([batch], lambda: False)
+    assert dtypes[teacher] == {torch.float32}
+    if stage != "mixing":  # which multiplies with a mixer's weights by itself
+        assert torch.bfloat16 in dtypes[student]
+
+
 def all_attention(family: str) -> tuple[PreTrainedModel, PreTrainedModel]:
     teacher = random_teacher(family)
     return teacher, convert(teacher, keep_attention=range(3))

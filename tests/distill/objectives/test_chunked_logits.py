@@ -156,6 +156,16 @@ def test_under_autocast_as_the_naive_form_under_autocast(rows, divergence, monke
     require_equal(got, whole, x=x, tolerance=4 * BF16)
 
 
+def test_a_teacher_in_fp32_stays_so_under_autocast(rows):
+    """It is the one that the recipe names, and that an offline cache holds. The student is fp64, which stays."""
+    x = leaves(torch.float64, bias=True)
+    head, theirs = head_of(x, 1.0, 5.0), teacher(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = logit_loss_through_heads(x["hidden"], head, *theirs, TARGET_N)
+    logits = naive_logits(x["hidden"], head), naive_logits(*theirs).double()
+    torch.testing.assert_close(got, logit_loss(*map(as_batch, logits), labels_of(TARGET_N)), rtol=1e-6, atol=0)
+
+
 def test_products_are_in_16_bits_under_autocast(monkeypatch):
     """Else a GPU would be at a fraction of its speed."""
     monkeypatch.setattr(chunked, "chunk_rows", lambda vocabulary: 5)
