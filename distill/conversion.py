@@ -20,6 +20,7 @@ from distill.calibration import calibrate
 from distill.choices import Choices, Chosen
 from distill.decoder import attention_of, layers_of
 from distill.errors import UserError
+from distill.evaluating import evaluating
 from distill.families import FAMILIES, family_name
 from distill.fitting import Calibrated
 from distill.heads import described, fill_heads_, require_heads
@@ -109,7 +110,11 @@ def convert(teacher: str | Path | PreTrainedModel, **choices: Unpack[Chosen]) ->
 def convert_with_report(teacher: PreTrainedModel, **choices: Unpack[Chosen]) -> tuple[PreTrainedModel, Report]:
     """:func:`convert`, with the account of what was done."""
     wanted = Choices(**choices)
-    config = _planned(teacher.config, wanted)
+    with evaluating(teacher):  # one in training mode would be looked at through its dropout
+        return _converted(teacher, wanted, _planned(teacher.config, wanted))
+
+
+def _converted(teacher: PreTrainedModel, wanted: Choices, config: PreTrainedConfig) -> tuple[PreTrainedModel, Report]:
     replaced = views(teacher, mixer_layers(config))
     errors = verify(teacher, replaced)
 

@@ -97,6 +97,17 @@ def test_the_same_seed_gives_the_same_student_and_disturbs_no_generator():
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_a_teacher_in_training_is_looked_at_without_its_dropout():
+    teacher = tiny("llama")
+    expected = convert(teacher).state_dict()
+    for layer in teacher.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    student = convert(teacher.train())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in student.state_dict().items())
+    assert all(module.training for module in teacher.modules())
+    assert not any(module.training for module in student.modules())
+
+
 def test_projections_are_the_teachers_head_by_head_with_their_biases(family):
     """C·B before activation is q·k up to the head's factor, x is v, for the *unrotated* q and k of one query head."""
     teacher = tiny(family)

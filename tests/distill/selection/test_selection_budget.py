@@ -81,6 +81,7 @@ def test_passes_are_those_that_methods_make():
             {"total": 10_000, "score": 256},
             "tokens are left to align the student, less than one step of",
         ),
+        (None, {"score": 100}, "--score-tokens 100 is less than one block of the text; give 256 at least"),
         (None, {"refine": 60_000}, "0 of 250,000 tokens are left to align the student"),
         (None, {"refine": 100}, "100 tokens are less than one step of 4096"),
         (

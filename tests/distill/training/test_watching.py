@@ -146,6 +146,7 @@ def test_training_ends_where_nothing_gets_better(tmp_path, patience, delta, ends
         values |= {4: 6.0}  # better by 5; then 5.0 is not
     student, result = trained(tmp_path / "early", hooks=[scripted(values)], stop_early=stop)
     assert result.steps == ends
+    assert (tmp_path / "early" / "checkpoints" / f"step-{ends:08d}").is_dir(), "a signal there would lose it"
     lines = metrics(tmp_path / "early")
     assert max(line["step"] for line in lines) == ends
     at: dict[int, list[torch.Tensor]] = {}
