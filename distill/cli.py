@@ -231,7 +231,7 @@ def export(
     refused before anything is written, each reason with its layer and the setting that would make it exportable.
     standalone says every student: it brings its own code. All come with a model card.
 
-    Example: `distill export runs/quickstart/logits exported --to granite`
+    Example: `distill export runs/mine/logits exported --to granite`
     """
     from transformers.utils import logging
 

@@ -152,7 +152,7 @@ def recipe_text(selection: Selection) -> str:
     asked = selection.asked
     plain = asked.recipe.model_dump(mode="json", exclude_unset=True)
     plain.pop("run_dir", None)
-    plain["name"] = f"{asked.recipe.name}-selected"
+    plain["name"] = "-".join([asked.recipe.name, "keep", *map(str, selection.layers)])  # a run folder for each choice
     plain["student"] = {**plain.get("student", {}), "keep_attention": list(selection.layers)}
     scores = selection.ranking.scores
     order = ", ".join(
