@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import skip_first_batches
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -194,19 +195,40 @@ class KilledError(Exception):
 
 
 @slow
-def test_a_killed_run_goes_on_exactly(writing, monkeypatch):
-    """What is written after a kill is what would have been written without."""
-    whole = tuned(writing, "method=full", f"run_dir={writing.parent / 'whole'}")
+def test_an_epoch_has_its_own_order(writing):
+    """The same in a process that has seen the epochs before, and in one that begins in it."""
+    trainer = made(writing)
+    epochs = [rows_of_epoch(trainer.get_train_dataloader(), epoch) for epoch in range(3)]
+    assert len({str(rows) for rows in epochs}) == 3
+    through = trainer.get_train_dataloader()
+    assert [rows_of_epoch(through, epoch) for epoch in range(3)] == epochs
+    assert rows_of_epoch(skip_first_batches(trainer.get_train_dataloader(), 5), 1) == epochs[1][5:]
+
+
+def rows_of_epoch(loader: Any, epoch: int) -> list[list[dict]]:
+    """As transformers' Trainer reads them."""
+    loader.set_epoch(epoch)
+    return list(loader)
+
+
+@slow
+@pytest.mark.parametrize("killed_at", [2, 4], ids=["in the first epoch", "in the second"])
+def test_a_killed_run_goes_on_exactly(writing, monkeypatch, killed_at):
+    """What is written after a kill is what would have been written without, in that epoch and in those that follow."""
+    prompts = writing.parent / "prompts.jsonl"
+    prompts.write_text("".join(prompts.read_text().splitlines(keepends=True)[:12]))  # three steps an epoch
+    settings = "method=full", "training.steps=7"
+    whole = tuned(writing, *settings, f"run_dir={writing.parent / 'whole'}")
 
     def die(watch: object, args: object, state: Any, control: object, **_rest: object) -> None:
-        if state.global_step == 2:
+        if state.global_step == killed_at:
             raise KilledError
 
     with monkeypatch.context() as patched:
         patched.setattr(trainer_module()._Watch, "on_save", die)
         with pytest.raises(KilledError):
-            tuned(writing, "method=full")
-    job = tuned(writing, "method=full")
+            tuned(writing, *settings)
+    job = tuned(writing, *settings)
     assert metrics(job) == metrics(whole)
     ours, theirs = (load_file(of.folder / "model.safetensors") for of in (job, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
