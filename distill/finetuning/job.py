@@ -173,9 +173,20 @@ def _of_prompts(recipe: OnPolicyRecipe, model: Path) -> _Found:
     is_text = isinstance(prompts[0][1]["prompt"], str)
     tokenizer = _tokenizer(model, recipe.data.chat_template, ends="what is written" if is_text else None)
     rows, n_long = fitting_prompts(prompts, tokenizer, recipe.data.max_prompt)
+    _require_a_step(len(rows), n_long, recipe.training.batch_size)
     remarks = (f"{n_long} of {len(prompts)} prompts are longer than data.max_prompt, and are left out",)
     teacher = parent_beside(Path(recipe.teacher.path).expanduser(), model, tokenizer, "teacher.path")
     return _Found(tokenizer, rows, (teacher.sha256,), remarks if n_long else ())
+
+
+def _require_a_step(n_prompts: int, n_long: int, batch_size: int) -> None:
+    """TRL leaves out of an epoch what does not fill a step of prompts: of too few it would take no step at all."""
+    if n_prompts < batch_size:
+        left = f" ({n_long} more are longer than data.max_prompt)" if n_long else ""
+        raise UserError(
+            f"training.batch_size: a step takes {batch_size} prompts, and there are {n_prompts}{left}; give"
+            f" more prompts, or lower it to {n_prompts} at most"
+        )
 
 
 def _tokenizer(model: Path, template: str | None, *, ends: str | None) -> Any:

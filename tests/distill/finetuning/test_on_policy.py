@@ -92,14 +92,23 @@ def test_other_mistakes(writing, tmp_path):
 
 def test_long_prompts_are_left_out_and_counted(writing, write_prompts):
     write_prompts({"prompt": "Once"}, {"prompt": "Once upon a time " * 10})
-    job = opened(writing)
+    job = opened(writing, "training.batch_size=1")
     assert (len(job.rows), len(job.remarks)) == (1, 1)
+
+
+def test_too_few_prompts_for_a_step(writing, write_prompts):
+    write_prompts(*[{"prompt": "Once"}] * 3, {"prompt": "Once upon a time " * 10})
+    said = refused(writing)
+    assert "training.batch_size: a step takes 4 prompts, and there are 3 (1 more are longer than" in said
+    assert "lower it to 3 at most" in said
+    opened(writing, "training.batch_size=3")
 
 
 def test_of_chats_the_last_answer_is_left_out(writing, write_prompts):
     write_prompts(chat(("user", "Hi"), ("assistant", "Ho"), ("user", "Hey"), ("assistant", "No"), ("assistant", "No")))
     (writing.parent / "template.jinja").write_text(TEMPLATE)
-    job = opened(writing, "data.key=messages", f"data.chat_template={writing.parent / 'template.jinja'}")
+    template = f"data.chat_template={writing.parent / 'template.jinja'}"
+    job = opened(writing, "data.key=messages", template, "training.batch_size=1")
     assert job.rows == [{"prompt": chat(("user", "Hi"), ("assistant", "Ho"), ("user", "Hey"))["messages"]}]
 
 
