@@ -106,7 +106,7 @@ def open_job(recipe: TuningRecipe) -> Job:
     """
     _require_packages(recipe.method)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("fine-tuning runs as one process; start it without a launcher")
+        raise UserError("fine-tuning runs as one process, on the first GPU it sees; start it without a launcher")
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: no CUDA device is visible to this PyTorch; use auto or cpu")
     model = Path(recipe.model).expanduser()

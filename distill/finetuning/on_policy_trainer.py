@@ -21,6 +21,7 @@ from trl import DistillationConfig, DistillationTrainer
 
 from distill.finetuning.job import Job
 from distill.finetuning.on_policy import OnPolicyRecipe
+from distill.finetuning.one_device import on_one_device
 from distill.student import load_model
 
 
@@ -70,15 +71,13 @@ def make_on_policy(job: Job, model: Any, optimizer: torch.optim.Optimizer, share
     recipe = job.recipe
     assert isinstance(recipe, OnPolicyRecipe)
     teacher: Any = load_model(Path(recipe.teacher.path).expanduser(), dtype=getattr(torch, recipe.dtype))
+    arguments = DistillationConfig(
+        **shared, beta=recipe.beta, temperature=recipe.temperature, max_completion_length=recipe.new_tokens
+    )
     return OnPolicyTrainer(
         model=model,
         teacher_model=teacher.eval().requires_grad_(False),
-        args=DistillationConfig(
-            **shared,
-            beta=recipe.beta,
-            temperature=recipe.temperature,
-            max_completion_length=recipe.new_tokens,
-        ),
+        args=on_one_device(arguments),
         train_dataset=Dataset.from_list(job.rows),
         processing_class=job.tokenizer,
         optimizers=(optimizer, None),

@@ -199,6 +199,11 @@ def test_it_trains_in_every_precision_and_loads(writing, student, dtypes_seen):
     assert max(first.values()) < 1.5 * min(first.values())
 
 
+@slow
+def test_several_gpus(writing, two_gpus):
+    assert len(metrics(tuned(writing, "training.steps=1"))) == 1
+
+
 class KilledError(Exception):
     pass
 

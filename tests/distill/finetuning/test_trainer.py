@@ -137,6 +137,11 @@ def test_a_killed_run_goes_on_exactly(recipe, monkeypatch, overrides):
     assert not list(job.work_folder.glob("checkpoint-*"))
 
 
+def test_several_gpus(recipe, two_gpus):
+    """One trains: several would share a step's rows out among copies of the model, which TRL refuses."""
+    assert len(losses(tuned(recipe, "training.steps=1"))) == 1
+
+
 def test_plain_text(recipe, stories_text):
     (recipe.parent / "text.txt").write_text(stories_text.read_text(encoding="utf-8")[:40_000])
     text = f"data={{source: {recipe.parent / 'text.txt'}, format: text, separator: '\\n\\n', max_length: 64}}"
