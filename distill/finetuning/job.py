@@ -25,7 +25,7 @@ from distill import handover
 from distill.atomic import settle
 from distill.checks import read_tokenizer
 from distill.errors import UserError
-from distill.finetuning.bases import check_adapter, parent_beside, parent_of_tuning
+from distill.finetuning.bases import adapter_digest, check_adapter, parent_beside, parent_of_tuning
 from distill.finetuning.chat import check_template, require_template, set_template
 from distill.finetuning.on_policy import OnPolicyRecipe, fitting_prompts, read_prompts
 from distill.finetuning.preferences import START, PreferRecipe, fitting_pairs, read_pairs
@@ -124,7 +124,7 @@ def open_job(recipe: TuningRecipe) -> Job:
         case _:
             raise TypeError(type(recipe))
     tokenizer, rows, beside, remarks = found
-    told = [recipe.digest(), parent.sha256, rows, tokenizer.chat_template, start and handover.folder_digest(start)]
+    told = [recipe.digest(), parent.sha256, rows, tokenizer.chat_template, start and adapter_digest(start)]
     fingerprint = hashlib.sha256(json.dumps([*told, *beside]).encode()).hexdigest()
     return Job(recipe, parent, tokenizer, rows, fingerprint, remarks)
 
