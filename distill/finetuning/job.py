@@ -30,7 +30,7 @@ from distill.finetuning.chat import check_template, require_template, set_templa
 from distill.finetuning.on_policy import OnPolicyRecipe, fitting_prompts, read_prompts
 from distill.finetuning.preferences import START, PreferRecipe, fitting_pairs, read_pairs
 from distill.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
-from distill.finetuning.rows import Row, read_rows
+from distill.finetuning.rows import Row, is_text, read_rows
 from distill.finetuning.settings import TuningRecipe
 from distill.handover import Parent
 from distill.lock import alone_in
@@ -157,8 +157,8 @@ def _of_finetuning(recipe: FinetuneRecipe, model: Path) -> _Found:
 def _of_preferences(recipe: PreferRecipe, model: Path) -> _Found:
     _check_length(recipe.data.max_length, model)
     pairs = read_pairs(recipe.data)
-    is_text = isinstance(pairs[0][1]["prompt"], str)
-    tokenizer = _tokenizer(model, recipe.data.chat_template, ends="every answer" if is_text else None)
+    ends = "every answer" if is_text(pairs[0][1]) else None
+    tokenizer = _tokenizer(model, recipe.data.chat_template, ends=ends)
     rows, n_long = fitting_pairs(pairs, tokenizer, recipe.data.max_length)
     remarks = (f"{n_long} of {len(pairs)} pairs are longer than data.max_length, and are left out",) if n_long else ()
     if recipe.reference == START:
@@ -170,8 +170,8 @@ def _of_preferences(recipe: PreferRecipe, model: Path) -> _Found:
 def _of_prompts(recipe: OnPolicyRecipe, model: Path) -> _Found:
     _check_length(recipe.data.max_prompt + recipe.new_tokens, model, "data.max_prompt and new_tokens together")
     prompts = read_prompts(recipe.data)
-    is_text = isinstance(prompts[0][1]["prompt"], str)
-    tokenizer = _tokenizer(model, recipe.data.chat_template, ends="what is written" if is_text else None)
+    ends = "what is written" if is_text(prompts[0][1]) else None
+    tokenizer = _tokenizer(model, recipe.data.chat_template, ends=ends)
     rows, n_long = fitting_prompts(prompts, tokenizer, recipe.data.max_prompt)
     _require_a_step(len(rows), n_long, recipe.training.batch_size)
     remarks = (f"{n_long} of {len(prompts)} prompts are longer than data.max_prompt, and are left out",)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from distill import load_student
 from distill.errors import UserError
 from distill.finetuning.job import Job, at_work_on_tuning, open_job
-from distill.finetuning.on_policy import load_on_policy_recipe
+from distill.finetuning.on_policy import fitting_prompts, load_on_policy_recipe
 from distill.student import load_model
 from distill.training.tracking import MetricsLog
 from tests.distill.finetuning.conftest import TEMPLATE, chat
@@ -88,6 +88,19 @@ def test_other_mistakes(writing, tmp_path):
         writing, "new_tokens=100000"
     )
     assert "all 60 prompts are longer than 1 tokens" in refused(writing, "data.max_prompt=1")
+
+
+@pytest.mark.parametrize(
+    ("encode", "said"),
+    [
+        (lambda text: {}, "a.jsonl:1: the tokenizer does not encode this prompt: 'input_ids'"),
+        (lambda text: {"input_ids": []}, "a.jsonl:1: the prompt has no token to go on from; leave the row out"),
+    ],
+)
+def test_plain_text_is_not_blamed_on_a_template(encode, said):
+    with pytest.raises(UserError) as caught:
+        fitting_prompts([("a.jsonl:1", {"prompt": "Hi"})], encode, 8)
+    assert str(caught.value) == said
 
 
 def test_long_prompts_are_left_out_and_counted(writing, write_prompts):
