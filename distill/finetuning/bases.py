@@ -4,6 +4,7 @@ An adapter written here has a stage.json whose parent is its base, by a digest o
 adapter the names and shapes are compared: B A must fit the weights it is added to.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from distill import handover
+from distill.atomic import sha256_of
 from distill.checks import read_tokenizer
 from distill.data.pack import tokenizer_hash
 from distill.errors import UserError
@@ -94,6 +96,12 @@ def check_adapter(folder: Path, model: Path, parent: Parent, method: str) -> Non
         if not fits:
             has = f"{' × '.join(map(str, weight.shape))} there" if weight else "not there"
             raise UserError(f"adapter.start: {folder} is for another model than {model}: {module} is {has}")
+
+
+def adapter_digest(folder: Path) -> str:
+    """SHA-256 of an adapter: of its weights and of its config, where alone α stands, by which B A is scaled."""
+    told = [f"{name} {sha256_of(folder / name)}" for name in (CONFIG, WEIGHTS)]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _config(folder: Path) -> dict[str, Any]:

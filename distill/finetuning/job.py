@@ -25,12 +25,12 @@ from distill import handover
 from distill.atomic import settle
 from distill.checks import read_tokenizer
 from distill.errors import UserError
-from distill.finetuning.bases import check_adapter, parent_beside, parent_of_tuning
+from distill.finetuning.bases import adapter_digest, check_adapter, parent_beside, parent_of_tuning
 from distill.finetuning.chat import check_template, require_template, set_template
 from distill.finetuning.on_policy import OnPolicyRecipe, fitting_prompts, read_prompts
 from distill.finetuning.preferences import START, PreferRecipe, fitting_pairs, read_pairs
 from distill.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
-from distill.finetuning.rows import Row, read_rows
+from distill.finetuning.rows import Row, is_text, read_rows
 from distill.finetuning.settings import TuningRecipe
 from distill.handover import Parent
 from distill.lock import alone_in
@@ -106,7 +106,7 @@ def open_job(recipe: TuningRecipe) -> Job:
     """
     _require_packages(recipe.method)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("fine-tuning runs as one process; start it without a launcher")
+        raise UserError("fine-tuning runs as one process, on the first GPU it sees; start it without a launcher")
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: no CUDA device is visible to this PyTorch; use auto or cpu")
     model = Path(recipe.model).expanduser()
@@ -124,7 +124,7 @@ def open_job(recipe: TuningRecipe) -> Job:
         case _:
             raise TypeError(type(recipe))
     tokenizer, rows, beside, remarks = found
-    told = [recipe.digest(), parent.sha256, rows, tokenizer.chat_template, start and handover.folder_digest(start)]
+    told = [recipe.digest(), parent.sha256, rows, tokenizer.chat_template, start and adapter_digest(start)]
     fingerprint = hashlib.sha256(json.dumps([*told, *beside]).encode()).hexdigest()
     return Job(recipe, parent, tokenizer, rows, fingerprint, remarks)
 
@@ -157,8 +157,8 @@ def _of_finetuning(recipe: FinetuneRecipe, model: Path) -> _Found:
 def _of_preferences(recipe: PreferRecipe, model: Path) -> _Found:
     _check_length(recipe.data.max_length, model)
     pairs = read_pairs(recipe.data)
-    is_text = isinstance(pairs[0][1]["prompt"], str)
-    tokenizer = _tokenizer(model, recipe.data.chat_template, ends="every answer" if is_text else None)
+    ends = "every answer" if is_text(pairs[0][1]) else None
+    tokenizer = _tokenizer(model, recipe.data.chat_template, ends=ends)
     rows, n_long = fitting_pairs(pairs, tokenizer, recipe.data.max_length)
     remarks = (f"{n_long} of {len(pairs)} pairs are longer than data.max_length, and are left out",) if n_long else ()
     if recipe.reference == START:
@@ -170,12 +170,23 @@ def _of_preferences(recipe: PreferRecipe, model: Path) -> _Found:
 def _of_prompts(recipe: OnPolicyRecipe, model: Path) -> _Found:
     _check_length(recipe.data.max_prompt + recipe.new_tokens, model, "data.max_prompt and new_tokens together")
     prompts = read_prompts(recipe.data)
-    is_text = isinstance(prompts[0][1]["prompt"], str)
-    tokenizer = _tokenizer(model, recipe.data.chat_template, ends="what is written" if is_text else None)
+    ends = "what is written" if is_text(prompts[0][1]) else None
+    tokenizer = _tokenizer(model, recipe.data.chat_template, ends=ends)
     rows, n_long = fitting_prompts(prompts, tokenizer, recipe.data.max_prompt)
+    _require_a_step(len(rows), n_long, recipe.training.batch_size)
     remarks = (f"{n_long} of {len(prompts)} prompts are longer than data.max_prompt, and are left out",)
     teacher = parent_beside(Path(recipe.teacher.path).expanduser(), model, tokenizer, "teacher.path")
     return _Found(tokenizer, rows, (teacher.sha256,), remarks if n_long else ())
+
+
+def _require_a_step(n_prompts: int, n_long: int, batch_size: int) -> None:
+    """TRL leaves out of an epoch what does not fill a step of prompts: of too few it would take no step at all."""
+    if n_prompts < batch_size:
+        left = f" ({n_long} more are longer than data.max_prompt)" if n_long else ""
+        raise UserError(
+            f"training.batch_size: a step takes {batch_size} prompts, and there are {n_prompts}{left}; give"
+            f" more prompts, or lower it to {n_prompts} at most"
+        )
 
 
 def _tokenizer(model: Path, template: str | None, *, ends: str | None) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from distill.errors import UserError
-from distill.finetuning.rows import Row, chat_of, read_all
+from distill.finetuning.rows import Row, chat_of, is_text, not_encoded, read_all, require_keys, require_one_form
 from distill.finetuning.settings import TuningRecipe
 from distill.recipe_fields import Count, Fraction, Positive, Section, Sources, Text
 from distill.recipe_file import read_recipe_file
@@ -72,9 +72,7 @@ def read_prompts(data: Prompts) -> list[tuple[str, Row]]:
         UserError: a source cannot be read or holds nothing; a row has no prompt. It names the row.
     """
     prompts = read_all(data.source, lambda row, where: {"prompt": _prompt(row, data.key, where)}, "prompt")
-    kinds = {isinstance(row["prompt"], str): where for where, row in reversed(prompts)}
-    if len(kinds) == 2:
-        raise UserError(f"{kinds[True]} is plain text and {kinds[False]} messages; give all prompts in one of the two")
+    require_one_form(prompts, "prompts")
     return prompts
 
 
@@ -89,9 +87,10 @@ def fitting_prompts(prompts: list[tuple[str, Row]], tokenizer: Any, most: int) -
         try:
             n_tokens = len(_encoded(tokenizer, row["prompt"]))
         except Exception as error:  # Jinja's, the template's own, the tokenizer's
-            raise UserError(f"{where}: the chat template does not render this prompt: {error}") from None
+            raise not_encoded(row, where, "prompt", error) from None
         if not n_tokens:
-            raise UserError(f"{where}: the prompt has no token to go on from; mend it or the chat template")
+            remedy = "leave the row out" if is_text(row) else "mend it or the chat template"
+            raise UserError(f"{where}: the prompt has no token to go on from; {remedy}")
         if n_tokens <= most:
             fitting.append(row)
     if not fitting:
@@ -100,9 +99,7 @@ def fitting_prompts(prompts: list[tuple[str, Row]], tokenizer: Any, most: int) -
 
 
 def _prompt(row: Any, key: str, where: str) -> str | list[Row]:
-    if not isinstance(row, dict) or key not in row:
-        keys = ", ".join(row) if isinstance(row, dict) and row else "(none)"
-        raise UserError(f"{where}: no key {key!r}; the keys are {keys}; set data.key to the one with the prompt")
+    require_keys(row, [key], where, "set data.key to the one with the prompt")
     value = row[key]
     if isinstance(value, str):
         if not value.strip():

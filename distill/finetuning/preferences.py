@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from distill.errors import UserError
-from distill.finetuning.rows import Row, chat_of, read_all
+from distill.finetuning.rows import Row, chat_of, is_text, not_encoded, read_all, require_keys, require_one_form
 from distill.finetuning.settings import TuningRecipe
 from distill.recipe_fields import Integer, Positive, Section, Sources, Text
 from distill.recipe_file import read_recipe_file
@@ -87,11 +87,7 @@ def read_pairs(data: Pairs) -> list[tuple[str, Row]]:
             row.
     """
     pairs = read_all(data.source, _pair, "pair")
-    kinds = {isinstance(pair["prompt"], str): where for where, pair in reversed(pairs)}
-    if len(kinds) == 2:
-        raise UserError(
-            f"{kinds[True]} is of plain text and {kinds[False]} of messages; give all pairs in one of the two forms"
-        )
+    require_one_form(pairs, "pairs")
     return pairs
 
 
@@ -109,7 +105,7 @@ class Encoded(NamedTuple):
 
 def encoded_pair(tokenizer: Any, pair: Row) -> Encoded:
     """As TRL's DPOTrainer encodes it: the prompt ends where it and both conversations are no longer the same."""
-    if isinstance(pair["prompt"], str):
+    if is_text(pair):
         ended = [_ended(pair["prompt"] + pair[name], tokenizer.eos_token) for name in ANSWERS]
         prompt, *both = (list(tokenizer(text)["input_ids"]) for text in (pair["prompt"], *ended))
     else:
@@ -130,11 +126,12 @@ def fitting_pairs(pairs: list[tuple[str, Row]], tokenizer: Any, max_length: int)
         try:
             encoded = encoded_pair(tokenizer, pair)
         except Exception as error:  # Jinja's, the template's own, the tokenizer's
-            raise UserError(f"{where}: the chat template does not render this pair: {error}") from None
+            raise not_encoded(pair, where, "pair", error) from None
         if encoded.chosen == encoded.rejected:
+            remedy = "" if is_text(pair) else ", or mend the chat template if it leaves the answers out"
             raise UserError(
                 f"{where}: chosen and rejected are the same {len(encoded.chosen)} tokens, so that nothing is"
-                " preferred; leave the row out, or mend the chat template if it leaves the answers out"
+                f" preferred; leave the row out{remedy}"
             )
         if encoded.longest <= max_length:
             fitting.append(pair)
@@ -144,10 +141,7 @@ def fitting_pairs(pairs: list[tuple[str, Row]], tokenizer: Any, max_length: int)
 
 
 def _pair(row: Any, where: str) -> Row:
-    if not isinstance(row, dict) or (lacking := [name for name in COLUMNS if name not in row]):
-        keys = ", ".join(row) if isinstance(row, dict) and row else "(none)"
-        lacks = ", ".join(lacking) if isinstance(row, dict) else ", ".join(COLUMNS)
-        raise UserError(f"{where}: lacks {lacks}; the keys are {keys}; a pair has prompt, chosen and rejected")
+    require_keys(row, COLUMNS, where, "a pair has prompt, chosen and rejected")
     pair = {name: _text_or_chat(row[name], f"{where}: {name}") for name in COLUMNS}
     if len({type(value) for value in pair.values()}) == 2:
         kinds = ", ".join(f"{name} is {'text' if isinstance(pair[name], str) else 'messages'}" for name in COLUMNS)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from distill.finetuning.job import Job
+from distill.finetuning.one_device import on_one_device
 from distill.finetuning.preferences import START, PreferRecipe
 from distill.student import load_model
 
@@ -30,10 +31,11 @@ def make_preferring(job: Job, model: Any, optimizer: torch.optim.Optimizer, shar
     recipe = job.recipe
     assert isinstance(recipe, PreferRecipe)
     reference = reference_of(recipe)
+    arguments = DPOConfig(**shared, beta=recipe.beta, loss_type=[recipe.loss], max_length=recipe.data.max_length)
     trainer: Any = DPOTrainer(
         model=model,
         ref_model=reference,
-        args=DPOConfig(**shared, beta=recipe.beta, loss_type=[recipe.loss], max_length=recipe.data.max_length),
+        args=on_one_device(arguments),
         train_dataset=Dataset.from_list(job.rows),
         processing_class=job.tokenizer,
         optimizers=(optimizer, None),

@@ -55,9 +55,7 @@ def read_all(sources: Sequence[str], read: Callable[[Any, str], T], what: str) -
 
 def _chat(row: Any, data: TuningData, where: str) -> list[Row]:
     """The messages of a row, each with a role and text."""
-    if not isinstance(row, dict) or data.key not in row:
-        keys = ", ".join(row) if isinstance(row, dict) and row else "(none)"
-        raise UserError(f"{where}: no key {data.key!r}; the keys are {keys}; set data.key to the one with the messages")
+    require_keys(row, [data.key], where, "set data.key to the one with the messages")
     messages = row[data.key]
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: {data.key!r} holds no list of messages; for documents set data.format to text")
@@ -68,6 +66,42 @@ def _chat(row: Any, data: TuningData, where: str) -> list[Row]:
             " data.assistant_only to false"
         )
     return chat
+
+
+def require_keys(row: Any, keys: Sequence[str], where: str, remedy: str) -> None:
+    """Refuse a row that is no mapping, or lacks one of ``keys``.
+
+    Raises:
+        UserError: names the row, what it lacks and what it has.
+    """
+    has = row if isinstance(row, dict) else {}
+    if lacking := [repr(key) for key in keys if key not in has]:
+        raise UserError(f"{where}: no key {', '.join(lacking)}; the keys are {', '.join(has) or '(none)'}; {remedy}")
+
+
+def is_text(row: Row) -> bool:
+    """Whether the ``prompt`` of a row is plain text, of which the tokenizer makes tokens without a chat template."""
+    return isinstance(row["prompt"], str)
+
+
+def require_one_form(rows: Sequence[tuple[str, Row]], what: str) -> None:
+    """Refuse rows with their places of which some are text and some messages.
+
+    Args:
+        what: they are, for messages.
+
+    Raises:
+        UserError: names the first of either form.
+    """
+    first = {is_text(row): where for where, row in reversed(rows)}
+    if len(first) == 2:
+        raise UserError(f"{first[True]} is plain text and {first[False]} messages; give all {what} in one of the two")
+
+
+def not_encoded(row: Row, where: str, what: str, error: Exception) -> UserError:
+    """What to raise where no tokens could be made of a row: it blames what the row went through."""
+    blamed = "the tokenizer does not encode" if is_text(row) else "the chat template does not render"
+    return UserError(f"{where}: {blamed} this {what}: {error}")
 
 
 def chat_of(messages: list[Any], where: str) -> list[Row]:

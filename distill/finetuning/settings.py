@@ -10,7 +10,14 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from distill import marked_yaml
 from distill.recipe_fields import (
@@ -30,6 +37,9 @@ _LABELS = ("name", "run_dir", "device", "model", "reference")
 _CADENCE = ("micro_batch_size", "checkpoint_every", "keep_checkpoints")
 _FILES = ("source", "chat_template", "start", "path")
 
+# What an adapter to go on with has of its own.
+_OF_NEW = ("rank", "alpha", "dropout")
+
 
 class Adapter(Section):
     """Low-rank adapters on every linear map of the decoder's layers."""
@@ -41,9 +51,24 @@ class Adapter(Section):
     dropout: Fraction = 0.0
     """The part of an adapter's inputs that is left out at random."""
     start: Text | None = None
-    """An adapter of this model to go on with, instead of a new one."""
+    """An adapter of this model to go on with, instead of a new one; rank, alpha and dropout are its own."""
     merge: Flag = False
     """Write the model with the adapter added to its weights, instead of the adapter alone."""
+
+    @model_validator(mode="after")
+    def _start_has_its_own(self) -> "Adapter":
+        given = [name for name in _OF_NEW if name in self.model_fields_set]
+        if self.start is not None and given:
+            raise ValueError(
+                f"{', '.join(given)}: of a new adapter, and adapter.start has its own; leave out what is not meant,"
+                " such as by adapter={start: ..}"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_start_has(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What is written out may be read back, with no default of a new adapter beside another one."""
+        return {key: value for key, value in plain(self).items() if self.start is None or key not in _OF_NEW}
 
 
 class Tuning(Section):

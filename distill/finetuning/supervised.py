@@ -9,6 +9,7 @@ from trl import SFTConfig, SFTTrainer
 
 from distill.finetuning.guidance import Guide, guide_of
 from distill.finetuning.job import Job
+from distill.finetuning.one_device import on_one_device
 from distill.finetuning.recipe import FinetuneRecipe
 
 
@@ -29,7 +30,7 @@ def make_supervised(job: Job, model: Any, optimizer: torch.optim.Optimizer, shar
     )
     given: dict[str, Any] = {
         "model": model,
-        "args": arguments,
+        "args": on_one_device(arguments),
         "train_dataset": Dataset.from_list(job.rows),
         "processing_class": job.tokenizer,
         "optimizers": (optimizer, None),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from datasets import disable_progress_bars
 from transformers import BitsAndBytesConfig, PreTrainedModel, TrainerCallback
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from distill import handover
 from distill.adapters import default_lora_targets, require_gradients, require_norms, uncovered_weights
@@ -88,9 +88,10 @@ def tune(
     model = base if recipe.method == "full" else with_adapters(base, recipe)
     groups = trained_groups(model, recipe)
     step = 0 if checkpoint is None else _state(checkpoint)["global_step"]
-    started = time.perf_counter()
+    clock = _Clock(_seconds_at(checkpoint))
     with MetricsLog(folder, (), step) as log:
         trainer = _trainer(job, model, groups, log)
+        trainer.add_callback(clock)
         with explained_full_disk(folder), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # between TRL and transformers, as below
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -102,7 +103,7 @@ def tune(
         loss_end=losses[-1]["loss"],
         steps=trainer.state.global_step,
         tokens=_last_tokens(folder / "metrics.jsonl"),
-        seconds=time.perf_counter() - started,
+        seconds=clock.seconds,
         settings=job.fingerprint,
     )
     base.config, base.generation_config = config, of_generation
@@ -263,6 +264,31 @@ class _Watch(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_rest: Any) -> None:
         self.log.flush_to_disk()
+
+
+class _Clock(TrainerCallback, ExportableState):
+    """Seconds of training over all restarts; a checkpoint keeps those that it took.
+
+    Args:
+        before: those of the run that this one goes on with.
+    """
+
+    def __init__(self, before: float) -> None:
+        self.before, self.started = before, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.started
+
+    def state(self) -> dict[str, Any]:
+        """What transformers writes into trainer_state.json; ``_seconds_at`` reads it."""
+        return {"args": {}, "attributes": {"before": self.seconds}}
+
+
+def _seconds_at(checkpoint: Path | None) -> float:
+    kept = {} if checkpoint is None else _state(checkpoint)["stateful_callbacks"]
+    # Checkpoints of earlier versions do not tell.
+    return kept[_Clock.__name__]["attributes"]["before"] if _Clock.__name__ in kept else 0.0
 
 
 def _last_tokens(metrics: Path) -> int:

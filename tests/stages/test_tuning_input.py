@@ -59,4 +59,6 @@ def test_every_program_refuses_what_it_cannot_use(stories_teacher, tmp_path):
     equal = f"data.source={tmp_path}/equal.jsonl"
     refused("prefer", "reference=start", equal, said="equal.jsonl:1: chosen and rejected are equal")
     prompts = f"data.source={tmp_path}/prompts.jsonl"
-    refused("onpolicy", prompts, f"teacher.path={adapter}", said="teacher.path:")
+    refused("onpolicy", prompts, f"teacher.path={adapter}", said="training.batch_size: a step takes 16 prompts")
+    one = "training.batch_size=1"
+    refused("onpolicy", prompts, one, f"teacher.path={adapter}", said="teacher.path:")

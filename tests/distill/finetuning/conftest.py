@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from distill import convert
+from distill.finetuning.job import Job
 from distill.student import mixers_of
 
 TEMPLATE = """\
@@ -127,3 +128,10 @@ def dtypes_seen(monkeypatch) -> list[torch.dtype]:
 
     monkeypatch.setattr(tuning, "load_base", watched)
     return seen
+
+
+@pytest.fixture
+def two_gpus(monkeypatch) -> None:
+    """Two are counted where none is: transformers' choice is the one it would make, and tensors stay on the CPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(Job, "on_cpu", False)

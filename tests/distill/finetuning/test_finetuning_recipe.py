@@ -59,6 +59,16 @@ def test_adapters_have_no_place_in_full(small):
     assert "adapter is for method: lora, rslora, dora or qlora" in message(small, "method=full", "adapter.rank=4")
 
 
+def test_an_adapter_to_go_on_with_has_its_own_settings(small, tmp_path):
+    """Also where they are those of a new one unless given; what is written out is read back."""
+    assert "rank: of a new adapter, and adapter.start has its own" in message(small, "adapter={start: a, rank: 16}")
+    said = message(small, "adapter={start: a, alpha: 2, dropout: 0.1}")
+    assert "alpha, dropout: of a new adapter, and adapter.start has its own; leave out what is not meant" in said
+    recipe = load_finetune_recipe(small, ["adapter={start: a, merge: true}"])
+    (tmp_path / "again.yaml").write_text(recipe.dump())
+    assert load_finetune_recipe(tmp_path / "again.yaml") == recipe
+
+
 def test_four_bits_are_not_merged_into(small):
     assert "adapter.merge would round the sum to 4 bits again" in message(small, "method=qlora", "adapter.merge=true")
 

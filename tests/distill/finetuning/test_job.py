@@ -151,6 +151,15 @@ def test_an_adapter_to_go_on_with(recipe, adapter, student):
     open_job(load_finetune_recipe(recipe, [f"adapter.start={ours(adapter, parent_of_tuning(student))}"]))
 
 
+def test_the_scale_of_an_adapter_to_go_on_with_is_part_of_the_job(recipe, adapter):
+    """It stands beside the weights, in the adapter's config."""
+    start = f"adapter.start={adapter}"
+    before = open_job(load_finetune_recipe(recipe, [start])).fingerprint
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 2 * config["lora_alpha"]}))
+    assert open_job(load_finetune_recipe(recipe, [start])).fingerprint != before
+
+
 def test_an_adapter_for_other_weights(recipe, adapter):
     said = refused(recipe, f"adapter.start={ours(adapter, Parent('logits', 'ab' * 32))}")
     assert "is an adapter for logits (abababababab)" in said

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import skip_first_batches
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from distill import load_student
 from distill.errors import UserError
 from distill.finetuning.job import Job, at_work_on_tuning, open_job
-from distill.finetuning.on_policy import load_on_policy_recipe
+from distill.finetuning.on_policy import fitting_prompts, load_on_policy_recipe
 from distill.student import load_model
 from distill.training.tracking import MetricsLog
 from tests.distill.finetuning.conftest import TEMPLATE, chat
@@ -89,16 +90,38 @@ def test_other_mistakes(writing, tmp_path):
     assert "all 60 prompts are longer than 1 tokens" in refused(writing, "data.max_prompt=1")
 
 
+@pytest.mark.parametrize(
+    ("encode", "said"),
+    [
+        (lambda text: {}, "a.jsonl:1: the tokenizer does not encode this prompt: 'input_ids'"),
+        (lambda text: {"input_ids": []}, "a.jsonl:1: the prompt has no token to go on from; leave the row out"),
+    ],
+)
+def test_plain_text_is_not_blamed_on_a_template(encode, said):
+    with pytest.raises(UserError) as caught:
+        fitting_prompts([("a.jsonl:1", {"prompt": "Hi"})], encode, 8)
+    assert str(caught.value) == said
+
+
 def test_long_prompts_are_left_out_and_counted(writing, write_prompts):
     write_prompts({"prompt": "Once"}, {"prompt": "Once upon a time " * 10})
-    job = opened(writing)
+    job = opened(writing, "training.batch_size=1")
     assert (len(job.rows), len(job.remarks)) == (1, 1)
+
+
+def test_too_few_prompts_for_a_step(writing, write_prompts):
+    write_prompts(*[{"prompt": "Once"}] * 3, {"prompt": "Once upon a time " * 10})
+    said = refused(writing)
+    assert "training.batch_size: a step takes 4 prompts, and there are 3 (1 more are longer than" in said
+    assert "lower it to 3 at most" in said
+    opened(writing, "training.batch_size=3")
 
 
 def test_of_chats_the_last_answer_is_left_out(writing, write_prompts):
     write_prompts(chat(("user", "Hi"), ("assistant", "Ho"), ("user", "Hey"), ("assistant", "No"), ("assistant", "No")))
     (writing.parent / "template.jinja").write_text(TEMPLATE)
-    job = opened(writing, "data.key=messages", f"data.chat_template={writing.parent / 'template.jinja'}")
+    template = f"data.chat_template={writing.parent / 'template.jinja'}"
+    job = opened(writing, "data.key=messages", template, "training.batch_size=1")
     assert job.rows == [{"prompt": chat(("user", "Hi"), ("assistant", "Ho"), ("user", "Hey"))["messages"]}]
 
 
@@ -189,24 +212,50 @@ def test_it_trains_in_every_precision_and_loads(writing, student, dtypes_seen):
     assert max(first.values()) < 1.5 * min(first.values())
 
 
+@slow
+def test_several_gpus(writing, two_gpus):
+    assert len(metrics(tuned(writing, "training.steps=1"))) == 1
+
+
 class KilledError(Exception):
     pass
 
 
 @slow
-def test_a_killed_run_goes_on_exactly(writing, monkeypatch):
-    """What is written after a kill is what would have been written without."""
-    whole = tuned(writing, "method=full", f"run_dir={writing.parent / 'whole'}")
+def test_an_epoch_has_its_own_order(writing):
+    """The same in a process that has seen the epochs before, and in one that begins in it."""
+    trainer = made(writing)
+    epochs = [rows_of_epoch(trainer.get_train_dataloader(), epoch) for epoch in range(3)]
+    assert len({str(rows) for rows in epochs}) == 3
+    through = trainer.get_train_dataloader()
+    assert [rows_of_epoch(through, epoch) for epoch in range(3)] == epochs
+    assert rows_of_epoch(skip_first_batches(trainer.get_train_dataloader(), 5), 1) == epochs[1][5:]
+
+
+def rows_of_epoch(loader: Any, epoch: int) -> list[list[dict]]:
+    """As transformers' Trainer reads them."""
+    loader.set_epoch(epoch)
+    return list(loader)
+
+
+@slow
+@pytest.mark.parametrize("killed_at", [2, 4], ids=["in the first epoch", "in the second"])
+def test_a_killed_run_goes_on_exactly(writing, monkeypatch, killed_at):
+    """What is written after a kill is what would have been written without, in that epoch and in those that follow."""
+    prompts = writing.parent / "prompts.jsonl"
+    prompts.write_text("".join(prompts.read_text().splitlines(keepends=True)[:12]))  # three steps an epoch
+    settings = "method=full", "training.steps=7"
+    whole = tuned(writing, *settings, f"run_dir={writing.parent / 'whole'}")
 
     def die(watch: object, args: object, state: Any, control: object, **_rest: object) -> None:
-        if state.global_step == 2:
+        if state.global_step == killed_at:
             raise KilledError
 
     with monkeypatch.context() as patched:
         patched.setattr(trainer_module()._Watch, "on_save", die)
         with pytest.raises(KilledError):
-            tuned(writing, "method=full")
-    job = tuned(writing, "method=full")
+            tuned(writing, *settings)
+    job = tuned(writing, *settings)
     assert metrics(job) == metrics(whole)
     ours, theirs = (load_file(of.folder / "model.safetensors") for of in (job, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from distill.errors import UserError
 from distill.finetuning.job import Job, at_work_on_tuning, open_job
-from distill.finetuning.preferences import encoded_pair, load_prefer_recipe
+from distill.finetuning.preferences import encoded_pair, fitting_pairs, load_prefer_recipe
 from tests.distill.finetuning.conftest import chat, pair
 
 pytest.importorskip("peft", reason="peft is not installed (the dev extra brings it)")
@@ -58,13 +58,13 @@ def test_the_reference_must_be_given(prefer):
         (pair("Hi", "Hello", " "), "pairs.jsonl:2: rejected is empty"),
         ({"prompt": "Hi", "chosen": "", "rejected": "No"}, "pairs.jsonl:2: chosen is empty"),
         ({"prompt": "Hi", "chosen": [], "rejected": "No"}, "pairs.jsonl:2: chosen is no text and no list of messages"),
-        ({"prompt": "Hi", "chosen": "Hello"}, "pairs.jsonl:2: lacks rejected; the keys are prompt, chosen"),
-        ([], "lacks prompt, chosen, rejected; the keys are (none)"),
+        ({"prompt": "Hi", "chosen": "Hello"}, "pairs.jsonl:2: no key 'rejected'; the keys are prompt, chosen"),
+        ([], "no key 'prompt', 'chosen', 'rejected'; the keys are (none)"),
         (GOOD | {"prompt": "Hi"}, "prompt is text, chosen is messages, rejected is messages; give all three in one"),
         (GOOD | {"chosen": [{"from": "gpt"}]}, "pairs.jsonl:2: chosen: message 0 has from; every message needs a role"),
         (GOOD | {"chosen": chat(("user", "Hi"))["messages"]}, "chosen is what the assistant answers"),
         (GOOD | {"prompt": GOOD["chosen"]}, "the prompt ends with the assistant, who is to answer it"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "is of plain text and"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "is plain text and"),
     ],
 )
 def test_rows_that_are_no_pairs(prefer, write_pairs, row, said):
@@ -84,6 +84,24 @@ def test_templates(prefer):
     assert "pairs.jsonl:1: the chat template does not render this pair" in refused(prefer)
     template.write_text("{{ messages[0].content }}")
     assert "pairs.jsonl:1: chosen and rejected are the same 0 tokens" in refused(prefer)
+
+
+@pytest.mark.parametrize(
+    ("encode", "said"),
+    [
+        (lambda text: {}, "a.jsonl:1: the tokenizer does not encode this pair: 'input_ids'"),
+        (lambda text: {"input_ids": [1]}, "so that nothing is preferred; leave the row out"),
+    ],
+)
+def test_plain_text_is_not_blamed_on_a_template(encode, said):
+    class Tokenizer:
+        eos_token = "</s>"
+        __call__ = staticmethod(encode)
+
+    text = {"prompt": "Hi", "chosen": "Hello", "rejected": "No"}
+    with pytest.raises(UserError) as caught:
+        fitting_pairs([("a.jsonl:1", text)], Tokenizer(), 8)
+    assert str(caught.value).endswith(said)
 
 
 def test_long_pairs_are_left_out_and_counted(prefer, write_pairs):

@@ -145,6 +145,10 @@ def test_the_reference_computes_in_the_same_precision(prefer, method, dtype, dty
     assert metrics(job)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_several_gpus(prefer, two_gpus):
+    assert len(metrics(tuned(prefer, "training.steps=1"))) == 1
+
+
 class KilledError(Exception):
     pass
 

@@ -1,8 +1,10 @@
 """Fine-tuning in every method and precision: losses agree, adapters load with plain PEFT, killed runs go on exactly."""
 
 import importlib
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -135,6 +137,28 @@ def test_a_killed_run_goes_on_exactly(recipe, monkeypatch, overrides):
     ours, theirs = (load_file(next(of.folder.glob("*.safetensors"))) for of in (job, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
     assert not list(job.work_folder.glob("checkpoint-*"))
+
+
+def test_seconds_are_summed_over_restarts(recipe, monkeypatch):
+    """Of steps of ten seconds each, the two after the kill are not all."""
+    steps = itertools.count(1)
+    now = [0.0]
+
+    def later(watch: object, args: object, state: object, control: object, **_rest: object) -> None:
+        now[0] += 10
+        if next(steps) == 5:
+            raise KilledError
+
+    monkeypatch.setattr(tuning, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(tuning._Watch, "on_step_end", later)
+    with pytest.raises(KilledError):
+        tuned(recipe)
+    assert handover.read(tuned(recipe).folder).seconds == 60
+
+
+def test_several_gpus(recipe, two_gpus):
+    """One trains: several would share a step's rows out among copies of the model, which TRL refuses."""
+    assert len(losses(tuned(recipe, "training.steps=1"))) == 1
 
 
 def test_plain_text(recipe, stories_text):
