@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from distill import convert, load_student
 from distill.cache import MixerCacheLayer, cache_nbytes
@@ -181,6 +181,15 @@ def test_the_teachers_name_does_not_travel(stories_teacher, tmp_path):
     assert student.config._name_or_path == ""
     student.save_pretrained(tmp_path)
     assert "stories260K" not in (tmp_path / "config.json").read_text()
+
+
+def test_nothing_is_dropped_in_training():
+    """GPT-2's own configs ask for it."""
+    config = GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4, eos_token_id=2, bos_token_id=1)
+    teacher = GPT2LMHeadModel(config).eval()
+    assert config.resid_pdrop == config.embd_pdrop == config.attn_pdrop == 0.1
+    student, ids = convert(teacher, keep_attention=[1]).train(), prompt(2, 30)
+    assert torch.equal(student(ids).logits, student(ids).logits)
 
 
 def test_a_student_pickles(hybrid):
