@@ -54,6 +54,9 @@ def mask_for_generate(arguments: dict[str, Any]) -> Any:
 CACHES = ("past_key_values", "layer_past", "past_key_value")
 """What families call the cache that they hand to attention, where it is not ``cache``."""
 
+LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")
+"""What flash attention reads document borders from, of all rows laid end to end: 0, then where each document ends."""
+
 _NOTE = "distill_sequence"
 
 
@@ -189,7 +192,7 @@ def read_sequence(reader: Reader, kwargs: dict[str, Any], names: tuple[str, ...]
 
     Raises:
         ValueError: for inputs that some layer would silently mix up: a 4-D mask, padding between tokens, packed
-            documents together with a cache or with a padding mask.
+            documents together with a cache or with a padding mask, borders told in two ways that disagree.
     """
     given = [kwargs.pop(name, None) for name in ("cache", "past_key_values")]
     cache = next((cache for cache in given if cache is not None), None)
@@ -201,8 +204,8 @@ def read_sequence(reader: Reader, kwargs: dict[str, Any], names: tuple[str, ...]
         kwargs["attention_mask"], valid_BT = mask
     else:
         valid_BT = _valid_positions(mask, length, _memory(cache))
-    if (seq_idx_BT := kwargs.pop("seq_idx", None)) is not None and kwargs.get("position_ids") is None:
-        kwargs["position_ids"] = positions_from_index(seq_idx_BT)
+    if (document_BT := _document_numbers(kwargs, tokens)) is not None:
+        _tell_by_positions(kwargs, document_BT, valid_BT)
     place_BT = places(kwargs.get("position_ids"))
     resets_BT = None if place_BT is None else document_starts(place_BT, valid_BT)
     if resets_BT is not None:
@@ -213,6 +216,41 @@ def read_sequence(reader: Reader, kwargs: dict[str, Any], names: tuple[str, ...]
     if length > 1 and (memory := _memory(cache)) is not None:
         memory.ends_in_padding = valid_BT is not None and not bool(valid_BT[:, -1].all())
     return {"valid_BT": valid_BT, "resets_BT": resets_BT}
+
+
+def _document_numbers(kwargs: dict[str, Any], tokens: Tensor) -> Tensor | None:
+    """The number of each token's document, from ``seq_idx`` or from flash attention's lengths; None without either."""
+    seq_idx_BT = kwargs.pop("seq_idx", None)
+    name = next((name for name in LENGTHS if kwargs.get(name) is not None), None)
+    if seq_idx_BT is not None or name is None:
+        return seq_idx_BT
+    n_rows, length = tokens.shape[:2]
+    ends_D = kwargs[name].to(tokens.device)
+    rows_B = torch.arange(n_rows + 1, device=tokens.device) * length
+    if not bool(torch.isin(rows_B, ends_D).all()):
+        raise ValueError(
+            f"{name} is {ends_D.tolist()}, which does not cover {n_rows} × {length} tokens or has a document that goes "
+            "on in another row. It holds 0 and then where each document ends, rows laid end to end."
+        )
+    here_BT = torch.arange(n_rows * length, device=tokens.device).view(n_rows, length)
+    return torch.searchsorted(ends_D[1:].contiguous(), here_BT, right=True)
+
+
+def _tell_by_positions(kwargs: dict[str, Any], document_BT: Tensor, valid_BT: Tensor | None) -> None:
+    """Let the positions, which attention layers read too, tell where documents begin; one alone needs none."""
+    position_BT = positions_from_index(document_BT)
+    if kwargs.get("position_ids") is None:
+        if document_starts(position_BT) is not None:
+            kwargs["position_ids"] = position_BT
+        return
+    place_BT = places(kwargs["position_ids"])
+    told_BT = None if place_BT is None else document_starts(place_BT, valid_BT)
+    starts_BT = document_starts(position_BT, valid_BT)
+    if starts_BT is not None and (told_BT is None or bool((told_BT != starts_BT).any())):
+        raise ValueError(
+            "seq_idx or cu_seq_lens say that several documents are packed into a row, and position_ids do not begin "
+            "anew where they do: attention layers would see across documents. Leave position_ids out."
+        )
 
 
 def _cache_name(names: tuple[str, ...]) -> str:
@@ -272,13 +310,13 @@ def _isolate_documents(kwargs: dict[str, Any], valid_BT: Tensor | None, cache: A
     """Attention layers keep packed documents apart only without mask and cache; make it so or say why not."""
     if cache is not None:
         raise ValueError(
-            "position_ids say that several documents are packed into a row, and a cache was passed: attention layers "
-            "would see across documents. Call without a cache, or give one document a row."
+            "several documents are packed into a row, and a cache was passed: attention layers would see across "
+            "documents. Call without a cache, or give one document a row."
         )
     if valid_BT is not None:
         raise ValueError(
-            "position_ids say that several documents are packed into a row, and attention_mask has padding: attention "
-            "layers would see across documents. Leave attention_mask out (let padding restart the positions instead)."
+            "several documents are packed into a row, and attention_mask has padding: attention layers would see "
+            "across documents. Leave attention_mask out (let padding restart the positions instead)."
         )
     kwargs["attention_mask"] = None
     kwargs["use_cache"] = False

@@ -130,17 +130,23 @@ def student_config(
     """A student's config: its teacher's, with the layout under a key of our own.
 
     The teacher's name is left out: trainers that reload ``config._name_or_path`` as a reference model (TRL) would
-    silently get the teacher. Dropout is off (GPT-2's configs have it on): a student is to match its teacher, and a loss
-    that is computed again has to be the same.
+    silently get the teacher. Dropout is off (GPT-2's configs have it on), in the configs of its parts too: a student is
+    to match its teacher, and a loss that is computed again has to be the same.
     """
-    values = copy.deepcopy(teacher.to_dict())
+    values = _without_dropout(copy.deepcopy(teacher.to_dict()))
     for key in ("model_type", "architectures", "_name_or_path", "transformers_version", "auto_map"):
         values.pop(key, None)
-    values |= {key: 0.0 for key, value in values.items() if key.endswith(_DROPOUT) and isinstance(value, float)}
     layout = {"version": 1, "layers": list(layers), "mixer": dict(mixer), "teacher": teacher.model_type}
     if heads:
         layout["heads"] = {str(index): kept for index, kept in heads.items()}
     return student_config_class(type(teacher))(**values, distill=layout)  # type: ignore[call-arg]
+
+
+def _without_dropout(values: dict[str, Any]) -> dict[str, Any]:
+    """The same settings with a rate of 0 for every dropout, also in those of a text or vision part."""
+    off = {key: 0.0 for key, value in values.items() if isinstance(value, float) and key.endswith(_DROPOUT)}
+    parts = {key: _without_dropout(value) for key, value in values.items() if isinstance(value, dict)}
+    return {**values, **off, **parts}
 
 
 def load_student(folder: str | Path, **kwargs: Any) -> PreTrainedModel:

@@ -284,12 +284,15 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _loading(account: Account, written: Written) -> str:
+    text: Any = account.config.get_text_config()
+    head_dim = getattr(text, "head_dim", None)
     return how_to_load(
         written.format,
         written.place,
         quantised=written.quantised is not None,
         file=written.file,
         images=is_vision(account.config),
+        heads_fill_width=head_dim is None or head_dim * text.num_attention_heads == text.hidden_size,
     )
 
 

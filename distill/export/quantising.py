@@ -17,6 +17,7 @@ from distill.auto_classes import auto_class
 from distill.errors import UserError
 from distill.evaluation import evaluate
 from distill.export.held_out import MeasuredText
+from distill.export.plain_torch import in_plain_torch
 from distill.export.written import Quantised
 from distill.student import is_student, load_model
 from distill.weight_files import shards_of
@@ -41,6 +42,7 @@ def check_quantise(scheme: str, to: str) -> None:
         raise UserError(f"--quantise int8 needs torchao ({error}): pip install 'distill-ssm[quantise]'") from error
 
 
+@in_plain_torch()
 def quantise_folder(folder: Path, text: MeasuredText) -> Quantised:
     """Replace the weights in ``folder`` by quantised ones, measured against the ones they replace.
 

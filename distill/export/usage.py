@@ -45,9 +45,19 @@ _MORE = {
     "gguf": "```bash\nllama-cli -m {file} -p 'Once upon a time' -n 50\n```",
 }
 
+_NOT_SERVED = (
+    "vLLM does not load it: it takes hidden size / heads for the width of an attention head, and these have another."
+)
+
 
 def how_to_load(
-    format_: str, place: str, *, quantised: bool = False, file: str | None = None, images: bool = False
+    format_: str,
+    place: str,
+    *,
+    quantised: bool = False,
+    file: str | None = None,
+    images: bool = False,
+    heads_fill_width: bool = True,
 ) -> str:
     """Markdown: what is needed, and the lines to copy.
 
@@ -57,10 +67,13 @@ def how_to_load(
         quantised: whether the weights are torchao's.
         file: of a format that is one file, its name.
         images: whether the student reads images.
+        heads_fill_width: whether the attention heads are together as wide as the model.
     """
     needed = _NEEDED[format_] + (" The weights are stored in int8: `pip install torchao`." if quantised else "")
     remote = ", trust_remote_code=True" if format_ == "standalone" else ""
     lines = _PYTHON_WITH_IMAGES if images else _PYTHON
     python = [lines.format(place=place, remote=remote)] if format_ != "gguf" else []
     more = [_MORE[format_].format(place=place, file=file)] if format_ in _MORE else []
+    if format_ == "granite" and not heads_fill_width:
+        more = [_NOT_SERVED]
     return "\n\n".join([f"Needs {needed}", *python, *more])

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from distill.errors import UserError
+from distill.export.plain_torch import in_plain_torch
 from distill.student import load_student
 
 TOLERANCE = 1e-4
@@ -20,7 +21,7 @@ _TOKENS, _PADDING, _STEPS = 40, 7, 4
 def verify(student: Path, written: Path, load: Callable[[Path], PreTrainedModel] | None = None) -> str:
     """Compare them on random tokens, once padded on the left and once with the last tokens fed one by one.
 
-    Both are computed in fp32, one after the other, so that one of them is in memory at a time.
+    Both are computed in fp32 on the CPU, one after the other, so that one of them is in memory at a time.
 
     Args:
         student: its folder.
@@ -53,6 +54,7 @@ def _native(folder: Path) -> PreTrainedModel:
     return model
 
 
+@in_plain_torch()
 @torch.inference_mode()
 def _logits(model: PreTrainedModel) -> Tensor:
     """(2, tokens, vocabulary): of a row padded on the left, and of a row whose last tokens came one by one."""

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from distill import convert, load_student
 from distill.cache import MixerCacheLayer, cache_nbytes
@@ -77,8 +77,27 @@ def test_other_ways_to_say_packed_do_not_leak_either(student):
     expected = student(ids, position_ids=positions, use_cache=False).logits
     number = torch.tensor([[0] * 8 + [1] * 12])
     assert torch.equal(student(ids, seq_idx=number).logits, expected)
+    ends = torch.tensor([0, 8, 20], dtype=torch.int32)
+    assert torch.equal(student(ids, cu_seq_lens_q=ends, cu_seq_lens_k=ends).logits, expected)
+    assert torch.equal(student(ids, cu_seq_lens_k=ends, position_ids=positions).logits, expected)
     assert torch.equal(student(ids, position_ids=positions).logits, expected)  # use_cache is on by default
     assert torch.equal(student(ids, position_ids=positions, attention_mask=torch.ones_like(ids)).logits, expected)
+
+
+def test_lengths_are_of_rows_laid_end_to_end(hybrid):
+    ids = prompt(2, 20)
+    together = hybrid(ids, cu_seq_lens_q=torch.tensor([0, 8, 20, 35, 40])).logits
+    for row, start, end in [(0, 0, 8), (0, 8, 20), (1, 0, 15), (1, 15, 20)]:
+        close(together[row : row + 1, start:end], hybrid(ids[row : row + 1, start:end]).logits)
+
+
+def test_lengths_of_one_document_leave_the_positions_to_the_cache(hybrid):
+    ids = prompt(1, 20)
+    cache = hybrid(ids[:, :12], cu_seq_lens_q=torch.tensor([0, 12]), use_cache=True).past_key_values
+    close(
+        hybrid(ids[:, 12:], cu_seq_lens_q=torch.tensor([0, 8]), past_key_values=cache).logits,
+        hybrid(ids).logits[:, 12:],
+    )
 
 
 def test_what_would_leak_raises(hybrid):
@@ -89,6 +108,16 @@ def test_what_would_leak_raises(hybrid):
         hybrid(ids, position_ids=positions, attention_mask=padded)
     with pytest.raises(ValueError, match="Call without a cache"):
         hybrid(ids, position_ids=positions, past_key_values=DynamicCache())
+    straight, ends = torch.arange(20)[None], torch.tensor([0, 8, 20])
+    for said in ({"cu_seq_lens_q": ends}, {"seq_idx": (straight >= 8).long()}):
+        with pytest.raises(ValueError, match="position_ids do not begin anew"):
+            hybrid(ids, position_ids=straight, **said)
+    with pytest.raises(ValueError, match="Call without a cache"):
+        hybrid(ids, cu_seq_lens_q=ends, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="does not cover 1 × 20 tokens"):
+        hybrid(ids, cu_seq_lens_q=ends[:2])
+    with pytest.raises(ValueError, match="goes on in another row"):
+        hybrid(prompt(2, 20), cu_seq_lens_q=torch.tensor([0, 8, 40]))
     with pytest.raises(ValueError, match="must be 2-D"):
         hybrid(ids, attention_mask=torch.zeros(1, 1, 20, 20))
 
@@ -152,6 +181,15 @@ def test_the_teachers_name_does_not_travel(stories_teacher, tmp_path):
     assert student.config._name_or_path == ""
     student.save_pretrained(tmp_path)
     assert "stories260K" not in (tmp_path / "config.json").read_text()
+
+
+def test_nothing_is_dropped_in_training():
+    """GPT-2's own configs ask for it."""
+    config = GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4, eos_token_id=2, bos_token_id=1)
+    teacher = GPT2LMHeadModel(config).eval()
+    assert config.resid_pdrop == config.embd_pdrop == config.attn_pdrop == 0.1
+    student, ids = convert(teacher, keep_attention=[1]).train(), prompt(2, 30)
+    assert torch.equal(student(ids).logits, student(ids).logits)
 
 
 def test_a_student_pickles(hybrid):

@@ -47,6 +47,15 @@ def test_with_all_attention_kept_the_student_is_the_teacher_bit_for_bit(name):
     assert torch.equal(student.generate(**prompts, **GREEDY), teacher.generate(**prompts, **GREEDY))
 
 
+def test_nothing_is_dropped_in_training_in_no_part():
+    teacher = tiny_vision("llava")
+    teacher.config.text_config.attention_dropout = teacher.config.vision_config.attention_dropout = 0.1
+    student = convert(teacher, keep_attention=[1]).train()
+    batch = image_batch("llava")
+    assert torch.equal(student(**batch).logits, student(**batch).logits)
+    assert teacher.config.text_config.attention_dropout == 0.1, "the teacher's config is its own"
+
+
 @pytest.mark.parametrize(("keep", "rope"), [((), "drop"), ((1,), "drop"), ((), "keep")], ids=str)
 @pytest.mark.parametrize("name", EVERY)
 def test_a_student_generates_cached_as_uncached_and_as_each_row_alone(name, keep, rope):

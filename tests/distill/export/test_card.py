@@ -143,6 +143,15 @@ def test_each_format_says_how_it_is_loaded(run, tmp_path):
     assert "llama-cli -m made.gguf" in told["gguf"]
 
 
+@pytest.mark.parametrize(("family", "served"), [("llama", True), ("mistral", False)])
+def test_vllm_is_named_where_it_loads_the_model(tmp_path, family, served):
+    """Mistral's four heads of 12 channels are wider than a model of 32, which vLLM does not know."""
+    convert(tiny(family), keep_attention=[1]).save_pretrained(tmp_path / "student")
+    text = card_of(tmp_path / "student", tmp_path / "card", format="granite", n_bytes=1).content
+    assert ("vllm serve org/made" in text) is served
+    assert ("vLLM does not load it: it takes hidden size / heads" in text) is not served
+
+
 @pytest.mark.parametrize("keep", [(), (1,), range(3)], ids=str)
 def test_what_is_remembered_is_what_a_cache_holds(family, keep):
     """Computed from the config against the bytes of a cache that was filled."""

@@ -18,6 +18,8 @@ from tests.distill.objectives.matrix_pairs import written_out
 HIDDEN, HEADS, HEAD, STATE = 24, 3, 5, 4
 FACTORED = sorted(name for name, made in MIXERS.items() if made.without_factors is None)
 """The mixers whose matrix has factors."""
+DECAYS = {"discrete_mamba2": "A_log_bias", "gated_deltanet": "dt_bias", "mamba2": "dt_bias"}
+"""The mixers whose decay is trained, and the parameter that shifts it."""
 
 
 @pytest.fixture(params=sorted(MIXERS))
@@ -331,6 +333,22 @@ def test_every_parameter_gets_a_finite_gradient(mixer):
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16-autocast"])
+@pytest.mark.parametrize("bias", [-120.0, -60.0, 120.0])
+@pytest.mark.parametrize(("name", "of_decay"), sorted(DECAYS.items()))
+def test_decays_that_saturate_leave_everything_finite(name, of_decay, bias, autocast):
+    """With these biases a state keeps all, or nothing: decays are 1, or too small for fp32."""
+    mixer, u = make(name).float(), hidden(70).float().requires_grad_()
+    with torch.no_grad():
+        getattr(mixer, of_decay).fill_(bias)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out, matrix = mixer(u)[0], mixer.mixing_matrix(u, resets_BT=borders(70, 9, 40))
+    (out.float().square().sum() + matrix.float().square().sum()).backward()
+    gradients = {each: parameter.grad for each, parameter in mixer.named_parameters()}
+    for what, tensor in {"out": out, "matrix": matrix, "u": u.grad, **gradients}.items():
+        assert torch.isfinite(tensor).all(), what
 
 
 def test_bf16_weights_and_inputs_run_with_an_fp32_state(mixer):
